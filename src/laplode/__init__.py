@@ -1,0 +1,19 @@
+"""Laplace approximations for Neural ODEs in JAX: honest error bars for a model that is already fitted."""
+
+from ._arviz import to_datatree as to_datatree
+from ._errors import FitError as FitError, LaplodeError as LaplodeError, LaplodeWarning as LaplodeWarning
+from ._fit import Fit as Fit, fit as fit
+from ._laplace import laplace as laplace
+from ._model import NeuralODE as NeuralODE
+from ._plot import plot_trajectories as plot_trajectories
+from ._posterior import Diagnostics as Diagnostics, Posterior as Posterior
+from ._predict import Predictions as Predictions, predict as predict
+from ._problem import (
+    Gaussian as Gaussian,
+    GaussianPrior as GaussianPrior,
+    LogNormal as LogNormal,
+    Poisson as Poisson,
+    Problem as Problem,
+    StudentT as StudentT,
+    Trajectories as Trajectories,
+)

@@ -1,0 +1,182 @@
+"""Posteriors and predictions as an ArviZ DataTree. The only module that knows ArviZ's data model.
+
+ArviZ 0.23 (`arviz.preview`, Python 3.11) and ArviZ 1.x are both made of arviz-base, which is used here directly.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import arviz_base
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from ._errors import LaplodeError, LaplodeWarning
+from ._posterior import Posterior
+from ._predict import Predictions
+from ._vector import Parameters, prior_vectors
+
+_CELLS = ["trajectory", "time", "channel"]
+
+
+def to_datatree(
+    posterior: Posterior,
+    *predictions: Predictions,
+    key: PRNGKeyArray | None = None,
+    num_samples: int = 1000,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+) -> xr.DataTree:
+    """The groups that ArviZ expects, as an `xarray.DataTree`.
+
+    - `posterior`: draws of the parameters, one variable a leaf, named by its path in the model.
+    - `posterior_predictive` and `log_likelihood`: of predictions at the observed times.
+    - `predictions` and `predictions_constant_data`: of predictions elsewhere.
+    - `sample_stats`: solver success and, where they were computed, `log_p`, `log_q` and `log_weights`.
+    - `prior`: draws of the prior, when `key` is given.
+    - `observed_data`, `constant_data`.
+
+    In the predictive groups `y` has observation noise and `f` has not. Dimensions are chain, draw, trajectory, time,
+    channel. `log_likelihood` has the dimension `observation` in place of the last three when values are missing.
+
+    **Arguments:**
+
+    - `posterior`: from `laplace`.
+    - `predictions`: from `predict`; at most one on the observed times and one elsewhere.
+    - `key`: a JAX random key, for draws of the prior, and of the posterior when no predictions are given.
+    - `num_samples`: how many draws when no predictions are given.
+    - `coords`: names for "trajectory" and "channel"; they are numbered by default.
+
+    **Raises:** `LaplodeError` when several predictions compete for a group, or names do not fit. Warns (`LaplodeWarning`)
+    when draws without a solution are left out.
+    """
+    if not isinstance(posterior, Posterior):
+        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    for item in predictions:
+        if not isinstance(item, Predictions):
+            raise LaplodeError(f"`predictions` must come from laplode.predict, got {type(item).__name__}.")
+    here = [item for item in predictions if item.observed_grid]
+    elsewhere = [item for item in predictions if not item.observed_grid]
+    if len(here) > 1 or len(elsewhere) > 1:
+        raise LaplodeError(
+            f"`predictions` holds {len(here)} on the observed times and {len(elsewhere)} elsewhere: a DataTree has one "
+            "group for each. Make a second tree."
+        )
+    if not predictions and key is None:
+        raise LaplodeError("`key` is needed to draw from the posterior when no predictions are given.")
+    if len({item.thetas.shape[0] for item in predictions}) > 1:
+        raise LaplodeError("`predictions` differ in their number of draws: use the same num_samples and key for both.")
+    data = posterior.problem.data
+    coords = _check_coords(coords or {}, data.ys.shape)
+
+    groups: dict[str, xr.Dataset] = {}
+    attrs = {
+        "inference_library": "laplode",
+        "inference_library_version": version("laplode"),
+        "structure": type(posterior.structure).__name__,
+    }
+    if predictions:
+        keep = np.all([np.asarray(item.ok) for item in predictions], axis=0)
+        if not np.any(keep):
+            raise LaplodeError("`predictions` hold no draw whose solve succeeded; there is nothing to show.")
+        if not np.all(keep):
+            warnings.warn(
+                f"{np.sum(~keep)} of {keep.size} draws have no finite trajectory and are left out of the DataTree "
+                "(the attribute num_failed keeps their number).",
+                LaplodeWarning,
+                stacklevel=2,
+            )
+        thetas = predictions[0].thetas[keep]
+        stats, stats_attrs = _sample_stats([*here, *elsewhere], keep)
+        attrs["num_failed"] = int(np.sum(~keep))
+        groups["sample_stats"] = _dataset(stats, {}, {}, {**attrs, **stats_attrs})
+    else:
+        keep = np.ones(num_samples, bool)
+        thetas = posterior.sample(jax.random.fold_in(key, 1), num_samples)  # pyright: ignore[reportArgumentType]
+    groups["posterior"] = _dataset(_named(posterior.parameters, thetas), {}, {}, attrs)
+    if key is not None:
+        mean, precision = prior_vectors(posterior.problem.prior, posterior.parameters)
+        z = jax.random.normal(jax.random.fold_in(key, 0), (num_samples, posterior.size))
+        groups["prior"] = _dataset(_named(posterior.parameters, mean + z / jnp.sqrt(precision)), {}, {}, attrs)
+
+    grid = {**coords, **_time_coords(data.ts)}
+    cells = dict.fromkeys(["y", "f"], _CELLS)
+    for item in here:
+        draws = {"y": item.predictive[keep], "f": item.epistemic[keep]}
+        groups["posterior_predictive"] = _dataset(draws, grid, cells, {**attrs, "method": item.method})
+        groups["log_likelihood"] = _log_likelihood(posterior, item.epistemic[keep], grid, attrs)
+    groups["observed_data"] = _dataset({"y": data.ys}, grid, cells, attrs, sample_dims=[])
+    groups["constant_data"] = _constant(data.ts, data.y0, grid, attrs)
+    for item in elsewhere:
+        same = item.ts.shape[0] == data.ts.shape[0]
+        grid = {"channel": coords["channel"], **({"trajectory": coords["trajectory"]} if same else {})}
+        grid |= _time_coords(item.ts)
+        draws = {"y": item.predictive[keep], "f": item.epistemic[keep]}
+        groups["predictions"] = _dataset(draws, grid, cells, {**attrs, "method": item.method})
+        groups["predictions_constant_data"] = _constant(item.ts, None, grid, attrs)
+    return xr.DataTree.from_dict(groups)
+
+
+def _check_coords(coords: Mapping[str, Sequence[Any]], shape: tuple[int, ...]) -> dict[str, Any]:
+    lengths = {"trajectory": shape[0], "channel": shape[2]}
+    for name, values in coords.items():
+        if name not in lengths:
+            raise LaplodeError(f'`coords` may name "trajectory" and "channel", got {name!r}. Times come with the data.')
+        if len(values) != lengths[name]:
+            raise LaplodeError(f"`coords` has {len(values)} names for {name}, but there are {lengths[name]}.")
+    return {name: np.asarray(coords.get(name, np.arange(length))) for name, length in lengths.items()}
+
+
+def _time_coords(ts: Float[np.ndarray, "N T"]) -> dict[str, Any]:
+    """The times themselves where trajectories share them; otherwise indices, with the times in constant_data."""
+    shared = bool(np.all(ts == ts[0]))
+    return {"time": ts[0] if shared else np.arange(ts.shape[1])}
+
+
+def _dataset(variables, coords, dims, attrs, sample_dims=("chain", "draw")) -> xr.Dataset:
+    values = {name: np.asarray(value)[None] if sample_dims else np.asarray(value) for name, value in variables.items()}
+    used = {dim for name in values for dim in dims.get(name, ())}
+    return arviz_base.dict_to_dataset(
+        values,
+        coords={name: value for name, value in coords.items() if name in used},
+        dims={name: dim for name, dim in dims.items() if name in values},
+        sample_dims=list(sample_dims),
+        attrs=attrs,
+    )
+
+
+def _named(view: Parameters, thetas: Float[Array, "S P"]) -> dict[str, Array]:
+    return {name: thetas[:, start:stop].reshape(-1, *shape) for name, shape, start, stop in view.leaves}
+
+
+def _sample_stats(predictions: list[Predictions], keep: np.ndarray) -> tuple[dict[str, Array], dict[str, float]]:
+    stats: dict[str, Array] = {"success": predictions[0].ok[keep]}
+    attrs: dict[str, float] = {}
+    for item in predictions:
+        if item.khat is not None:
+            attrs["khat"] = item.khat
+            for name in ("log_p", "log_q", "log_weights"):
+                stats[name] = getattr(item, name)[keep]
+            break
+    return stats, attrs
+
+
+def _log_likelihood(posterior: Posterior, epistemic: Float[Array, "S N T K"], coords, attrs) -> xr.Dataset:
+    data = posterior.problem.data
+    values = np.asarray(posterior.problem.likelihood.log_prob(epistemic, jnp.asarray(data.ys)))
+    if np.all(data.observed):
+        return _dataset({"y": values}, coords, {"y": _CELLS}, attrs)
+    # A missing value has no likelihood; a zero in its place would count as an observation that is always right.
+    where = np.nonzero(data.observed)
+    dataset = _dataset({"y": values[:, *where]}, {}, {"y": ["observation"]}, attrs)
+    labels = {dim: ("observation", coords[dim][index]) for dim, index in zip(_CELLS, where, strict=True)}
+    return dataset.assign_coords(labels)
+
+
+def _constant(ts, y0, coords, attrs) -> xr.Dataset:
+    variables = {"ts": ts} | ({} if y0 is None else {"y0": y0})
+    dims = {"ts": ["trajectory", "time"], "y0": ["trajectory", "state"]}
+    return _dataset(variables, coords, dims, attrs, sample_dims=[])

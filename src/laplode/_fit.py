@@ -1,0 +1,273 @@
+"""From a first guess to a fitted model: maximum a posteriori by Optax."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from tqdm.auto import tqdm
+
+from ._curvature import negative_log_likelihood
+from ._errors import FitError, LaplodeError, LaplodeWarning
+from ._laplace import check_problem
+from ._model import check_model
+from ._problem import AbstractScaleLikelihood, Problem
+from ._solve import ForeignFlow
+from ._vector import Parameters, Where, parameters, prior_vectors
+
+# Optimization steps between two looks at the loss.
+_CHUNK = 25
+
+
+class Fit(eqx.Module):
+    """A fitted model.
+
+    - `model`: the best model found.
+    - `losses`: −log p(Y | θ) − log p(θ) in nats before each step, (steps,). While the horizon grows, Y is the prefix of
+        the data that was fitted at the time.
+    - `problem`: the problem, with the noise scale found where it was learned.
+    - `stats`: "loss" (of `model`, on all data), "restart_losses" (the best of each restart, NaN where it failed),
+        "horizons" (number of times, and of steps, of each stage) and "interrupted".
+    """
+
+    model: Any
+    losses: Float[np.ndarray, " steps"]
+    problem: Problem
+    stats: dict[str, Any]
+
+
+class _State(eqx.Module):
+    """One restart. `losses` is a buffer of one chunk; `alive` turns false at the first step that is not finite."""
+
+    trainable: PyTree
+    optimizer_state: PyTree
+    alive: Array
+    best: PyTree
+    best_loss: Array
+    losses: Array
+
+
+def fit(
+    model: Any,
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    key: PRNGKeyArray,
+    horizons: Sequence[float] = (0.25, 0.5, 1.0),
+    restarts: int = 1,
+    initialize: Callable[[PRNGKeyArray], Any] | None = None,
+    where: Where = None,
+    progress: bool = True,
+) -> Fit:
+    """Minimize −log p(Y | θ) − log p(θ), and over learned noise scales, with any Optax optimizer.
+
+    **Arguments:**
+
+    - `model`: the first guess.
+    - `problem`: data, likelihood and prior.
+    - `optimizer`: such as `optax.adam(1e-2)`. It sees the model's parameters, and the log noise scales beside them as a
+        tuple `(parameters, log_scale)` where they are learned.
+    - `steps`: in all, shared equally among the horizons.
+    - `key`: a JAX random key, for the restarts.
+    - `horizons`: the growing fractions of the times that are fitted one after another, the last of them 1. A Neural ODE
+        started on whole oscillations settles on a flat line; started on a prefix it follows the data out. (1.0,) fits
+        everything from the start.
+    - `restarts`: how many fits to run side by side. The first starts from `model`, the others from `initialize(key)`,
+        or by default from `model` with the entries of each matrix shuffled and their signs redrawn, which for the usual
+        initializations is a fresh draw.
+    - `initialize`: `key -> model` of the same structure, for the restarts.
+    - `where`: the parameters to fit, as in `laplace`.
+    - `progress`: whether to show a progress bar with the loss.
+
+    **Returns:** a `Fit` holding the best model met at the full horizon. After Ctrl-C, the best so far.
+
+    **Raises:** `FitError` when every restart has met a loss or gradient that is not finite, with the step, the loss, and
+    the best model before it; `LaplodeError` when an argument does not fit.
+    """
+    check_problem(problem)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise LaplodeError(f"`optimizer` must be an Optax optimizer such as optax.adam(1e-2), got {optimizer!r}.")
+    for name, value in (("steps", steps), ("restarts", restarts)):
+        if not isinstance(value, int | np.integer) or value < 1:
+            raise LaplodeError(f"`{name}` must be a positive integer, got {value!r}.")
+    lengths = _stage_lengths(horizons, problem.data.ts.shape[1])
+    if steps < len(lengths):
+        raise LaplodeError(f"`steps` = {steps} is fewer than the {len(lengths)} horizons: each takes one at least.")
+    check_model(model, problem.data)
+    view = parameters(model, where)
+
+    starts = [view.selected]
+    for restart_key in jax.random.split(key, restarts)[1:]:
+        other = (
+            _shuffled(view.selected, restart_key) if initialize is None else _same(initialize(restart_key), view, where)
+        )
+        starts.append(other)
+    trainable = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    scale = _learned_scale(problem)
+    if scale is not None:
+        log_scale = jnp.broadcast_to(jnp.log(jnp.asarray(scale, dtype=float)), (restarts, *np.shape(scale)))
+        trainable = (trainable, log_scale)
+
+    infinite = jnp.full(restarts, jnp.inf)
+    state = _State(
+        trainable=trainable,
+        optimizer_state=jax.vmap(optimizer.init)(trainable),
+        alive=jnp.ones(restarts, bool),
+        best=trainable,
+        best_loss=infinite,
+        losses=jnp.zeros((restarts, _CHUNK)),
+    )
+    share = [steps // len(lengths)] * len(lengths)
+    share[-1] += steps - sum(share)
+    losses: list[np.ndarray] = []
+    interrupted = False
+
+    def result() -> Fit:
+        every = np.asarray(state.best_loss)
+        best = int(np.nanargmin(np.where(np.isfinite(every), every, np.inf)))
+        selected, found = _split(problem, jax.tree.map(lambda x: x[best], state.best))
+        stats = {
+            "loss": float(every[best]),
+            "restart_losses": np.where(np.isfinite(every), every, np.nan),
+            "horizons": list(zip(lengths, share, strict=True)),
+            "interrupted": interrupted,
+        }
+        history = np.concatenate(losses, axis=1)[best] if losses else np.zeros(0)
+        return Fit(eqx.combine(selected, view.rest), history, found, stats)
+
+    with tqdm(total=steps, desc="Fit", unit="step", disable=not progress) as bar:
+        try:
+            for length, share_of_steps in zip(lengths, share, strict=True):
+                # What was best on a shorter series is not comparable.
+                state = eqx.tree_at(lambda s: (s.best, s.best_loss), state, (state.trainable, infinite))
+                stage = eqx.tree_at(lambda p: p.data, problem, problem.data.until(length))
+                for done in range(0, share_of_steps, _CHUNK):
+                    num = min(_CHUNK, share_of_steps - done)
+                    state = _advance(view, stage, optimizer, state, jnp.asarray(num))
+                    losses.append(np.asarray(state.losses)[:, :num])
+                    if not np.any(state.alive):
+                        raise _diverged(losses, steps, result() if np.any(np.isfinite(state.best_loss)) else None)
+                    bar.update(num)
+                    bar.set_postfix(loss=f"{float(np.min(state.best_loss)):.4g}", times=length)
+        except KeyboardInterrupt:
+            interrupted = True
+            if not np.any(np.isfinite(state.best_loss)):
+                raise
+            warnings.warn("The fit was interrupted; this is the best so far.", LaplodeWarning, stacklevel=2)
+    return result()
+
+
+def _stage_lengths(horizons: Sequence[float], num_times: int) -> list[int]:
+    fractions = np.atleast_1d(np.asarray(horizons, dtype=float))
+    wrong = fractions.ndim != 1 or np.any(fractions <= 0) or fractions[-1] != 1 or np.any(np.diff(fractions) <= 0)
+    if wrong:
+        raise LaplodeError(f"`horizons` must be increasing fractions of the data that end with 1, got {horizons!r}.")
+    lengths = [min(max(2, math.ceil(fraction * num_times)), num_times) for fraction in fractions]
+    return sorted(set(lengths))
+
+
+def _learned_scale(problem: Problem) -> Float[Array, " K"] | None:
+    likelihood = problem.likelihood
+    if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.learned:
+        return likelihood.scale
+    return None
+
+
+def _shuffled(selected: PyTree, key: PRNGKeyArray) -> PyTree:
+    leaves, structure = jax.tree.flatten(selected)
+
+    def fresh(leaf, key):
+        if leaf.ndim < 2:
+            return leaf
+        key_order, key_sign = jax.random.split(key)
+        return jax.random.permutation(key_order, leaf.ravel()).reshape(leaf.shape) * jax.random.rademacher(
+            key_sign, leaf.shape, dtype=leaf.dtype
+        )
+
+    return jax.tree.unflatten(
+        structure, [fresh(l, k) for l, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)]
+    )
+
+
+def _same(model: Any, view: Parameters, where: Where) -> PyTree:
+    other = parameters(model, where).selected
+    shapes = lambda tree: [(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    if shapes(other) != shapes(view.selected):
+        raise LaplodeError(
+            "`initialize` returns a model whose parameters differ in name or shape from those of `model`."
+        )
+    return jax.tree.unflatten(jax.tree.structure(view.selected), jax.tree.leaves(other))
+
+
+def _split(problem: Problem, trainable: PyTree) -> tuple[PyTree, Problem]:
+    """The model's parameters, and the problem with the noise scales that go with them."""
+    if _learned_scale(problem) is None:
+        return trainable, problem
+    selected, log_scale = trainable
+    return selected, eqx.tree_at(lambda p: p.likelihood.scale, problem, jnp.exp(log_scale))
+
+
+@eqx.filter_jit
+def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: Array) -> _State:
+    """`num` steps of every restart."""
+    prior_mean, prior_precision = prior_vectors(problem.prior, view)
+    data = problem.data
+
+    def loss(trainable):
+        selected, scaled = _split(problem, trainable)
+        here = Parameters(selected, view.rest)
+        theta = here.vector
+        # The plain solve, with Diffrax's own reverse mode: its steps adapt as the parameters move.
+        flow = ForeignFlow(here, jnp.asarray(data.ts), data.y0, data.args)
+        log_prior = 0.5 * jnp.sum(jnp.log(prior_precision / (2 * jnp.pi)) - prior_precision * (theta - prior_mean) ** 2)
+        return negative_log_likelihood(flow, scaled)(theta) - log_prior
+
+    def step(i, state: _State) -> _State:
+        value, gradient = jax.value_and_grad(loss)(state.trainable)
+        finite = jnp.isfinite(value)
+        for leaf in jax.tree.leaves(gradient):
+            finite &= jnp.all(jnp.isfinite(leaf))
+        alive = state.alive & finite
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
+        keep = lambda condition, new, old: jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+        better = alive & (value < state.best_loss)
+        return _State(
+            trainable=keep(alive, optax.apply_updates(state.trainable, updates), state.trainable),
+            optimizer_state=keep(alive, optimizer_state, state.optimizer_state),
+            alive=alive,
+            best=keep(better, state.trainable, state.best),
+            best_loss=jnp.where(better, value, state.best_loss),
+            losses=state.losses.at[i].set(jnp.where(state.alive, value, jnp.nan)),
+        )
+
+    return jax.vmap(lambda state: jax.lax.fori_loop(0, num, step, state))(state)
+
+
+def _diverged(losses: list[np.ndarray], steps: int, best: Fit | None) -> FitError:
+    history = np.concatenate(losses, axis=1)
+    ran = np.sum(np.cumsum(~np.isfinite(history), axis=1) == 0, axis=1)
+    last = int(np.argmax(ran))
+    step = int(ran[last])
+    value = history[last, step] if step < history.shape[1] else history[last, -1]
+    if np.isfinite(value):
+        what = f"the gradient is no longer finite (the loss is {value:.4g})"
+    else:
+        before = f" after {history[last, step - 1]:.4g} at the step before" if step else ""
+        what = f"the loss is {value}{before}"
+    where = "at the first guess" if step == 0 else f"at step {step} of {steps}"
+    whose = f" of the last of {len(history)} restarts" if len(history) > 1 else ""
+    cure = (
+        "The model can't be solved or scored there: check its predictions, which LogNormal and Poisson want positive."
+        if step == 0
+        else "Take a smaller learning rate, clip gradients (optax.chain(optax.clip_by_global_norm(1.0), ...)), or start "
+        "from a shorter horizon (`horizons`)."
+    )
+    kept = " The best model so far is in `.fit` of this error." if best is not None else ""
+    return FitError(f"The fit stopped {where}{whose}: {what}. {cure}{kept}", best)

@@ -1,0 +1,329 @@
+"""Trajectories from a posterior: linearized, or by solving again."""
+
+import functools as ft
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from arviz_stats.base import array_stats
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from tqdm.auto import tqdm
+
+from ._errors import LaplodeError, LaplodeWarning
+from ._laplace import check_x64, choose
+from ._model import predict_trajectory
+from ._posterior import Posterior
+from ._problem import AbstractLikelihood, check_args, check_initial_state, check_times
+from ._solve import flow, linearize
+from ._vector import prior_vectors
+
+# Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
+_BATCH = 64
+
+
+class Predictions(eqx.Module):
+    """Trajectories drawn from a posterior.
+
+    - `ts`: times, (N, T).
+    - `mean`: the prediction at the posterior mean θ*, (N, T, K).
+    - `epistemic`: draws of the noise-free prediction, (S, N, T, K); NaN where a solve failed.
+    - `predictive`: the same with observation noise, (S, N, T, K).
+    - `thetas`: the parameter vectors of the draws, (S, P).
+    - `ok`: False for draws whose solve failed, (S,).
+    - `log_p`, `log_q`: of each draw, the log joint density log p(Y, θ) and the log density it was drawn from, (S,);
+        None unless importance weights were asked for.
+    - `log_weights`, `khat`: Pareto smoothed log importance weights (S,), normalized, and their Pareto k̂ (Vehtari et al.,
+        2024): above min(1 − 1/log10(S), 0.7) the draws do not represent the posterior; None unless asked for.
+    - `observed_grid`: whether the times and initial states are those of the data.
+    """
+
+    ts: Float[np.ndarray, "N T"]
+    mean: Float[Array, "N T K"]
+    epistemic: Float[Array, "S N T K"]
+    predictive: Float[Array, "S N T K"]
+    thetas: Float[Array, "S P"]
+    ok: Bool[Array, " S"]
+    log_p: Float[Array, " S"] | None
+    log_q: Float[Array, " S"] | None
+    log_weights: Float[Array, " S"] | None
+    khat: float | None
+    method: str = eqx.field(static=True)
+    observed_grid: bool = eqx.field(static=True)
+    _root: Float[Array, "N TK R"] | None
+
+    def covariance(self) -> Float[Array, "N TK TK"]:
+        """The joint covariance J Λ⁻¹ Jᵀ over times and channels of each trajectory, (N, T·K, T·K), times outermost.
+
+        In the units of the prediction and to first order in θ − θ*, exact for a linear model. Observation noise is not
+        included.
+
+        **Raises:** `LaplodeError` unless the predictions were linearized.
+        """
+        if self._root is None:
+            raise LaplodeError(
+                f'`covariance()` is the closed form of method="linearized"; these are draws of method="{self.method}", '
+                "whose covariance is that of `.epistemic` over its first axis."
+            )
+        return jnp.einsum("nar,nbr->nab", self._root, self._root)
+
+
+def predict(
+    posterior: Posterior,
+    ts: Any,
+    y0: Any = None,
+    args: PyTree = None,
+    *,
+    method: str = "linearized",
+    num_samples: int = 1000,
+    key: PRNGKeyArray,
+    khat: bool | None = None,
+    progress: bool = True,
+) -> Predictions:
+    """Trajectories at `ts` under the posterior.
+
+    **Arguments:**
+
+    - `posterior`: from `laplace`.
+    - `ts`: times, shape (T,) or (N, T), strictly increasing. Without a new `y0` they may start later than the data, but
+        not earlier.
+    - `y0`: initial states at ts[:, 0], shape (N, D). None continues the observed trajectories, from their own initial
+        states at their own first times, with their own `args`.
+    - `args`: as in `Trajectories`, for new initial states.
+    - `method`: "linearized": y = f(θ*) + J (θ − θ*), in the coordinate in which the likelihood's information is constant
+        (log for LogNormal, so that draws stay positive); the recommended one. "sampled": the ODE is solved at each draw
+        of θ, which is right only where the posterior is tight.
+    - `num_samples`: S.
+    - `key`: a JAX random key.
+    - `khat`: whether to weigh the draws against the true posterior, which takes a solve of the data's trajectories for
+        each. By default for "sampled" only.
+    - `progress`: whether to show a progress bar.
+
+    **Returns:** `Predictions`.
+
+    **Raises:** `LaplodeError` when an argument does not fit. Warns (`LaplodeWarning`) when solves failed or k̂ is high.
+
+    Immer, Korzepa and Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization".
+    """
+    check_x64()
+    draw = choose("method", method, _METHODS)
+    if not isinstance(posterior, Posterior):
+        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    if not isinstance(num_samples, int | np.integer) or num_samples < 1:
+        raise LaplodeError(f"`num_samples` must be a positive integer, got {num_samples!r}.")
+    grid = _Grid.of(posterior, ts, y0, args)
+    num_samples = int(num_samples)
+    key_theta, key_noise = jax.random.split(key)
+    thetas = posterior.sample(key_theta, num_samples)
+    mean, epistemic, root = draw(posterior, grid, thetas, progress)
+    ok = jnp.all(jnp.isfinite(epistemic), axis=(1, 2, 3))
+    epistemic = jnp.where(ok[:, None, None, None], epistemic, jnp.nan)
+    predictive = posterior.problem.likelihood.distribution(epistemic).sample(key_noise).astype(float)
+    predictive = jnp.where(jnp.isfinite(epistemic), predictive, jnp.nan)
+
+    log_p = log_q = log_weights = pareto_k = None
+    if khat if khat is not None else method == "sampled":
+        log_p = log_joint(posterior, thetas, progress=progress)
+        log_q = posterior.log_prob(thetas)
+        log_weights, pareto_k = importance_weights(log_p, log_q)
+    result = Predictions(
+        ts=grid.ts,
+        mean=mean,
+        epistemic=epistemic,
+        predictive=predictive,
+        thetas=thetas,
+        ok=ok,
+        log_p=log_p,
+        log_q=log_q,
+        log_weights=log_weights,
+        khat=pareto_k,
+        method=method,
+        observed_grid=grid.observed,
+        _root=root,
+    )
+    _warn(result)
+    return result
+
+
+class _Grid(eqx.Module):
+    """Where to predict. `skip` leading times only carry the solve from the initial state to the first time wanted."""
+
+    ts: Float[np.ndarray, "N T"]
+    solve_ts: Float[np.ndarray, "N skip+T"]
+    y0: Float[np.ndarray, "N D"] | None
+    args: PyTree
+    skip: int = eqx.field(static=True)
+    observed: bool = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, posterior: Posterior, ts: Any, y0: Any, args: PyTree) -> "_Grid":
+        data = posterior.problem.data
+        ts = check_times("ts", ts)
+        if y0 is not None:
+            num = ts.shape[0] if ts.ndim == 2 else (1 if np.ndim(y0) == 1 else len(y0))
+            y0 = check_initial_state("y0", y0, num)
+            if data.y0 is not None and y0.shape[1] != data.y0.shape[1]:
+                raise LaplodeError(f"`y0` has D = {y0.shape[1]} states, but the data's y0 has {data.y0.shape[1]}.")
+            if args is None and data.args is not None:
+                raise LaplodeError("`args` is missing: the data came with args, so new initial states need theirs.")
+            ts = np.broadcast_to(ts, (num, ts.shape[-1])).copy()
+            return cls(ts, ts, y0, check_args("args", args, num), 0, False)
+        if args is not None:
+            raise LaplodeError(
+                "`args` is for new initial states: give `y0` with it, or leave both to continue the data."
+            )
+        num = data.ts.shape[0]
+        if ts.ndim == 2 and ts.shape[0] != num:
+            raise LaplodeError(
+                f"`ts` has {ts.shape[0]} rows, but the data has N = {num} trajectories. For other trajectories give "
+                "their initial states as `y0`."
+            )
+        ts = np.broadcast_to(ts, (num, ts.shape[-1])).copy()
+        start = data.ts[:, :1]
+        if np.any(ts[:, :1] < start):
+            i = int(np.argmax(ts[:, 0] < start[:, 0]))
+            raise LaplodeError(
+                f"`ts` of trajectory {i} starts at {ts[i, 0]:g}, before its initial state at {start[i, 0]:g}. Start later, "
+                "or give the state at ts[:, 0] as `y0`."
+            )
+        observed = ts.shape == data.ts.shape and bool(np.all(ts == data.ts))
+        if np.all(ts[:, :1] == start):
+            return cls(ts, ts, data.y0, data.args, 0, observed)
+        if np.any(ts[:, :1] == start):
+            raise LaplodeError(
+                "`ts` starts at the initial time of some trajectories and later in others: start all of them at their "
+                "initial times, or all later."
+            )
+        return cls(ts, np.concatenate([start, ts], axis=1), data.y0, data.args, 1, False)
+
+
+def _linearized(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
+    around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
+    mean, jacobian = linearize(around)
+    mean, jacobian = mean[:, grid.skip :], jacobian[:, grid.skip :]
+    likelihood = posterior.problem.likelihood
+    epistemic = _linear_draws(likelihood, mean, jacobian, thetas - posterior.mean)
+    return mean, epistemic, _covariance_root(posterior, jacobian)
+
+
+@eqx.filter_jit
+def _linear_draws(likelihood: AbstractLikelihood, mean, jacobian, offsets):
+    # stabilize is elementwise, so its derivative is a scale.
+    stabilized, scale = jax.jvp(likelihood.stabilize, (mean,), (jnp.ones_like(mean),))
+    change = jnp.einsum("ntkp,sp->sntk", jacobian, offsets)
+    return likelihood.unstabilize(stabilized + scale * change)
+
+
+def _covariance_root(posterior: Posterior, jacobian: Float[Array, "N T K P"]) -> Float[Array, "N TK R"]:
+    """A root of J Λ⁻¹ Jᵀ for each trajectory, no larger than J itself."""
+    num, _, _, size = jacobian.shape
+    rows = jacobian.reshape(num, -1, size)
+
+    def root(rows):
+        covariance = posterior.structure.predictive_covariance(rows)
+        eigenvalues, vectors = jnp.linalg.eigh((covariance + covariance.T) / 2)
+        return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+
+    return jax.lax.map(root, rows)
+
+
+def _sampled(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
+    solve = ft.partial(_solve_at, posterior, grid.solve_ts, grid.y0, grid.args)
+    mean = solve(posterior.mean[None])[0]
+    epistemic = _in_batches(solve, thetas, "Solving at draws" if progress else None)
+    return mean[:, grid.skip :], epistemic[:, :, grid.skip :], None
+
+
+_METHODS = {"linearized": _linearized, "sampled": _sampled}
+
+
+@eqx.filter_jit
+def _solve_at(posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
+    """Predictions by a solve of its own for each parameter vector; not finite where it failed."""
+
+    def at(theta):
+        model = posterior.unravel(theta)
+        return jax.vmap(ft.partial(predict_trajectory, model))(ts, y0, args)
+
+    return jax.vmap(at)(thetas)
+
+
+def _in_batches(function: Callable[[Array], Array], rows: Float[Array, "S P"], label: str | None) -> Array:
+    num = rows.shape[0]
+    batch = min(_BATCH, num)
+    results = []
+    try:
+        with tqdm(total=num, desc=label, unit="draw", disable=label is None) as bar:
+            for start in range(0, num, batch):
+                first = min(start, num - batch)  # one compiled shape for all
+                results.append(function(rows[first : first + batch])[start - first :])
+                bar.update(first + batch - start)
+    except eqx.EquinoxRuntimeError as error:
+        raise LaplodeError(
+            "`model` raised while solving at a draw from the posterior, which wanders further than a fit does. Let it "
+            "return what it has instead, diffrax.diffeqsolve(..., throw=False), so that failed draws can be counted; or "
+            f'use method="linearized", which solves at the posterior mean only. It said: {str(error).splitlines()[0]}'
+        ) from error
+    return jnp.concatenate(results)
+
+
+def log_joint(posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bool = False) -> Float[Array, " S"]:
+    """log p(Y, θ) = log p(Y | θ) + log p(θ) of each parameter vector, in nats; −∞ where its solve failed."""
+    problem = posterior.problem
+    data = problem.data
+    mean, precision = prior_vectors(problem.prior, posterior.parameters)
+
+    def at(thetas):
+        predictions = _solve_at(posterior, data.ts, data.y0, data.args, thetas)
+        log_likelihood = jax.vmap(problem.log_likelihood)(predictions)
+        log_prior = 0.5 * jnp.sum(jnp.log(precision / (2 * jnp.pi)) - precision * (thetas - mean) ** 2, axis=-1)
+        total = log_likelihood + log_prior
+        return jnp.where(jnp.isfinite(total), total, -jnp.inf)
+
+    return _in_batches(at, thetas, "Weighing draws" if progress else None)
+
+
+def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> tuple[Float[Array, " S"], float]:
+    """Pareto smoothed log weights of draws from q under p, normalized to sum to 1, and their Pareto k̂.
+
+    A draw whose solve failed has weight 0: it is known to be no trajectory of the model.
+    """
+    ratios = np.asarray(log_p - log_q, dtype=float)
+    finite = np.isfinite(ratios)
+    weights = np.full(ratios.shape, -np.inf)
+    if not np.any(finite):
+        return jnp.asarray(weights), float("inf")
+    # Weights equal to rounding have no tail to fit: they are as good as they can be.
+    if np.ptp(ratios[finite]) < 1e-6:
+        weights[finite] = -np.log(np.sum(finite))
+        return jnp.asarray(weights), float("-inf")
+    smoothed, khat = array_stats.psislw(-ratios[finite])  # it takes the log-likelihoods of leave-one-out
+    weights[finite] = smoothed - np.logaddexp.reduce(smoothed)
+    return jnp.asarray(weights), float(khat)
+
+
+def khat_threshold(num_samples: int) -> float:
+    """The k̂ above which S importance weights cannot be trusted: min(1 − 1/log10(S), 0.7)."""
+    return min(1 - 1 / np.log10(max(num_samples, 2)), 0.7)
+
+
+def _warn(predictions: Predictions) -> None:
+    failed = int(jnp.sum(~predictions.ok))
+    num = predictions.ok.shape[0]
+    if failed:
+        warnings.warn(
+            f"{failed} of {num} draws have no finite trajectory (`.ok` says which; they are NaN): the Gaussian reaches "
+            'parameters at which the ODE blows up. method="linearized" does not solve at draws.',
+            LaplodeWarning,
+            stacklevel=3,
+        )
+    if predictions.khat is not None and predictions.khat > khat_threshold(num):
+        warnings.warn(
+            f"Pareto k̂ = {predictions.khat:.2f} is above {khat_threshold(num):.2f}: as draws of θ, these do not represent "
+            "the true posterior, and their importance weights can't mend it.",
+            LaplodeWarning,
+            stacklevel=3,
+        )

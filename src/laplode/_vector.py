@@ -1,0 +1,187 @@
+"""A model's parameters as a vector: which they are, their names, and the way back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+
+from ._errors import LaplodeError
+from ._problem import GaussianPrior
+
+Where = Callable[[Any], Any] | PyTree[bool] | None
+
+# How a solve is done is not what is inferred, whatever arrays its settings hold.
+_SETTINGS = (
+    diffrax.AbstractSolver,
+    diffrax.AbstractStepSizeController,
+    diffrax.AbstractAdjoint,
+    diffrax.SaveAt,
+)
+
+
+def _all_parameters(model: PyTree) -> PyTree[bool]:
+    is_settings = lambda node: isinstance(node, _SETTINGS)
+    return jax.tree.map(
+        lambda node: jax.tree.map(lambda _: False, node) if is_settings(node) else eqx.is_inexact_array(node),
+        model,
+        is_leaf=is_settings,
+    )
+
+
+def _selected(model: PyTree, where: Where) -> PyTree[bool]:
+    spec = _all_parameters(model)
+    if where is None:
+        return spec
+    if callable(where) and not isinstance(where, eqx.Module):
+        nothing = jax.tree.map(lambda _: False, spec)
+        try:
+            chosen = eqx.tree_at(where, nothing, replace_fn=lambda node: jax.tree.map(lambda _: True, node))
+        except Exception as error:
+            raise LaplodeError(
+                "`where` must pick nodes of the model, as in where=lambda m: m.vector_field.layers[-1] or "
+                f"where=lambda m: (m.a, m.b); it failed with {type(error).__name__}: {error}"
+            ) from error
+        return jax.tree.map(lambda a, b: a and b, spec, chosen)
+    try:
+        return jax.tree.map(lambda w, sub: jax.tree.map(lambda s: bool(w) and s, sub), where, spec)
+    except (ValueError, TypeError) as error:
+        raise LaplodeError(
+            "`where` must be a function that picks nodes of the model, or a pytree prefix of the model holding "
+            f"True and False; {error}"
+        ) from error
+
+
+class Parameters(eqx.Module):
+    """The selected parameters of a model, as a vector θ of shape (P,) and back.
+
+    Everything else of the model, fixed arrays, integer leaves and functions, waits in `rest`.
+    """
+
+    selected: PyTree
+    rest: PyTree
+
+    @property
+    def vector(self) -> Float[Array, " P"]:
+        """θ."""
+        return ravel_pytree(self.selected)[0]
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.selected))
+
+    @property
+    def leaves(self) -> tuple[tuple[str, tuple[int, ...], int, int], ...]:
+        """Of each selected leaf: name, shape, and where it starts and stops in θ."""
+        leaves, start = [], 0
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.selected):
+            name = jax.tree_util.keystr(path).lstrip(".")
+            leaves.append((name, leaf.shape, start, start + leaf.size))
+            start += leaf.size
+        return tuple(leaves)
+
+    def unravel(self, theta: Float[Array, " P"]) -> Any:
+        """The model with its selected parameters set to `theta`."""
+        # The parameters come first: `eqx.combine` keeps the first leaf that is not None, so that with the template
+        # first θ would have no influence on the model and every derivative would be zero.
+        return eqx.combine(ravel_pytree(self.selected)[1](theta), self.rest)
+
+    def name(self, index: int) -> str:
+        """The name of one entry of θ, such as `vector_field.layers[0].weight[2, 1]`."""
+        for name, shape, start, stop in self.leaves:
+            if start <= index < stop:
+                place = np.unravel_index(index - start, shape)
+                return name + (f"[{', '.join(str(int(i)) for i in place)}]" if shape else "")
+        raise IndexError(index)
+
+    def names(self, indices: np.ndarray) -> tuple[str, ...]:
+        """The names of entries of θ; a leaf named whole stands for all of its entries."""
+        chosen = np.zeros(self.size, bool)
+        chosen[indices] = True
+        names: list[str] = []
+        for name, _, start, stop in self.leaves:
+            if np.all(chosen[start:stop]):
+                names.append(name)
+            else:
+                names.extend(self.name(start + int(i)) for i in np.flatnonzero(chosen[start:stop]))
+        return tuple(names)
+
+
+def parameters(model: Any, where: Where = None) -> Parameters:
+    """View the inexact arrays of `model` that `where` selects as a vector, in float64 when JAX has it.
+
+    **Arguments:**
+
+    - `model`: an `eqx.Module`. Solvers and step size controllers in it hold no parameters.
+    - `where`: None for all; a function that picks nodes, as in `eqx.tree_at`; or a pytree prefix of True and False.
+
+    **Raises:** `LaplodeError` when nothing is selected, or a parameter is complex or not finite.
+    """
+    spec = _selected(model, where)
+    # Every inexact array is cast, not only the selected ones: one float32 leaf would bring its rounding to all.
+    cast = lambda leaf: jnp.asarray(leaf, dtype=float) if _is_real_array(leaf) else leaf
+    selected, rest = eqx.partition(jax.tree.map(cast, model), spec)
+    named = [
+        (jax.tree_util.keystr(path).lstrip("."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(selected)
+    ]
+    if not any(leaf.size for _, leaf in named):
+        if where is None:
+            raise LaplodeError(
+                f"`model` ({type(model).__name__}) has no parameters: no leaf is an array of floating point numbers. "
+                "Python floats and integer arrays are constants; make parameters arrays, as in jnp.array(1.5)."
+            )
+        raise LaplodeError(
+            "`where` selects no parameter: none of the chosen leaves is an array of floating point numbers."
+        )
+    for name, leaf in named:
+        if jnp.iscomplexobj(leaf):
+            raise LaplodeError(f"`model` has a complex parameter, {name}: split it into its real and imaginary parts.")
+        if not np.all(np.isfinite(leaf)):
+            raise LaplodeError(f"`model` has a parameter that is not finite: {name}. The fit has diverged.")
+    return Parameters(selected, rest)
+
+
+def _is_real_array(leaf: Any) -> bool:
+    return eqx.is_inexact_array(leaf) and not np.iscomplexobj(leaf)
+
+
+def prior_vectors(prior: GaussianPrior, view: Parameters) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
+    """Mean and precision of the prior for each entry of θ, both of shape (P,).
+
+    **Raises:** `LaplodeError` when a pytree of means or precisions is not a prefix of the model.
+    """
+    return _broadcast("mean", prior.mean, view), _broadcast("precision", prior.precision, view)
+
+
+def _broadcast(name: str, prefix: PyTree, view: Parameters) -> Float[Array, " P"]:
+    if eqx.is_array_like(prefix) and jnp.ndim(prefix) <= 1:  # pyright: ignore[reportArgumentType]
+        values = jnp.asarray(prefix, dtype=float)
+        if values.ndim == 0 or values.shape == (view.size,):
+            return jnp.broadcast_to(values, (view.size,))
+        everything = eqx.combine(
+            jax.tree.map(lambda x: np.ones(x.shape, bool), view.selected),
+            jax.tree.map(lambda x: np.zeros(x.shape, bool), eqx.filter(view.rest, _is_real_array)),
+        )
+        everything = eqx.filter(everything, _all_parameters(eqx.combine(view.selected, view.rest)))
+        chosen = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(everything)])
+        if values.shape == chosen.shape:  # given for the whole model, of which this is a part
+            return values[chosen]
+        raise LaplodeError(
+            f"`{name}` of the prior has shape {values.shape}, but the model has P = {view.size} parameters: give a "
+            "scalar, an array of shape (P,), or a pytree prefix of the model."
+        )
+    spread = lambda p, sub: jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(p, dtype=float), x.shape), sub)
+    try:
+        spread_out = jax.tree.map(spread, prefix, view.selected, is_leaf=lambda node: node is None)
+        return ravel_pytree(spread_out)[0]
+    except (ValueError, TypeError) as error:
+        raise LaplodeError(
+            f"`{name}` of the prior is neither a scalar, nor an array of shape ({view.size},), nor a pytree prefix of "
+            f"the model: {error}"
+        ) from error
