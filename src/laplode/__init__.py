@@ -3,7 +3,7 @@
 from ._arviz import to_datatree as to_datatree
 from ._errors import FitError as FitError, LaplodeError as LaplodeError, LaplodeWarning as LaplodeWarning
 from ._fit import Fit as Fit, fit as fit
-from ._laplace import laplace as laplace
+from ._laplace import Estimate as Estimate, estimate as estimate, laplace as laplace
 from ._model import NeuralODE as NeuralODE
 from ._plot import plot_trajectories as plot_trajectories
 from ._posterior import Diagnostics as Diagnostics, Posterior as Posterior

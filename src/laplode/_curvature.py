@@ -3,15 +3,19 @@
 It is a sum over all observations, never a mean, and knows nothing of the prior.
 """
 
+import abc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import matfree.decomp
+import matfree.eig
+import matfree.stochtrace
 import numpy as np
 import psutil
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm.auto import tqdm
 
 from ._problem import Problem
@@ -21,7 +25,15 @@ from ._solve import AbstractFlow, check_second_order, linearize
 _MAX_CHUNK = 64
 
 
-class DenseCurvature(eqx.Module):
+class AbstractCurvature(eqx.Module):
+    """∇²(−log p(Y | θ)), or an approximation of it, in some form."""
+
+    @abc.abstractmethod
+    def influence(self) -> Float[Array, " P"]:
+        """Per parameter, the largest entry that it has anywhere: 0 where it has no influence."""
+
+
+class DenseCurvature(AbstractCurvature):
     """A symmetric matrix (P, P), not necessarily positive semidefinite.
 
     `symmetry_defect` is ‖H − Hᵀ‖ / ‖H‖ (Frobenius) from before it was symmetrized.
@@ -30,25 +42,65 @@ class DenseCurvature(eqx.Module):
     matrix: Float[Array, "P P"]
     symmetry_defect: float
 
-    def influence(self) -> Float[Array, " P"]:
-        """Per parameter, the largest entry of its row: 0 where it has no influence."""
+    def influence(self):
         return jnp.max(jnp.abs(self.matrix), axis=1)
 
 
-class FactoredCurvature(eqx.Module):
-    """Jᵀ W J, kept as the Jacobian J (M, P) of the predictions and the weights (M,), never negative."""
+class BlockCurvature(AbstractCurvature):
+    """The diagonal blocks of a symmetric matrix, in the order of θ, one for each leaf of the model."""
 
-    jacobian: Float[Array, "M P"]
+    blocks: tuple[DenseCurvature, ...]
+
+    def influence(self):
+        return jnp.concatenate([block.influence() for block in self.blocks])
+
+
+class DiagonalCurvature(AbstractCurvature):
+    """The diagonal of a symmetric matrix."""
+
+    diagonal: Float[Array, " P"]
+
+    def influence(self):
+        return jnp.abs(self.diagonal)
+
+
+class EigenCurvature(AbstractCurvature):
+    """The leading part of a symmetric matrix: eigenvectors (R, P) as rows, and their eigenvalues (R,) of either sign."""
+
+    vectors: Float[Array, "R P"]
+    eigenvalues: Float[Array, " R"]
+
+    def influence(self):
+        return jnp.max(jnp.abs(self.vectors), axis=0)
+
+
+class FactoredCurvature(AbstractCurvature):
+    """Fᵀ W F, positive semidefinite, kept as the factor F (M, P) and the weights W (M,).
+
+    F is the Jacobian of the predictions.
+    """
+
+    factor: Float[Array, "M P"]
     weights: Float[Array, " M"]
 
-    def influence(self) -> Float[Array, " P"]:
-        """Per parameter, the largest entry of its column in J: 0 where it has no influence."""
-        return jnp.max(jnp.abs(self.jacobian), axis=0)
+    @eqx.filter_jit
+    def influence(self):
+        return jnp.max(jnp.abs(self.factor), axis=0)
 
+    @eqx.filter_jit
     def matrix(self) -> Float[Array, "P P"]:
-        """Jᵀ W J."""
-        factor = jnp.sqrt(self.weights)[:, None] * self.jacobian
-        return factor.T @ factor
+        """Fᵀ W F."""
+        half = jnp.sqrt(self.weights)[:, None] * self.factor
+        return half.T @ half
+
+    @eqx.filter_jit
+    def diagonal(self) -> Float[Array, " P"]:
+        """The diagonal of Fᵀ W F."""
+        return jnp.einsum("m,mp->p", self.weights, self.factor**2)
+
+    def block(self, start: int, stop: int) -> Float[Array, "B B"]:
+        """Rows and columns start … stop of Fᵀ W F."""
+        return FactoredCurvature(self.factor[:, start:stop], self.weights).matrix()
 
 
 def free_bytes() -> int:
@@ -94,27 +146,88 @@ def _chunk_size(flow: AbstractFlow, problem: Problem) -> int:
     return int(min(max(budget // each, 1), _MAX_CHUNK, theta.size))
 
 
-def hessian(
-    flow: AbstractFlow, problem: Problem, *, batch_size: int | None = None, progress: bool = True
-) -> DenseCurvature:
-    """The exact Hessian of −log p(Y | θ) at the flow's parameters, by forward-over-reverse in chunks of tangents.
+def _row_chunks(
+    flow: AbstractFlow, problem: Problem, batch_size: int | None, progress: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of the Hessian, chunk after chunk, each with the index of its first row; chunks may overlap.
 
     `jax.hessian` pushes all P tangents at once, which takes P times the memory of a gradient; here only `batch_size`
-    are under way (chosen from the free memory by default), and only the matrix itself grows with P².
-
-    **Raises:** `LaplodeError` when the model has no second derivatives, with the line to change.
+    are under way (chosen from the free memory by default).
     """
     check_second_order(flow)
     theta = flow.parameters.vector
-    size = theta.size
-    chunk = min(_chunk_size(flow, problem) if batch_size is None else batch_size, size)
-    matrix = np.empty((size, size))
-    with tqdm(total=size, desc="Hessian", unit="tangent", disable=not progress) as bar:
-        for start in range(0, size, chunk):
-            first = min(start, size - chunk)  # the last chunk overlaps its neighbor, so that one program serves all
-            matrix[first : first + chunk] = _hessian_rows(flow, problem, theta, jnp.asarray(first), chunk)
+    chunk = min(_chunk_size(flow, problem) if batch_size is None else batch_size, theta.size)
+    with tqdm(total=theta.size, desc="Hessian", unit="tangent", disable=not progress) as bar:
+        for start in range(0, theta.size, chunk):
+            first = min(start, theta.size - chunk)  # the last chunk overlaps its neighbor: one program serves all
+            yield first, np.asarray(_hessian_rows(flow, problem, theta, jnp.asarray(first), chunk))
             bar.update(first + chunk - start)
+
+
+def hessian(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool) -> DenseCurvature:
+    """The exact Hessian of −log p(Y | θ) at the flow's parameters, by forward-over-reverse in chunks of tangents.
+
+    **Raises:** `LaplodeError` when the model has no second derivatives, with the line to change.
+    """
+    size = flow.parameters.size
+    matrix = np.empty((size, size))
+    for first, rows in _row_chunks(flow, problem, batch_size, progress):
+        matrix[first : first + len(rows)] = rows
     return symmetrized(matrix)
+
+
+def hessian_blocks(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool) -> BlockCurvature:
+    """The blocks of the exact Hessian on its diagonal, one for each leaf of the model."""
+    leaves = [(start, np.empty((stop - start, stop - start))) for _, _, start, stop in flow.parameters.leaves]
+    for first, rows in _row_chunks(flow, problem, batch_size, progress):
+        for start, block in leaves:
+            low, high = max(first, start), min(first + len(rows), start + len(block))
+            if low < high:
+                block[low - start : high - start] = rows[low - first : high - first, start : start + len(block)]
+    return BlockCurvature(tuple(symmetrized(block) for _, block in leaves))
+
+
+def hessian_diagonal(
+    flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool
+) -> DiagonalCurvature:
+    """The diagonal of the exact Hessian, at the cost of all of it but without its memory."""
+    diagonal = np.empty(flow.parameters.size)
+    for first, rows in _row_chunks(flow, problem, batch_size, progress):
+        diagonal[first : first + len(rows)] = np.diagonal(rows, offset=first)
+    return DiagonalCurvature(jnp.asarray(diagonal))
+
+
+def hessian_diagonal_stochastic(
+    flow: AbstractFlow, problem: Problem, *, num_probes: int, key: PRNGKeyArray
+) -> DiagonalCurvature:
+    """The diagonal of the exact Hessian as the mean of v ∘ H v over random signs v (Bekas et al., 2007)."""
+    check_second_order(flow)
+    theta = flow.parameters.vector
+    sampler = matfree.stochtrace.sampler_signs(theta, num=num_probes)
+    integrand = matfree.stochtrace.monte_carlo_diagonal()
+    estimator = matfree.stochtrace.estimator_monte_carlo(integrand, sampler=sampler)
+    product = eqx.filter_jit(
+        lambda f, p, key: estimator(lambda v: hessian_vector_product(f, p, f.parameters.vector, v), key)
+    )
+    return DiagonalCurvature(product(flow, problem, key))
+
+
+@eqx.filter_jit
+def _lanczos(flow: AbstractFlow, problem: Problem, num_products: int):
+    theta = flow.parameters.vector
+    tridiagonalize = matfree.decomp.tridiag_sym(num_products, reortho="full", custom_vjp=False)
+    start = jax.random.normal(jax.random.key(0), theta.shape)  # any start with a part in every direction
+    return matfree.eig.eigh_partial(tridiagonalize)(lambda v: hessian_vector_product(flow, problem, theta, v), start)
+
+
+def hessian_leading(flow: AbstractFlow, problem: Problem, *, rank: int) -> EigenCurvature:
+    """The leading eigenpairs of the exact Hessian, largest in size first, by Lanczos over Hessian-vector products."""
+    check_second_order(flow)
+    # Lanczos finds the ends of the spectrum first; half of the pairs of a run have usually converged.
+    num_products = min(flow.parameters.size, 2 * rank + 10)
+    eigenvalues, vectors = _lanczos(flow, problem, num_products)
+    leading = jnp.argsort(-jnp.abs(eigenvalues))[:rank]
+    return EigenCurvature(vectors[leading], eigenvalues[leading])
 
 
 def symmetrized(matrix: np.ndarray) -> DenseCurvature:
@@ -138,7 +251,7 @@ def fisher(flow: AbstractFlow, problem: Problem) -> FactoredCurvature:
 
 def _factored(problem: Problem, jacobian: Float[Array, "N T K P"], weights: Float[Array, "N T K"]) -> FactoredCurvature:
     observed = problem.data.observed.ravel()
-    jacobian = jacobian.reshape(observed.size, -1)
-    if not np.all(observed):
-        jacobian = jacobian[observed]
-    return FactoredCurvature(jacobian, weights.ravel()[observed])
+    factor = jacobian.reshape(observed.size, -1)
+    if np.all(observed):  # a matrix this large is not copied for nothing
+        return FactoredCurvature(factor, weights.ravel())
+    return FactoredCurvature(factor[observed], weights.ravel()[observed])

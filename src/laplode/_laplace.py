@@ -1,32 +1,49 @@
 """Curvature and prior in, posterior out."""
 
+import dataclasses
 import math
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
-from scipy.sparse.linalg import LinearOperator, eigsh
+from jaxtyping import Array, PRNGKeyArray
+from tqdm.auto import tqdm
 
-from ._curvature import DenseCurvature, FactoredCurvature, fisher, free_bytes, ggn, hessian, value_and_gradient
+from ._curvature import (
+    AbstractCurvature,
+    BlockCurvature,
+    DenseCurvature,
+    fisher,
+    free_bytes,
+    ggn,
+    hessian,
+    hessian_blocks,
+    hessian_diagonal,
+    hessian_diagonal_stochastic,
+    hessian_leading,
+    value_and_gradient,
+)
 from ._errors import LaplodeError, LaplodeWarning
 from ._model import check_model
-from ._posterior import AbstractStructure, Diagnostics, Full, Posterior, Regularized
+from ._posterior import Diagnostics, Posterior
 from ._problem import Problem
-from ._solve import AbstractFlow, flow
+from ._solve import AbstractFlow, ReplayedFlow, flow, jacobian_route
+from ._structure import (
+    Built,
+    Regularize,
+    Sizes,
+    build_block_diagonal,
+    build_diagonal,
+    build_full,
+    build_low_rank,
+)
 from ._vector import Parameters, Where, parameters, prior_vectors
 
 # ---- Strings become functions here, at the door, and nowhere else
-
-_CURVATURES = {
-    "hessian": hessian,
-    "ggn": lambda flow, problem, batch_size, progress: ggn(flow, problem),
-    "fisher": lambda flow, problem, batch_size, progress: fisher(flow, problem),
-}
 
 _REGULARIZATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "clip": lambda eigenvalues: np.maximum(eigenvalues, 0),
@@ -34,6 +51,8 @@ _REGULARIZATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "jitter": lambda eigenvalues: eigenvalues - min(eigenvalues.min(), 0),
     "none": lambda eigenvalues: eigenvalues,
 }
+
+_CURVATURES = {"hessian": None, "ggn": ggn, "fisher": fisher}
 
 
 def choose(name: str, option: str, options: dict[str, Any]) -> Any:
@@ -68,6 +87,9 @@ def laplace(
     structure: str = "full",
     where: Where = None,
     regularization: str = "clip",
+    rank: int | None = None,
+    num_probes: int | None = None,
+    key: PRNGKeyArray | None = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Posterior:
@@ -80,14 +102,18 @@ def laplace(
     - `problem`: what it was fitted to.
     - `curvature`: of −log p(Y | θ): "hessian" (exact), "ggn" (generalized Gauss-Newton, never indefinite) or "fisher"
         (empirical).
-    - `structure`: of Λ: "full".
+    - `structure`: of Λ: "full" (P × P); "low_rank" (nothing P × P: exact for "ggn" and "fisher", the leading eigenpairs
+        for "hessian"); "block_diagonal" (a block for each leaf of the model); "diagonal".
     - `where`: the parameters to infer, all by default: a function that picks nodes of the model, as in
         `where=lambda m: m.vector_field.layers[-1]`, or a pytree of True and False. The others stay fixed.
     - `regularization`: what becomes of negative eigenvalues of the exact Hessian, which it has away from a minimum:
         "clip" (set to 0, leaving the prior in charge), "abs", "jitter" (the whole spectrum is raised) or "none" (an
         error, if Λ is not positive definite).
+    - `rank`: of "low_rank"; by default min(M, P), or min(100, P) for "hessian".
+    - `num_probes`, `key`: for "diagonal" with "hessian", estimate the diagonal from this many random probes, instead of
+        taking it exactly at the cost of P Hessian-vector products.
     - `batch_size`: tangents under way at once in the exact Hessian; chosen from the free memory by default.
-    - `progress`: whether to show a progress bar.
+    - `progress`: whether to print what is about to be done (see `estimate`) and show a progress bar.
 
     **Returns:** a `Posterior`, with `.diagnostics`.
 
@@ -97,57 +123,217 @@ def laplace(
 
     MacKay (1992), "A practical Bayesian framework for backpropagation networks".
     """
-    check_x64()
-    compute_curvature = choose("curvature", curvature, _CURVATURES)
-    build = choose("structure", structure, _STRUCTURES)
+    options = _Options(rank=rank, num_probes=num_probes, key=key, batch_size=batch_size, progress=progress)
+    plan = _plan(model, problem, curvature, structure, where, options)
     regularize = choose("regularization", regularization, _REGULARIZATIONS)
-    check_problem(problem)
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise LaplodeError(f"`batch_size` must be a positive integer or None, got {batch_size!r}.")
-    view = parameters(model, where)
-    check_model(model, problem.data)
-    prior_mean, prior_precision = prior_vectors(problem.prior, view)
-    _check_memory(view.size)
-
-    around = flow(view, problem.data.ts, problem.data.y0, problem.data.args)
-    theta = view.vector
+    if regularization == "jitter" and plan.structure is _LOW_RANK and curvature == "hessian":
+        raise LaplodeError(
+            '`regularization`="jitter" raises the whole spectrum, of which structure="low_rank" has only a part: take "clip".'
+        )
+    prior_mean, prior_precision = prior_vectors(problem.prior, plan.view)
+    around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
+    theta = plan.view.vector
     nll, nll_gradient = value_and_gradient(around, problem, theta)
     _check_finite(nll, nll_gradient, around, problem)
     offset = theta - prior_mean
     gradient = nll_gradient + prior_precision * offset
 
-    found = compute_curvature(around, problem, batch_size=batch_size, progress=progress)
-    inert = _inert(found, nll_gradient, view)
-    built: _Built = build(found, prior_precision, regularize, regularization)
-    structured = built.structure
+    if progress:
+        tqdm.write(str(_estimate(plan, around, problem)))
+    found = plan.curvature(around, problem, options)
+    inert = _inert(found, nll_gradient, plan.view)
+    built = plan.structure.build(found, prior_precision, Regularize(regularization, regularize), plan.sizes)
 
     diagnostics = Diagnostics(
-        num_parameters=view.size,
+        num_parameters=plan.view.size,
         num_observations=int(np.sum(problem.data.observed)),
-        symmetry_defect=found.symmetry_defect if isinstance(found, DenseCurvature) else 0.0,
+        symmetry_defect=_symmetry_defect(found),
         eigenvalue_min=built.eigenvalue_min,
         eigenvalue_max=built.eigenvalue_max,
         condition_number=built.condition_number,
         num_negative=built.num_negative,
         regularized=built.regularized,
         gradient_norm=float(jnp.linalg.norm(gradient)),
-        newton_decrement=float(0.5 * gradient @ structured.covariance_product(gradient)),
-        effective_dof=float(view.size - jnp.sum(prior_precision * structured.variance())),
+        newton_decrement=float(0.5 * gradient @ built.structure.covariance_product(gradient)),
+        effective_dof=float(built.structure.effective_dof(prior_precision)),
         inert=inert,
     )
     _warn(diagnostics)
     log_prior = 0.5 * jnp.sum(jnp.log(prior_precision / (2 * math.pi)) - prior_precision * offset**2)
-    return Posterior(view, problem, around, found, structured, log_prior - nll, diagnostics)
+    return Posterior(plan.view, problem, around, found, built.structure, log_prior - nll, diagnostics)
 
 
-def _check_memory(size: int) -> None:
-    matrix = 8 * size**2
-    if 4 * matrix > free_bytes():  # the curvature, its eigenvectors, the precision and its factor
-        raise LaplodeError(
-            f'`structure`="full" needs P × P matrices with P = {size}: {matrix / 2**30:.1f} GiB each and four of them, '
-            f"and {free_bytes() / 2**30:.1f} GiB of memory are free. Infer a part of the parameters with `where` (the last "
-            "layer, say)."
+# ---- Before anything long is done
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    rank: int | None = None
+    num_probes: int | None = None
+    key: PRNGKeyArray | None = None
+    batch_size: int | None = None
+    progress: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """A structure of Λ: its name, the form in which it wants the exact Hessian, the bytes it takes, how it is built."""
+
+    name: str
+    hessian: Callable[[AbstractFlow, Problem, _Options], AbstractCurvature]
+    num_bytes: Callable[[Sizes, bool], int]
+    build: Callable[[AbstractCurvature, Array, Regularize, Sizes], Built]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    view: Parameters
+    curvature: Callable[[AbstractFlow, Problem, _Options], AbstractCurvature]
+    curvature_name: str
+    structure: _Structure
+    sizes: Sizes
+    num_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """What `laplace` is about to do.
+
+    - `num_parameters` (P), `num_observations` (M), `num_states` (D, 0 if the model is not a `NeuralODE`),
+        `num_trajectories` (N), `num_steps` (of the longest solve; 0 if the model is not a `NeuralODE`).
+    - `route`: how derivatives are taken: "sensitivity", "jvp" or "vjp" for a Jacobian, "forward over reverse" for
+        the exact Hessian.
+    - `num_bytes`: the memory that the result and the work on it take, `free_bytes` what there is.
+    - `seconds`: a rough time, without compilation.
+    """
+
+    num_parameters: int
+    num_observations: int
+    num_states: int
+    num_trajectories: int
+    num_steps: int
+    curvature: str
+    structure: str
+    route: str
+    num_bytes: int
+    free_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        steps = f", at most {self.num_steps} steps" if self.num_steps else ""
+        return (
+            f"{self.curvature} by {self.route}, {self.structure}: P = {self.num_parameters}, M = {self.num_observations}, "
+            f"D = {self.num_states or '?'}, {self.num_trajectories} trajectories{steps}; about "
+            f"{_in_units(self.num_bytes)} of {_in_units(self.free_bytes)} free, roughly {self.seconds:.1g} s and compilation"
         )
+
+
+def estimate(
+    model: Any,
+    problem: Problem,
+    *,
+    curvature: str = "hessian",
+    structure: str = "full",
+    where: Where = None,
+    rank: int | None = None,
+    num_probes: int | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Estimate:
+    """What `laplace` would do with the same arguments, how much memory it would take, and roughly how long.
+
+    **Raises:** `LaplodeError` as `laplace` does, also when the result would not fit in memory.
+    """
+    options = _Options(rank=rank, num_probes=num_probes, key=key)
+    plan = _plan(model, problem, curvature, structure, where, options)
+    around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
+    return _estimate(plan, around, problem)
+
+
+def _plan(model: Any, problem: Any, curvature: str, structure: str, where: Where, options: _Options) -> _Plan:
+    check_x64()
+    factored = choose("curvature", curvature, _CURVATURES)
+    chosen: _Structure = choose("structure", structure, {s.name: s for s in _STRUCTURES})
+    check_problem(problem)
+    for name in ("rank", "num_probes", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+            raise LaplodeError(f"`{name}` must be a positive integer or None, got {value!r}.")
+    if options.rank is not None and chosen is not _LOW_RANK:
+        raise LaplodeError(f'`rank` goes with structure="low_rank", not with structure="{structure}".')
+    if options.num_probes is not None and (chosen is not _DIAGONAL or factored is not None):
+        raise LaplodeError('`num_probes` goes with curvature="hessian" and structure="diagonal".')
+    if options.num_probes is not None and options.key is None:
+        raise LaplodeError("`key` is needed for random probes: key=jax.random.key(0).")
+    view = parameters(model, where)
+    check_model(model, problem.data)
+    prior_vectors(problem.prior, view)
+    leaves = tuple(stop - start for _, _, start, stop in view.leaves)
+    sizes = Sizes(view.size, int(np.sum(problem.data.observed)), leaves, options.rank)
+    needed, free = chosen.num_bytes(sizes, factored is not None), free_bytes()
+    if needed > free:
+        fits = lambda s, is_factored: s.num_bytes(sizes, is_factored) <= free
+        fitting = [s.name for s in _STRUCTURES if s is not chosen and fits(s, factored is not None)]
+        remedy = " or ".join(f'structure="{name}"' for name in fitting)
+        if factored is None and fits(_LOW_RANK, True):
+            remedy = f'curvature="ggn" with structure="low_rank"{", or " if remedy else ""}{remedy}'
+        matrix = f" (a P × P matrix alone has {_in_units(8 * view.size**2)})" if chosen is _FULL else ""
+        raise LaplodeError(
+            f'`structure`="{structure}" with curvature="{curvature}" needs about {_in_units(needed)} for P = {view.size} '
+            f"parameters and M = {sizes.observations} observations{matrix}, and {_in_units(free)} are free. Take "
+            f"{remedy + ', or ' if remedy else ''}a part of the parameters with `where` (the last layer, say)."
+        )
+    compute = chosen.hessian if factored is None else lambda flow, problem, options: factored(flow, problem)
+    return _Plan(view, compute, curvature, chosen, sizes, needed)
+
+
+def _estimate(plan: _Plan, around: AbstractFlow, problem: Problem) -> Estimate:
+    theta = plan.view.vector
+    size, num = theta.size, around.num_trajectories
+    replayed = isinstance(around, ReplayedFlow)
+    steps = around.boundaries.shape[1] - 1 if replayed else 0
+    states = around.num_states if replayed else 0
+    jax.block_until_ready(value_and_gradient(around, problem, theta))
+    start = time.perf_counter()
+    jax.block_until_ready(value_and_gradient(around, problem, theta))
+    gradient_seconds = time.perf_counter() - start
+    if plan.curvature_name == "hessian":
+        route = "forward over reverse"
+        seconds = gradient_seconds * size  # many at once, each a few times a gradient
+    else:
+        route = jacobian_route(around)
+        # Sensitivities stream through memory; automatic differentiation repeats the solve.
+        rows = num * (steps * states + math.prod(problem.data.ys.shape[1:]))
+        seconds = {
+            "sensitivity": 8 * rows * size / 5e8,
+            "jvp": gradient_seconds * size,
+            "vjp": gradient_seconds * problem.data.ys.size,
+        }[route]
+    if plan.structure is _FULL:
+        seconds += size**3 / 2e9
+    return Estimate(
+        num_parameters=size,
+        num_observations=int(np.sum(problem.data.observed)),
+        num_states=states,
+        num_trajectories=num,
+        num_steps=steps,
+        curvature=plan.curvature_name,
+        structure=plan.structure.name,
+        route=route,
+        num_bytes=plan.num_bytes,
+        free_bytes=free_bytes(),
+        seconds=seconds,
+    )
+
+
+def _in_units(num_bytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.3g} TiB"
+
+
+# ---- Checks on what was found
 
 
 def _check_finite(nll: Array, gradient: Array, around: AbstractFlow, problem: Problem) -> None:
@@ -166,7 +352,7 @@ def _check_finite(nll: Array, gradient: Array, around: AbstractFlow, problem: Pr
     raise LaplodeError("The gradient of the log-likelihood at `model` is not finite, though its value is.")
 
 
-def _inert(found: DenseCurvature | FactoredCurvature, gradient: Array, view: Parameters) -> tuple[str, ...]:
+def _inert(found: AbstractCurvature, gradient: Array, view: Parameters) -> tuple[str, ...]:
     influence = np.asarray(found.influence())
     # Far below rounding: what is left by an exact zero, not a weak dependence.
     threshold = np.finfo(float).eps ** 2 * influence.max()
@@ -204,81 +390,66 @@ def _warn(diagnostics: Diagnostics) -> None:
         warnings.warn(problem, LaplodeWarning, stacklevel=3)
 
 
-# ---- Structures from curvatures
+def _symmetry_defect(found: AbstractCurvature) -> float:
+    if isinstance(found, DenseCurvature):
+        return found.symmetry_defect
+    if isinstance(found, BlockCurvature):
+        return max(block.symmetry_defect for block in found.blocks)
+    return 0.0
 
 
-class _Built(eqx.Module):
-    structure: AbstractStructure
-    eigenvalue_min: float
-    eigenvalue_max: float
-    condition_number: float
-    num_negative: int
-    regularized: Regularized | None
+# ---- What each structure is made of
 
 
-def _full(found, prior_precision: Float[Array, " P"], regularize, kind: str) -> _Built:
-    if isinstance(found, FactoredCurvature):
-        precision = found.matrix() + jnp.diag(prior_precision)
-        cholesky = jnp.linalg.cholesky(precision)
-        low, high = _extreme_eigenvalues(precision, cholesky)
-        return _Built(Full(cholesky), low, high, high / low, 0, None)
-    matrix = np.asarray(found.matrix)
-    eigenvalues, vectors = np.linalg.eigh(matrix)
-    changed, num_negative, regularized = _regularize(eigenvalues, regularize, kind)
-    uniform = bool(jnp.all(prior_precision == prior_precision[0]))
-
-    def extremes(matrix: np.ndarray, eigenvalues: np.ndarray) -> tuple[float, float]:
-        if uniform:
-            spectrum = eigenvalues + float(prior_precision[0])
-        else:
-            spectrum = np.linalg.eigvalsh(matrix + np.diag(prior_precision))
-        return float(spectrum.min()), float(spectrum.max())
-
-    low, high = extremes(matrix, eigenvalues)
-    low_used, high_used = low, high
-    if regularized is not None:
-        matrix = (vectors * changed) @ vectors.T
-        low_used, high_used = extremes(matrix, changed)
-    elif low <= 0:  # only "none" leaves it so
-        raise LaplodeError(
-            f"The precision is not positive definite: its smallest eigenvalue is {low:.3g}, and {num_negative} eigenvalues "
-            'of the Hessian are negative. The model is not at a minimum: fit further, or take regularization="clip" or '
-            'curvature="ggn".'
-        )
-    cholesky = jnp.linalg.cholesky(jnp.asarray(matrix) + jnp.diag(prior_precision))
-    if not np.all(np.isfinite(cholesky)):
-        raise LaplodeError(
-            f"The precision can't be factored: its eigenvalues run from {low_used:.3g} to {high_used:.3g}, too far apart "
-            "for float64. A larger prior precision bounds the small ones."
-        )
-    return _Built(Full(cholesky), low, high, high_used / low_used, num_negative, regularized)
+def _leading(around: AbstractFlow, problem: Problem, options: _Options) -> AbstractCurvature:
+    return hessian_leading(around, problem, rank=min(options.rank or _DEFAULT_RANK, around.parameters.size))
 
 
-def _regularize(eigenvalues: np.ndarray, regularize, kind: str) -> tuple[np.ndarray, int, Regularized | None]:
-    """Eigenvalues after regularization, how many were negative beyond rounding, and what was changed."""
-    rounding = eigenvalues.size * np.finfo(float).eps * np.abs(eigenvalues).max()
-    num_negative = int(np.sum(eigenvalues < -rounding))
-    changed = regularize(eigenvalues) if num_negative else eigenvalues
-    change = np.abs(changed - eigenvalues)
-    if not np.any(change):
-        return changed, num_negative, None
-    count = int(np.sum(change > rounding))
-    return changed, num_negative, Regularized(kind, count, float(change.max()), float(change.sum()))
+def _diagonal(around: AbstractFlow, problem: Problem, options: _Options) -> AbstractCurvature:
+    if options.num_probes is None:
+        return hessian_diagonal(around, problem, batch_size=options.batch_size, progress=options.progress)
+    assert options.key is not None
+    return hessian_diagonal_stochastic(around, problem, num_probes=options.num_probes, key=options.key)
 
 
-def _extreme_eigenvalues(precision: Array, cholesky: Array) -> tuple[float, float]:
-    size = precision.shape[0]
-    if size <= 200:
-        spectrum = np.linalg.eigvalsh(np.asarray(precision))
-        return float(spectrum[0]), float(spectrum[-1])
-    structured = Full(cholesky)
-    start = np.random.default_rng(0).normal(size=size)
+# Leading eigenpairs of the exact Hessian that structure="low_rank" keeps by default.
+_DEFAULT_RANK = 100
 
-    def largest(product) -> float:
-        operator = LinearOperator((size, size), matvec=lambda v: np.asarray(product(v.ravel())), dtype=float)  # pyright: ignore
-        return float(eigsh(operator, k=1, v0=start, tol=1e-8, return_eigenvectors=False)[0])
+_FULL = _Structure(
+    name="full",
+    hessian=lambda flow, problem, o: hessian(flow, problem, batch_size=o.batch_size, progress=o.progress),
+    # The curvature, its eigenvectors, the precision and its factor.
+    num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 4 * 8 * sizes.parameters**2,
+    build=build_full,
+)
+_LOW_RANK = _Structure(
+    name="low_rank",
+    hessian=_leading,
+    num_bytes=lambda sizes, factored: _low_rank_bytes(sizes, factored),
+    build=build_low_rank,
+)
+_BLOCK_DIAGONAL = _Structure(
+    name="block_diagonal",
+    hessian=lambda flow, problem, o: hessian_blocks(flow, problem, batch_size=o.batch_size, progress=o.progress),
+    num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 4 * 8 * sum(size**2 for size in sizes.leaves),
+    build=build_block_diagonal,
+)
+_DIAGONAL = _Structure(
+    name="diagonal",
+    hessian=_diagonal,
+    num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 8 * 8 * sizes.parameters,
+    build=build_diagonal,
+)
+_STRUCTURES = (_FULL, _LOW_RANK, _BLOCK_DIAGONAL, _DIAGONAL)
 
-    return 1 / largest(jax.jit(structured.covariance_product)), largest(jax.jit(structured.precision_product))
+
+def _factor_bytes(sizes: Sizes, factored: bool) -> int:
+    return 8 * sizes.parameters * sizes.observations if factored else 0
 
 
-_STRUCTURES = {"full": _full}
+def _low_rank_bytes(sizes: Sizes, factored: bool) -> int:
+    if not factored:
+        return 3 * 8 * sizes.parameters * min(sizes.parameters, 2 * (sizes.rank or _DEFAULT_RANK) + 10)
+    if sizes.observations <= sizes.parameters:
+        return _factor_bytes(sizes, True) + 4 * 8 * sizes.observations**2
+    return 2 * _factor_bytes(sizes, True) + 4 * 8 * sizes.parameters**2

@@ -1,4 +1,4 @@
-"""The Gaussian posterior over parameters, and the structures its precision matrix may have."""
+"""The Gaussian posterior over parameters."""
 
 import abc
 import math
@@ -7,72 +7,14 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.scipy.linalg as jsl
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from ._curvature import DenseCurvature, FactoredCurvature, free_bytes
+from ._curvature import AbstractCurvature, free_bytes
 from ._errors import LaplodeError
 from ._problem import Problem
 from ._solve import AbstractFlow
+from ._structure import AbstractStructure, Regularized
 from ._vector import Parameters
-
-
-class AbstractStructure(eqx.Module):
-    """A precision matrix Λ (P, P), positive definite, as a few products. Vectors lie along the last axis."""
-
-    log_det: eqx.AbstractVar[Float[Array, ""]]
-
-    @abc.abstractmethod
-    def precision_product(self, v: Float[Array, "... P"]) -> Float[Array, "... P"]:
-        """Λ v."""
-
-    @abc.abstractmethod
-    def covariance_product(self, v: Float[Array, "... P"]) -> Float[Array, "... P"]:
-        """Λ⁻¹ v."""
-
-    @abc.abstractmethod
-    def root_product(self, z: Float[Array, "... P"]) -> Float[Array, "... P"]:
-        """C z with C Cᵀ = Λ⁻¹: standard normal z becomes a draw from the posterior."""
-
-    @abc.abstractmethod
-    def variance(self) -> Float[Array, " P"]:
-        """The diagonal of Λ⁻¹."""
-
-    @abc.abstractmethod
-    def predictive_covariance(self, jacobian: Float[Array, "R P"]) -> Float[Array, "R R"]:
-        """J Λ⁻¹ Jᵀ."""
-
-
-class Full(AbstractStructure):
-    """Any Λ, by its Cholesky factor: Λ = L Lᵀ."""
-
-    cholesky: Float[Array, "P P"]
-    log_det: Float[Array, ""]
-
-    def __init__(self, cholesky: Float[Array, "P P"]):
-        self.cholesky = cholesky
-        self.log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(cholesky)))
-
-    def _solve(self, v: Array, trans: int) -> Array:
-        columns = v.reshape(-1, v.shape[-1]).T
-        return jsl.solve_triangular(self.cholesky, columns, lower=True, trans=trans).T.reshape(v.shape)
-
-    def precision_product(self, v):
-        return (v @ self.cholesky) @ self.cholesky.T
-
-    def covariance_product(self, v):
-        return self._solve(self._solve(v, 0), 1)
-
-    def root_product(self, z):
-        return self._solve(z, 1)
-
-    def variance(self):
-        inverse = jsl.solve_triangular(self.cholesky, jnp.eye(self.cholesky.shape[0]), lower=True)
-        return jnp.sum(inverse**2, axis=0)
-
-    def predictive_covariance(self, jacobian):
-        half = self._solve(jacobian, 0)
-        return half @ half.T
 
 
 class Diagnostics(eqx.Module):
@@ -95,7 +37,7 @@ class Diagnostics(eqx.Module):
     eigenvalue_max: float
     condition_number: float
     num_negative: int
-    regularized: "Regularized | None"
+    regularized: Regularized | None
     gradient_norm: float
     newton_decrement: float
     effective_dof: float
@@ -117,18 +59,6 @@ class Diagnostics(eqx.Module):
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
-
-
-class Regularized(eqx.Module):
-    """What regularization did to the curvature: `count` eigenvalues changed, the largest change, and their sum."""
-
-    kind: str = eqx.field(static=True)
-    count: int
-    largest: float
-    total: float
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.count} eigenvalues, by at most {self.largest:.3g}, {self.total:.3g} in all"
 
 
 class AbstractPosterior(eqx.Module):
@@ -164,7 +94,7 @@ class Posterior(AbstractPosterior):
     parameters: Parameters
     problem: Problem
     flow: AbstractFlow
-    curvature: DenseCurvature | FactoredCurvature
+    curvature: AbstractCurvature
     structure: AbstractStructure
     log_joint: Float[Array, ""]
     diagnostics: Diagnostics

@@ -87,6 +87,12 @@ class ReplayedFlow(AbstractFlow):
             return _sensitivity(self, theta)
         return _AUTODIFF[route](self, theta)
 
+    @property
+    def num_states(self) -> int:
+        """D."""
+        model = self.parameters.unravel(self.parameters.vector)
+        return jax.eval_shape(model.initial_state, _first(self.y0)).size
+
 
 # ---- From an adaptive solve to a frozen grid
 
@@ -393,8 +399,7 @@ def jacobian_route(flow: AbstractFlow) -> str:
     predictions = jax.eval_shape(flow, theta)
     if isinstance(flow, ReplayedFlow):
         model = flow.parameters.unravel(theta)
-        dim = flow.ts.shape[0] and jax.eval_shape(lambda: model.initial_state(_first(flow.y0))).size
-        if _explicit_tableau(model.solver) is not None and dim <= theta.size:
+        if _explicit_tableau(model.solver) is not None and flow.num_states <= theta.size:
             return "sensitivity"
     by_jvp = _has(lambda: jax.jvp(flow, (theta,), (theta,)))
     # A pull costs about as much as two pushes, and holds the whole solve in memory.

@@ -1,0 +1,445 @@
+"""The structures that a precision matrix may have, and how they are made from a curvature and a prior."""
+
+import abc
+import dataclasses
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpy as np
+from jaxtyping import Array, Float
+from scipy.sparse.linalg import LinearOperator, eigsh
+
+from ._curvature import (
+    AbstractCurvature,
+    BlockCurvature,
+    DenseCurvature,
+    DiagonalCurvature,
+    EigenCurvature,
+    FactoredCurvature,
+)
+from ._errors import LaplodeError
+
+
+class AbstractStructure(eqx.Module):
+    """A precision matrix Λ (P, P), positive definite, as a few products. Vectors lie along the last axis."""
+
+    log_det: eqx.AbstractVar[Float[Array, ""]]
+
+    @abc.abstractmethod
+    def precision_product(self, v: Float[Array, "... P"]) -> Float[Array, "... P"]:
+        """Λ v."""
+
+    @abc.abstractmethod
+    def covariance_product(self, v: Float[Array, "... P"]) -> Float[Array, "... P"]:
+        """Λ⁻¹ v."""
+
+    @abc.abstractmethod
+    def root_product(self, z: Float[Array, "... P"]) -> Float[Array, "... P"]:
+        """C z with C Cᵀ = Λ⁻¹: standard normal z becomes a draw from the posterior."""
+
+    @abc.abstractmethod
+    def variance(self) -> Float[Array, " P"]:
+        """The diagonal of Λ⁻¹."""
+
+    @abc.abstractmethod
+    def predictive_covariance(self, jacobian: Float[Array, "R P"]) -> Float[Array, "R R"]:
+        """J Λ⁻¹ Jᵀ."""
+
+    def effective_dof(self, prior_precision: Float[Array, " P"]) -> Float[Array, ""]:
+        """tr((Λ − Λ0) Λ⁻¹) for a prior of precision Λ0 (P,)."""
+        return prior_precision.size - jnp.sum(prior_precision * self.variance())
+
+
+class Full(AbstractStructure):
+    """Any Λ, by its Cholesky factor: Λ = L Lᵀ."""
+
+    cholesky: Float[Array, "P P"]
+    log_det: Float[Array, ""]
+
+    def __init__(self, cholesky: Float[Array, "P P"]):
+        self.cholesky = cholesky
+        self.log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(cholesky)))
+
+    def _solve(self, v: Array, trans: int) -> Array:
+        columns = v.reshape(-1, v.shape[-1]).T
+        return jsl.solve_triangular(self.cholesky, columns, lower=True, trans=trans).T.reshape(v.shape)
+
+    def precision_product(self, v):
+        return (v @ self.cholesky) @ self.cholesky.T
+
+    def covariance_product(self, v):
+        return self._solve(self._solve(v, 0), 1)
+
+    def root_product(self, z):
+        return self._solve(z, 1)
+
+    def variance(self):
+        inverse = jsl.solve_triangular(self.cholesky, jnp.eye(self.cholesky.shape[0]), lower=True)
+        return jnp.sum(inverse**2, axis=0)
+
+    def predictive_covariance(self, jacobian):
+        half = self._solve(jacobian, 0)
+        return half @ half.T
+
+
+class BlockDiagonal(AbstractStructure):
+    """Λ in blocks on its diagonal, in the order of θ."""
+
+    blocks: tuple[Full, ...]
+    log_det: Float[Array, ""]
+
+    def __init__(self, blocks: tuple[Full, ...]):
+        self.blocks = blocks
+        self.log_det = sum((block.log_det for block in blocks), jnp.zeros(()))
+
+    def _each(self, product: Callable[[Full, Array], Array], v: Array) -> Array:
+        stops = np.cumsum([block.cholesky.shape[0] for block in self.blocks])[:-1]
+        parts = jnp.split(v, stops, axis=-1)
+        return jnp.concatenate([product(block, part) for block, part in zip(self.blocks, parts, strict=True)], axis=-1)
+
+    def precision_product(self, v):
+        return self._each(Full.precision_product, v)
+
+    def covariance_product(self, v):
+        return self._each(Full.covariance_product, v)
+
+    def root_product(self, z):
+        return self._each(Full.root_product, z)
+
+    def variance(self):
+        return jnp.concatenate([block.variance() for block in self.blocks])
+
+    def predictive_covariance(self, jacobian):
+        half = self._each(lambda block, rows: block._solve(rows, 0), jacobian)
+        return half @ half.T
+
+
+class Diagonal(AbstractStructure):
+    """A diagonal Λ."""
+
+    precision: Float[Array, " P"]
+    log_det: Float[Array, ""]
+
+    def __init__(self, precision: Float[Array, " P"]):
+        self.precision = precision
+        self.log_det = jnp.sum(jnp.log(precision))
+
+    def precision_product(self, v):
+        return self.precision * v
+
+    def covariance_product(self, v):
+        return v / self.precision
+
+    def root_product(self, z):
+        return z / jnp.sqrt(self.precision)
+
+    def variance(self):
+        return 1 / self.precision
+
+    def predictive_covariance(self, jacobian):
+        return _scaled_gram(jacobian, 1 / self.precision)
+
+
+class LowRank(AbstractStructure):
+    """Λ = Λ0 + Fᵀ W F with a factor F (M, P), in data space: nothing P×P, and no second matrix of the size of F.
+
+    With A = W^½ F Λ0^-½ and A Aᵀ = U diag(x) Uᵀ the right singular vectors of A are V = Aᵀ U x^-½, and every function of
+    Λ0^-½ Λ Λ0^-½ = I + V diag(x) Vᵀ acts through F and U alone. Exact when U holds all min(M, P) modes.
+    """
+
+    factor: Float[Array, "M P"]
+    scale: Float[Array, " M"]
+    prior_precision: Float[Array, " P"]
+    modes: Float[Array, "M R"]
+    strengths: Float[Array, " R"]
+    log_det: Float[Array, ""]
+
+    def __init__(self, factor, weights, prior_precision, rank: int | None = None):
+        num, size = factor.shape
+        if num > size:  # the same matrix by its eigenvectors, P of them instead of M
+            half = jnp.sqrt(weights)[:, None] * factor / jnp.sqrt(prior_precision)
+            eigenvalues, vectors = jnp.linalg.eigh(half.T @ half)
+            factor, weights = vectors.T * jnp.sqrt(prior_precision), jnp.maximum(eigenvalues, 0)
+            num = size
+        scale = jnp.sqrt(weights)
+        gram = scale[:, None] * _scaled_gram(factor, 1 / prior_precision) * scale
+        strengths, modes = jnp.linalg.eigh(gram)
+        kept = slice(num - min(num if rank is None else rank, num), num)
+        self.factor = factor
+        self.scale = scale
+        self.prior_precision = prior_precision
+        self.modes = modes[:, kept]
+        self.strengths = jnp.maximum(strengths[kept], 0)
+        self.log_det = jnp.sum(jnp.log(prior_precision)) + jnp.sum(jnp.log1p(self.strengths))
+
+    def effective_dof(self, prior_precision):
+        return jnp.sum(self.strengths / (1 + self.strengths))
+
+    def _project(self, v: Array) -> Array:
+        """Uᵀ A v."""
+        return ((v / jnp.sqrt(self.prior_precision)) @ self.factor.T * self.scale) @ self.modes
+
+    def _lift(self, c: Array) -> Array:
+        """Aᵀ U c."""
+        return ((c @ self.modes.T) * self.scale) @ self.factor / jnp.sqrt(self.prior_precision)
+
+    def _shrinkage(self) -> Array:
+        """(1 − 1/√(1 + x)) / x, which tends to ½ with x."""
+        x = self.strengths
+        return jnp.where(x > 0, -jnp.expm1(-0.5 * jnp.log1p(x)) / jnp.where(x > 0, x, 1), 0.5)
+
+    def precision_product(self, v):
+        root = jnp.sqrt(self.prior_precision)
+        return root * (root * v + self._lift(self._project(root * v)))
+
+    def covariance_product(self, v):
+        root = jnp.sqrt(self.prior_precision)
+        return (v / root - self._lift(self._project(v / root) / (1 + self.strengths))) / root
+
+    def root_product(self, z):
+        return (z - self._lift(self._project(z) * self._shrinkage())) / jnp.sqrt(self.prior_precision)
+
+    @eqx.filter_jit
+    def variance(self):
+        def block(rows):  # of Aᵀ U
+            lifted = (rows * self.scale) @ self.modes
+            return jnp.sum(lifted**2 / (1 + self.strengths), axis=-1)
+
+        explained = jax.lax.map(lambda i: block(self.factor[:, i]), jnp.arange(self.factor.shape[1]), batch_size=4096)
+        return (1 - explained / self.prior_precision) / self.prior_precision
+
+    @eqx.filter_jit
+    def predictive_covariance(self, jacobian):
+        # As R Rᵀ with R = J Λ^-½: positive semidefinite, and not the small difference of two large matrices.
+        inverse = 1 / self.prior_precision
+        half = (_cross_gram(jacobian, self.factor, inverse) * self.scale) @ (self.modes * self._shrinkage())
+        rows = (half @ self.modes.T) * self.scale
+        return _scaled_gram(jacobian, inverse, minus=(rows, self.factor))
+
+
+# Columns of a wide matrix taken at a time, so that what is made of them stays small beside it.
+_COLUMNS = 2**15
+
+
+def _over_columns(add: Callable[[Array, Callable[[Array], Array]], Array], total: Array, size: int) -> Array:
+    """Accumulate over blocks of columns: `add(total, take)`, where `take` cuts a block from a (..., P) array."""
+    block = min(_COLUMNS, size)
+    whole = size // block
+
+    def cut(start, width):
+        return lambda x: jax.lax.dynamic_slice_in_dim(x, start, width, axis=-1)
+
+    total = jax.lax.fori_loop(0, whole, lambda i, total: add(total, cut(i * block, block)), total)
+    rest = size - whole * block
+    return add(total, cut(whole * block, rest)) if rest else total
+
+
+@eqx.filter_jit
+def _cross_gram(left: Float[Array, "A P"], right: Float[Array, "B P"], columns: Float[Array, " P"]):
+    """left · diag(columns) · rightᵀ."""
+    add = lambda total, take: total + (take(left) * take(columns)) @ take(right).T
+    return _over_columns(add, jnp.zeros((left.shape[0], right.shape[0])), left.shape[1])
+
+
+@eqx.filter_jit
+def _scaled_gram(matrix: Float[Array, "A P"], columns: Float[Array, " P"], minus: tuple[Array, Array] | None = None):
+    """(X) diag(columns) (X)ᵀ of X = matrix, or of X = matrix − minus[0] @ minus[1]."""
+
+    def add(total, take):
+        rows = take(matrix)
+        if minus is not None:
+            rows = rows - minus[0] @ take(minus[1])
+        rows = rows * jnp.sqrt(take(columns))
+        return total + rows @ rows.T
+
+    return _over_columns(add, jnp.zeros((matrix.shape[0],) * 2), matrix.shape[1])
+
+
+# ---- From a curvature and a prior
+
+
+class Regularized(eqx.Module):
+    """What regularization did to the curvature: `count` eigenvalues changed, the largest change, and their sum."""
+
+    kind: str = eqx.field(static=True)
+    count: int
+    largest: float
+    total: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.count} eigenvalues, by at most {self.largest:.3g}, {self.total:.3g} in all"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """P, M, the sizes of the model's leaves in the order of θ, and the rank asked for."""
+
+    parameters: int
+    observations: int
+    leaves: tuple[int, ...]
+    rank: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Regularize:
+    """A change of eigenvalues, with its name."""
+
+    kind: str
+    function: Callable[[np.ndarray], np.ndarray]
+
+    def __call__(self, eigenvalues: np.ndarray) -> tuple[np.ndarray, int, Regularized | None]:
+        """The eigenvalues after it, how many were negative beyond rounding, and what was changed."""
+        rounding = eigenvalues.size * np.finfo(float).eps * np.abs(eigenvalues).max()
+        num_negative = int(np.sum(eigenvalues < -rounding))
+        changed = self.function(eigenvalues) if num_negative else eigenvalues
+        change = np.abs(changed - eigenvalues)
+        if not np.any(change):
+            return changed, num_negative, None
+        count = int(np.sum(change > rounding))
+        return changed, num_negative, Regularized(self.kind, count, float(change.max()), float(change.sum()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    structure: AbstractStructure
+    eigenvalue_min: float
+    eigenvalue_max: float
+    condition_number: float
+    num_negative: int
+    regularized: Regularized | None
+
+
+def _not_positive_definite(low: float, num_negative: int) -> LaplodeError:
+    return LaplodeError(
+        f"The precision is not positive definite: its smallest eigenvalue is {low:.3g}, and {num_negative} eigenvalues of "
+        'the Hessian are negative. The model is not at a minimum: fit further, or take `regularization`="clip" or '
+        '`curvature`="ggn".'
+    )
+
+
+def _from_factor(matrix: Float[Array, "P P"], prior_precision: Float[Array, " P"]) -> Built:
+    """From a positive semidefinite curvature."""
+    precision = matrix + jnp.diag(prior_precision)
+    structure = Full(_factored(precision))
+    if len(precision) <= 200:
+        spectrum = np.linalg.eigvalsh(np.asarray(precision))
+        low, high = float(spectrum[0]), float(spectrum[-1])
+    else:
+        low, high = _extreme_eigenvalues(structure, len(precision))
+    return Built(structure, low, high, high / low, 0, None)
+
+
+def _from_dense(matrix: np.ndarray, prior_precision: Float[Array, " P"], regularize: Regularize) -> Built:
+    """From a curvature with eigenvalues of either sign."""
+    prior = np.asarray(prior_precision)
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    changed, num_negative, regularized = regularize(eigenvalues)
+
+    def extremes(matrix: np.ndarray, eigenvalues: np.ndarray) -> tuple[float, float]:
+        uniform = np.all(prior == prior[0])
+        spectrum = eigenvalues + prior[0] if uniform else np.linalg.eigvalsh(matrix + np.diag(prior))
+        return float(spectrum.min()), float(spectrum.max())
+
+    low, high = extremes(matrix, eigenvalues)
+    low_used, high_used = low, high
+    if regularized is not None:
+        matrix = (vectors * changed) @ vectors.T
+        low_used, high_used = extremes(matrix, changed)
+    elif low <= 0:  # only "none" leaves it so
+        raise _not_positive_definite(low, num_negative)
+    structure = Full(_factored(jnp.asarray(matrix) + jnp.diag(prior_precision)))
+    return Built(structure, low, high, high_used / low_used, num_negative, regularized)
+
+
+def _factored(precision: Float[Array, "P P"]) -> Float[Array, "P P"]:
+    cholesky = jnp.linalg.cholesky(precision)
+    if not np.all(np.isfinite(cholesky)):
+        raise LaplodeError(
+            "The precision can't be factored: its eigenvalues lie too far apart for float64. A larger prior precision "
+            "bounds the small ones."
+        )
+    return cholesky
+
+
+def build_full(found: AbstractCurvature, prior_precision, regularize: Regularize, sizes: Sizes) -> Built:
+    if isinstance(found, FactoredCurvature):
+        return _from_factor(found.matrix(), prior_precision)
+    assert isinstance(found, DenseCurvature)
+    return _from_dense(np.asarray(found.matrix), prior_precision, regularize)
+
+
+def _extreme_eigenvalues(structure: AbstractStructure, size: int) -> tuple[float, float]:
+    """The smallest and the largest eigenvalue of Λ, by Lanczos on Λ⁻¹ and on Λ."""
+    start = np.random.default_rng(0).normal(size=size)
+
+    def largest(product) -> float:
+        operator = LinearOperator((size, size), matvec=lambda v: np.asarray(product(v.ravel())), dtype=float)  # pyright: ignore
+        return float(eigsh(operator, k=1, v0=start, tol=1e-8, return_eigenvectors=False)[0])
+
+    inverse, product = eqx.filter_jit(structure.covariance_product), eqx.filter_jit(structure.precision_product)
+    return 1 / largest(inverse), largest(product)
+
+
+def build_block_diagonal(found: AbstractCurvature, prior_precision, regularize: Regularize, sizes: Sizes) -> Built:
+    built, start = [], 0
+    if isinstance(found, BlockCurvature):
+        for block in found.blocks:
+            stop = start + len(block.matrix)
+            built.append(_from_dense(np.asarray(block.matrix), prior_precision[start:stop], regularize))
+            start = stop
+    else:
+        assert isinstance(found, FactoredCurvature)
+        for size in sizes.leaves:
+            built.append(_from_factor(found.block(start, start + size), prior_precision[start : start + size]))
+            start += size
+    low, high = min(b.eigenvalue_min for b in built), max(b.eigenvalue_max for b in built)
+    changes = [b.regularized for b in built if b.regularized is not None]
+    regularized = None
+    if changes:
+        count, total = sum(c.count for c in changes), sum(c.total for c in changes)
+        regularized = Regularized(regularize.kind, count, max(c.largest for c in changes), total)
+    structure = BlockDiagonal(tuple(b.structure for b in built))
+    # The used extremes of each block lie within its condition number of one another; over blocks they are taken anew.
+    low_used, high_used = low, high
+    if changes:
+        low_used, high_used = _extreme_eigenvalues(structure, start)
+    return Built(structure, low, high, high_used / low_used, sum(b.num_negative for b in built), regularized)
+
+
+def build_diagonal(found: AbstractCurvature, prior_precision, regularize: Regularize, sizes: Sizes) -> Built:
+    num_negative, regularized = 0, None
+    if isinstance(found, FactoredCurvature):
+        diagonal = changed = found.diagonal()
+    else:
+        assert isinstance(found, DiagonalCurvature)
+        diagonal = found.diagonal
+        changed, num_negative, regularized = regularize(np.asarray(diagonal))
+    before, used = diagonal + prior_precision, jnp.asarray(changed) + prior_precision
+    if jnp.min(used) <= 0:
+        raise _not_positive_definite(float(jnp.min(used)), num_negative)
+    condition = float(jnp.max(used) / jnp.min(used))
+    return Built(Diagonal(used), float(jnp.min(before)), float(jnp.max(before)), condition, num_negative, regularized)
+
+
+def build_low_rank(found: AbstractCurvature, prior_precision, regularize: Regularize, sizes: Sizes) -> Built:
+    num_negative, regularized = 0, None
+    if isinstance(found, FactoredCurvature):
+        structure = LowRank(found.factor, found.weights, prior_precision, sizes.rank)
+    else:
+        assert isinstance(found, EigenCurvature)
+        changed, num_negative, regularized = regularize(np.asarray(found.eigenvalues))
+        if regularized is None and num_negative:
+            raise _not_positive_definite(float(jnp.min(found.eigenvalues)), num_negative)
+        structure = LowRank(found.vectors, jnp.maximum(jnp.asarray(changed), 0), prior_precision)
+    size = prior_precision.size
+    if bool(jnp.all(prior_precision == prior_precision[0])):
+        scaled = float(prior_precision[0]) * (1 + np.asarray(structure.strengths))
+        low = float(scaled.min()) if scaled.size == size else float(prior_precision[0])
+        high = float(scaled.max())
+    else:
+        low, high = _extreme_eigenvalues(structure, size)
+    low_before = low if regularized is None else min(low, float(jnp.min(found.eigenvalues) + jnp.min(prior_precision)))
+    return Built(structure, low_before, high, high / low, num_negative, regularized)

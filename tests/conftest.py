@@ -1,0 +1,155 @@
+"""What the tests share: 64-bit JAX, a compilation cache, and a few small problems with their posteriors."""
+
+import tempfile
+import warnings
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import pytest
+
+import laplode as lp
+
+jax.config.update("jax_enable_x64", True)
+matplotlib.use("Agg")
+
+TIGHT = diffrax.PIDController(rtol=1e-11, atol=1e-12)
+
+
+def pytest_configure(config):
+    cache = getattr(config, "cache", None)
+    directory = tempfile.mkdtemp() if cache is None else cache.mkdir("jax")
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    matplotlib.pyplot.close("all")
+
+
+class Case(NamedTuple):
+    model: Any
+    problem: lp.Problem
+
+
+class LotkaVolterra(eqx.Module):
+    birth: jax.Array
+    hunt: jax.Array
+    death: jax.Array
+    feed: jax.Array
+
+    def __call__(self, t, y, args):
+        hare, lynx = y
+        return jnp.stack([self.birth * hare - self.hunt * hare * lynx, self.feed * hare * lynx - self.death * lynx])
+
+
+class Neural(eqx.Module):
+    mlp: eqx.nn.MLP
+
+    def __init__(self, key, width=5):
+        mlp = eqx.nn.MLP(2, 2, width, 1, jnp.tanh, key=key)
+        self.mlp = jax.tree.map(lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, mlp)
+
+    def __call__(self, t, y, args):
+        return self.mlp(y)
+
+
+class Basis(eqx.Module):
+    """dy/dt = w φ(t): linear in its parameters, and so are its trajectories."""
+
+    w: jax.Array
+
+    def __call__(self, t, y, args):
+        return self.w @ jnp.stack([jnp.ones_like(t), jnp.sin(t), jnp.cos(2 * t)])
+
+
+class Linear(NamedTuple):
+    """A linear problem with its conjugate answer. `design(ts)` has rows (time, channel) for y − y0."""
+
+    model: lp.NeuralODE
+    problem: lp.Problem
+    design: Any
+    target: np.ndarray
+    mean: np.ndarray
+    precision: np.ndarray
+
+
+def _design(ts):
+    columns = np.stack([ts, 1 - np.cos(ts), np.sin(2 * ts) / 2], axis=-1)
+    rows = np.zeros((len(ts), 2, 6))
+    rows[:, 0, :3] = columns
+    rows[:, 1, 3:] = columns
+    return rows.reshape(-1, 6)
+
+
+def quiet_laplace(model, problem, **options):
+    """`laplace` at points that are no minimum, where it rightly warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)
+        return lp.laplace(model, problem, **{"progress": False} | options)
+
+
+@pytest.fixture(scope="session")
+def quiet():
+    return quiet_laplace
+
+
+@pytest.fixture(scope="session")
+def linear() -> Linear:
+    rng = np.random.default_rng(0)
+    ts, y0, scale, precision = np.linspace(0, 3, 12), np.array([1.0, 2.0]), 0.1, 2.0
+    design = _design(ts)
+    target = design @ rng.normal(size=6) + scale * rng.normal(size=24)
+    data = lp.Trajectories(ts, y0 + target.reshape(12, 2), y0)
+    posterior_precision = design.T @ design / scale**2 + precision * np.eye(6)
+    mean = np.linalg.solve(posterior_precision, design.T @ target / scale**2)
+    model = lp.NeuralODE(Basis(jnp.asarray(mean.reshape(2, 3))), stepsize_controller=TIGHT)
+    return Linear(model, lp.Problem(data, lp.Gaussian(scale), precision), _design, target, mean, posterior_precision)
+
+
+@pytest.fixture(scope="session")
+def linear_posterior(linear):
+    return lp.laplace(linear.model, linear.problem, progress=False)
+
+
+@pytest.fixture(scope="session")
+def linear_ggn(linear):
+    return lp.laplace(linear.model, linear.problem, curvature="ggn", progress=False)
+
+
+@pytest.fixture(scope="session")
+def predator_prey() -> Case:
+    """Two Lotka-Volterra trajectories with 10% noise, at the parameters they were made with."""
+    rng = np.random.default_rng(1)
+    field = LotkaVolterra(*map(jnp.asarray, (1.0, 0.6, 0.9, 0.5)))
+    model = lp.NeuralODE(field, stepsize_controller=TIGHT)
+    ts, y0 = np.linspace(0, 5, 9), np.array([[1.5, 1.0], [2.0, 0.7]])
+    clean = np.stack([np.asarray(model(ts, y)) for y in y0])
+    ys = clean * np.exp(0.1 * rng.normal(size=clean.shape))
+    return Case(model, lp.Problem(lp.Trajectories(ts, ys, y0), lp.LogNormal(0.1), 1.0))
+
+
+@pytest.fixture(scope="session")
+def neural() -> Case:
+    """A small neural field, far from a minimum: its Hessian is indefinite."""
+    rng = np.random.default_rng(2)
+    model = lp.NeuralODE(Neural(jax.random.key(0)), stepsize_controller=TIGHT)
+    ts, y0 = np.linspace(0, 2, 8), np.array([[1.0, -0.5], [0.3, 0.8]])
+    ys = rng.normal(size=(2, 8, 2))
+    return Case(model, lp.Problem(lp.Trajectories(ts, ys, y0), lp.Gaussian(0.3), 1.0))
+
+
+@pytest.fixture(scope="session")
+def neural_posterior(neural):
+    return quiet_laplace(*neural)
+
+
+@pytest.fixture(scope="session")
+def predator_prey_posterior(predator_prey):
+    return quiet_laplace(*predator_prey)
