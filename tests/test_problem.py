@@ -121,25 +121,25 @@ def test_missing_values_have_neither_likelihood_nor_gradient(name):
 
 
 def test_a_missing_value_needs_no_place_in_the_support():
-    # 1 is not inside the support of a Beta distribution, and its density there has an infinite slope.
-    likelihood = FromDistribution(lambda f: dist.Beta(2 * f, 2.0 - f))
+    # A logit-normal lives on (0, 1): whatever stands in for a missing value must do so too.
+    squash = dist.transforms.SigmoidTransform()
+    likelihood = FromDistribution(lambda f: dist.TransformedDistribution(dist.Normal(f, 1.0), squash))
     prediction = jnp.array([0.3, 0.4])
     score = likelihood.score(prediction, jnp.array([np.nan, 0.5]))
-    assert np.all(np.isfinite(score)) and score[0] == 0
-    fisher = likelihood.fisher(prediction, jnp.array([np.nan, 0.5]))
-    assert np.all(np.isfinite(fisher)) and fisher[0] == 0
+    np.testing.assert_allclose(score, [0, -0.4], rtol=1e-12)
+    np.testing.assert_allclose(likelihood.fisher(prediction, jnp.array([np.nan, 0.5])), [0, 1], rtol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["gaussian", "lognormal", "student", "poisson"])
 def test_fisher_is_the_variance_of_the_score(name):
     likelihood, _ = LIKELIHOODS[name]
-    num = 200_000
+    num = 50_000
     prediction = jnp.broadcast_to(PREDICTION, (num, 2, 2))
     ys = likelihood.distribution(prediction).sample(jax.random.key(0))
     squared = np.asarray(likelihood.score(prediction, ys)) ** 2
     error = squared.std(axis=0) / np.sqrt(num)
     fisher = likelihood.fisher(jnp.asarray(PREDICTION), OBSERVED)
-    assert np.all(error < 0.01 * fisher)
+    assert np.all(error < 0.03 * fisher)
     assert np.all(np.abs(squared.mean(axis=0) - fisher) < 4 * error)
 
 

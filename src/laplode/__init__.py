@@ -1,6 +1,7 @@
 """Laplace approximations for Neural ODEs in JAX: honest error bars for a model that is already fitted."""
 
 from ._arviz import to_datatree as to_datatree
+from ._curvature import CurvatureProducts as CurvatureProducts, curvature_products as curvature_products
 from ._errors import FitError as FitError, LaplodeError as LaplodeError, LaplodeWarning as LaplodeWarning
 from ._fit import Fit as Fit, fit as fit
 from ._laplace import Estimate as Estimate, estimate as estimate, laplace as laplace

@@ -6,6 +6,7 @@ It is a sum over all observations, never a mean, and knows nothing of the prior.
 import abc
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,8 +19,11 @@ import psutil
 from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm.auto import tqdm
 
-from ._problem import Problem
-from ._solve import AbstractFlow, check_second_order, linearize
+from ._errors import LaplodeError
+from ._model import check_model
+from ._problem import Problem, check_problem
+from ._solve import AbstractFlow, check_second_order, flow, linearize
+from ._vector import Where, parameters
 
 # Tangents pushed through a solve at once: past a few dozen a processor gains nothing more.
 _MAX_CHUNK = 64
@@ -103,6 +107,16 @@ class FactoredCurvature(AbstractCurvature):
         return FactoredCurvature(self.factor[:, start:stop], self.weights).matrix()
 
 
+def check_x64() -> None:
+    """Raise `LaplodeError` unless JAX computes in 64 bits."""
+    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise LaplodeError(
+            "laplode computes curvature in float64, and 64-bit JAX is off: a float32 Hessian is asymmetric and its small "
+            'eigenvalues are noise. Call jax.config.update("jax_enable_x64", True) at the top of your program. A model '
+            "trained in float32 may stay as it is; it is cast."
+        )
+
+
 def free_bytes() -> int:
     """Memory that is free where JAX computes."""
     stats = jax.local_devices()[0].memory_stats()
@@ -126,6 +140,60 @@ def hessian_vector_product(flow: AbstractFlow, problem: Problem, theta: Float[Ar
     """∇²(−log p(Y | θ)) · vector by forward over reverse differentiation, shape (P,)."""
     gradient = jax.grad(negative_log_likelihood(flow, problem))
     return jax.jvp(gradient, (theta,), (vector,))[1]
+
+
+class CurvatureProducts(eqx.Module):
+    """Products with the derivatives of a model at its parameters θ*, for callers that need no matrix.
+
+    Made by `curvature_products`. J is the Jacobian of the predictions (N, T, K) in θ, R their Fisher information.
+    """
+
+    flow: AbstractFlow
+    problem: Problem
+
+    @property
+    def theta(self) -> Float[Array, " P"]:
+        """θ*."""
+        return self.flow.parameters.vector
+
+    @eqx.filter_jit
+    def jacobian(self, v: Float[Array, " P"]) -> Float[Array, "N T K"]:
+        """J v."""
+        return jax.jvp(self.flow, (self.theta,), (v,))[1]
+
+    @eqx.filter_jit
+    def jacobian_transposed(self, u: Float[Array, "N T K"]) -> Float[Array, " P"]:
+        """Jᵀ u."""
+        return jax.vjp(self.flow, self.theta)[1](u)[0]
+
+    @eqx.filter_jit
+    def gauss_newton(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
+        """Jᵀ R J v; missing observations have no information."""
+        predictions, push = jax.jvp(self.flow, (self.theta,), (v,))
+        ys = jnp.asarray(self.problem.data.ys)
+        weights = jnp.where(jnp.isnan(ys), 0, self.problem.likelihood.fisher(predictions, ys))
+        return self.jacobian_transposed(weights * push)
+
+    @eqx.filter_jit
+    def hessian(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
+        """∇²(−log p(Y | θ)) v."""
+        return hessian_vector_product(self.flow, self.problem, self.theta, v)
+
+
+def curvature_products(model: Any, problem: Problem, *, where: Where = None) -> CurvatureProducts:
+    """Jacobian, Gauss-Newton and Hessian products of a fitted model, each at the cost of a solve or two.
+
+    **Arguments:** as for `laplace`.
+
+    **Returns:** `CurvatureProducts`, with `.jacobian(v)`, `.jacobian_transposed(u)`, `.gauss_newton(v)`, `.hessian(v)`.
+
+    **Raises:** `LaplodeError` when 64-bit JAX is off, model and data disagree, or the solve fails.
+    """
+    check_x64()
+    check_problem(problem)
+    view = parameters(model, where)
+    check_model(model, problem.data)
+    return CurvatureProducts(flow(view, problem.data.ts, problem.data.y0, problem.data.args), problem)
 
 
 @eqx.filter_jit
@@ -249,9 +317,9 @@ def fisher(flow: AbstractFlow, problem: Problem) -> FactoredCurvature:
     return _factored(problem, jacobian, problem.likelihood.score(predictions, jnp.asarray(problem.data.ys)) ** 2)
 
 
-def _factored(problem: Problem, jacobian: Float[Array, "N T K P"], weights: Float[Array, "N T K"]) -> FactoredCurvature:
+def _factored(problem: Problem, jacobian: Float[Array, "N*T*K P"], weights: Float[Array, "N T K"]) -> FactoredCurvature:
     observed = problem.data.observed.ravel()
-    factor = jacobian.reshape(observed.size, -1)
+    weights = weights.ravel()
     if np.all(observed):  # a matrix this large is not copied for nothing
-        return FactoredCurvature(factor, weights.ravel())
-    return FactoredCurvature(factor[observed], weights.ravel()[observed])
+        return FactoredCurvature(jacobian, weights)
+    return FactoredCurvature(jacobian[observed], weights[observed])

@@ -20,3 +20,11 @@ class FitError(LaplodeError):
 
 class LaplodeWarning(UserWarning):
     """The answer stands, but something about it deserves the reader's attention."""
+
+
+def choose(name: str, option: str, options: dict[str, Any]) -> Any:
+    """The value of a string option, or an error that names the valid ones."""
+    if not isinstance(option, str) or option not in options:
+        valid = ", ".join(f'"{known}"' for known in options)
+        raise LaplodeError(f"`{name}` must be one of {valid}; got {option!r}.")
+    return options[option]

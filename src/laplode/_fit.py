@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 
 from ._curvature import negative_log_likelihood
 from ._errors import FitError, LaplodeError, LaplodeWarning
-from ._laplace import check_problem
 from ._model import check_model
-from ._problem import AbstractScaleLikelihood, Problem
+from ._problem import AbstractScaleLikelihood, Problem, check_problem
 from ._solve import ForeignFlow
 from ._vector import Parameters, Where, parameters, prior_vectors
 

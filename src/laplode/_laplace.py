@@ -17,6 +17,7 @@ from ._curvature import (
     AbstractCurvature,
     BlockCurvature,
     DenseCurvature,
+    check_x64,
     fisher,
     free_bytes,
     ggn,
@@ -27,10 +28,10 @@ from ._curvature import (
     hessian_leading,
     value_and_gradient,
 )
-from ._errors import LaplodeError, LaplodeWarning
+from ._errors import LaplodeError, LaplodeWarning, choose
 from ._model import check_model
 from ._posterior import Diagnostics, Posterior
-from ._problem import Problem
+from ._problem import Problem, check_problem
 from ._solve import AbstractFlow, ReplayedFlow, flow, jacobian_route
 from ._structure import (
     Built,
@@ -53,30 +54,6 @@ _REGULARIZATIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 _CURVATURES = {"hessian": None, "ggn": ggn, "fisher": fisher}
-
-
-def choose(name: str, option: str, options: dict[str, Any]) -> Any:
-    """The value of a string option, or an error that names the valid ones."""
-    if not isinstance(option, str) or option not in options:
-        valid = ", ".join(f'"{known}"' for known in options)
-        raise LaplodeError(f"`{name}` must be one of {valid}; got {option!r}.")
-    return options[option]
-
-
-def check_x64() -> None:
-    """Raise `LaplodeError` unless JAX computes in 64 bits."""
-    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        raise LaplodeError(
-            "laplode computes curvature in float64, and 64-bit JAX is off: a float32 Hessian is asymmetric and its small "
-            'eigenvalues are noise. Call jax.config.update("jax_enable_x64", True) at the top of your program. A model '
-            "trained in float32 may stay as it is; it is cast."
-        )
-
-
-def check_problem(problem: Any) -> None:
-    """Raise `LaplodeError` unless `problem` is a `Problem`."""
-    if not isinstance(problem, Problem):
-        raise LaplodeError(f"`problem` must be laplode.Problem(data, likelihood, prior), got {type(problem).__name__}.")
 
 
 def laplace(

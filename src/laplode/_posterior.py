@@ -85,6 +85,17 @@ class AbstractPosterior(eqx.Module):
         return self.parameters.unravel(theta)
 
 
+# Bytes of random numbers turned into draws at once.
+_DRAW_BYTES = 2**28
+
+
+@eqx.filter_jit
+def _draw(mean: Float[Array, " P"], structure: AbstractStructure, keys: PRNGKeyArray) -> Float[Array, "n P"]:
+    draw = lambda key: mean + structure.root_product(jax.random.normal(key, mean.shape))
+    batch = min(max(_DRAW_BYTES // mean.nbytes, 1), len(keys))
+    return jax.lax.map(draw, keys, batch_size=batch)
+
+
 class Posterior(AbstractPosterior):
     """θ ~ Normal(mean, Λ⁻¹): the Laplace approximation around the model's parameters.
 
@@ -111,8 +122,7 @@ class Posterior(AbstractPosterior):
 
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
         """Draw `n` parameter vectors, shape (n, P)."""
-        z = jax.random.normal(key, (n, self.size))
-        return self.mean + self.structure.root_product(z)
+        return _draw(self.mean, self.structure, jax.random.split(key, n))
 
     def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
         """log Normal(theta; mean, Λ⁻¹), in nats."""

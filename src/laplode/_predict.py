@@ -13,11 +13,11 @@ from arviz_stats.base import array_stats
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
-from ._errors import LaplodeError, LaplodeWarning
-from ._laplace import check_x64, choose
+from ._curvature import check_x64
+from ._errors import LaplodeError, LaplodeWarning, choose
 from ._model import predict_trajectory
 from ._posterior import Posterior
-from ._problem import AbstractLikelihood, check_args, check_initial_state, check_times
+from ._problem import check_args, check_initial_state, check_times
 from ._solve import flow, linearize
 from ._vector import prior_vectors
 
@@ -53,7 +53,7 @@ class Predictions(eqx.Module):
     khat: float | None
     method: str = eqx.field(static=True)
     observed_grid: bool = eqx.field(static=True)
-    _root: Float[Array, "N TK R"] | None
+    _root: Float[Array, "N TK TK"] | None
 
     def covariance(self) -> Float[Array, "N TK TK"]:
         """The joint covariance J Λ⁻¹ Jᵀ over times and channels of each trajectory, (N, T·K, T·K), times outermost.
@@ -203,31 +203,32 @@ class _Grid(eqx.Module):
 def _linearized(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
     around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
     mean, jacobian = linearize(around)
-    mean, jacobian = mean[:, grid.skip :], jacobian[:, grid.skip :]
-    likelihood = posterior.problem.likelihood
-    epistemic = _linear_draws(likelihood, mean, jacobian, thetas - posterior.mean)
-    return mean, epistemic, _covariance_root(posterior, jacobian)
+    epistemic = _linear_draws(posterior, mean, jacobian, thetas)
+    root = _covariance_root(posterior, jacobian, mean.shape, grid.skip)
+    return mean[:, grid.skip :], epistemic[:, :, grid.skip :], root
 
 
 @eqx.filter_jit
-def _linear_draws(likelihood: AbstractLikelihood, mean, jacobian, offsets):
+def _linear_draws(posterior: Posterior, mean, jacobian: Float[Array, "N*T*K P"], thetas) -> Float[Array, "S N T K"]:
+    likelihood = posterior.problem.likelihood
     # stabilize is elementwise, so its derivative is a scale.
     stabilized, scale = jax.jvp(likelihood.stabilize, (mean,), (jnp.ones_like(mean),))
-    change = jnp.einsum("ntkp,sp->sntk", jacobian, offsets)
-    return likelihood.unstabilize(stabilized + scale * change)
+    change = jax.lax.map(lambda theta: jacobian @ (theta - posterior.mean), thetas, batch_size=_BATCH)
+    return likelihood.unstabilize(stabilized + scale * change.reshape(-1, *mean.shape))
 
 
-def _covariance_root(posterior: Posterior, jacobian: Float[Array, "N T K P"]) -> Float[Array, "N TK R"]:
-    """A root of J Λ⁻¹ Jᵀ for each trajectory, no larger than J itself."""
-    num, _, _, size = jacobian.shape
-    rows = jacobian.reshape(num, -1, size)
+@eqx.filter_jit
+def _covariance_root(posterior: Posterior, jacobian, shape: tuple[int, ...], skip: int) -> Float[Array, "N TK TK"]:
+    """A root of J Λ⁻¹ Jᵀ for each trajectory."""
+    num, num_times, channels = shape
+    rows = jacobian.reshape(num, num_times * channels, -1)
 
-    def root(rows):
-        covariance = posterior.structure.predictive_covariance(rows)
+    def root(i):
+        covariance = posterior.structure.predictive_covariance(rows[i])[skip * channels :, skip * channels :]
         eigenvalues, vectors = jnp.linalg.eigh((covariance + covariance.T) / 2)
         return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
 
-    return jax.lax.map(root, rows)
+    return jax.lax.map(root, jnp.arange(num))
 
 
 def _sampled(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):

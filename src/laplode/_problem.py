@@ -411,3 +411,9 @@ class Problem(eqx.Module):
     def log_likelihood(self, predictions: Float[Array, "N T K"]) -> Float[Array, ""]:
         """log p(Y | predictions) in nats, summed over all observations."""
         return jnp.sum(self.likelihood.log_prob(predictions, jnp.asarray(self.data.ys)))
+
+
+def check_problem(problem: Any) -> None:
+    """Raise `LaplodeError` unless `problem` is a `Problem`."""
+    if not isinstance(problem, Problem):
+        raise LaplodeError(f"`problem` must be laplode.Problem(data, likelihood, prior), got {type(problem).__name__}.")

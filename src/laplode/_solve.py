@@ -24,7 +24,7 @@ from ._model import NeuralODE, predict_trajectory
 from ._vector import Parameters
 
 # Bytes of right-hand sides computed at once in a sensitivity solve: small enough for a processor's cache.
-_BLOCK_BYTES = 2**23
+_BLOCK_BYTES = 2**21
 
 
 class AbstractFlow(eqx.Module):
@@ -40,8 +40,8 @@ class AbstractFlow(eqx.Module):
         """The predictions, differentiable in `theta`."""
 
     @abc.abstractmethod
-    def jacobian(self, theta: Float[Array, " P"], route: str) -> Float[Array, "N T K P"]:
-        """∂ predictions / ∂θ, by one of the routes of `jacobian_route`."""
+    def jacobian(self, theta: Float[Array, " P"], route: str) -> Float[Array, "N*T*K P"]:
+        """∂ predictions / ∂θ by one of the routes of `jacobian_route`, a row for each prediction in order."""
 
     @property
     def num_trajectories(self) -> int:
@@ -214,10 +214,25 @@ def _states_explicit(tableau, model, boundaries, ts, y0, args):
     return starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
 
 
+# What stands in an implicit solver's root finder for "as the step size controller has it", until a solve begins.
+_AS_CONTROLLER = diffrax.with_stepsize_controller_tols(diffrax.VeryChord)().rtol
+
+
+def _with_tolerances(model: NeuralODE) -> diffrax.AbstractSolver:
+    """The solver as `diffrax.diffeqsolve` would use it."""
+    solver = model.solver
+    root_finder = getattr(solver, "root_finder", None)
+    for name in ("rtol", "atol", "norm"):
+        if root_finder is not None and getattr(root_finder, name, None) is _AS_CONTROLLER:
+            value = getattr(model.stepsize_controller, name)
+            solver = eqx.tree_at(lambda s, name=name: getattr(s.root_finder, name), solver, value)
+    return solver
+
+
 def _states_general(model: NeuralODE, boundaries, ts, y0, args):
     """Any Diffrax solver, one step after another through its own `step`."""
     terms = diffrax.ODETerm(model.vector_field)
-    solver = model.solver
+    solver = _with_tolerances(model)
     if getattr(solver, "scan_kind", "none") is None:  # a loop over stages that has all modes of differentiation
         solver = eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=lambda node: node is None)
     state = solver.init(terms, boundaries[0], boundaries[1], y0, args)
@@ -252,28 +267,28 @@ def _replay(model: NeuralODE, boundaries, ts, y0, args) -> Float[Array, "T K"]:
 # ---- Its sensitivities
 
 
-def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, "N T K P"]:
+def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, "N*T*K P"]:
     """∂ predictions / ∂θ of explicit Runge-Kutta steps, by local vector-Jacobian products.
 
     The tangent of a step is linear in the sensitivity S = ∂y/∂θ (D×P) and in the local Jacobians G_i = ∂f/∂θ (D×P) at
     its stages: whatever is read off at weights w is
 
-        y + Σ_i w_i k_i   has tangent   A_w S + Σ_i C_wi G_i,
+        y + Σ_i w_i k_i   with tangent   A_w S + Σ_i C_wi G_i,
 
     with A_w and C_wi small D×D matrices of the tableau and ∂f/∂y. So each step and each observation costs D
     vector-Jacobian products, summed over the stages inside the product, and S is touched once a step, not once a stage.
     The matrix is filled row by row: beside it only S and a block of such products are held.
     """
-    model = flow.parameters.unravel(theta)
+    parameters = eqx.tree_at(lambda p: p.selected, flow.parameters, flow.parameters.with_vector(theta))
+    model = parameters.model
     tableau = _explicit_tableau(model.solver)
     assert tableau is not None
     num_times = flow.ts.shape[1]
-    shape = jax.eval_shape(flow, theta).shape
 
     def trajectory(i, jacobian):
         boundaries, ts, y0, args = jax.tree.map(lambda x: x[i], (flow.boundaries, flow.ts, flow.y0, flow.args))
-        initial = lambda theta: flow.parameters.unravel(theta).initial_state(y0)
-        y_start, pull_initial = jax.vjp(initial, theta)
+        initial = lambda selected: eqx.combine(selected, parameters.rest).initial_state(y0)
+        y_start, pull_initial = jax.vjp(initial, parameters.selected)
         dim = y_start.size
         (sensitivity,) = jax.vmap(pull_initial)(jnp.eye(dim))
 
@@ -281,67 +296,70 @@ def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, 
         starts, stages, increments = _replay_explicit(tableau, model, boundaries, y_start, args)
         h = jnp.diff(boundaries)
         stage_times = boundaries[:-1, None] + tableau.c * h[:, None]
-
-        # What is read off: first every observation, then the end of every step; put in the order of time.
-        step = _locate(boundaries, ts)
-        weights = jax.vmap(ft.partial(_output_weights, model, tableau))(boundaries[step], boundaries[step + 1], ts)
-        steps = jnp.concatenate([step, jnp.arange(num_steps)])
-        weights = jnp.concatenate([weights, jnp.broadcast_to(tableau.b, (num_steps, tableau.num_stages))])
-        rows = jnp.concatenate([jnp.arange(num_times), jnp.full(num_steps, num_times)])
-        order = jnp.lexsort((rows, steps))
-        block = max(1, min(_BLOCK_BYTES // (8 * dim * theta.size), order.size))
-        padding = (-order.size) % block
-        steps, weights, rows = (
-            jnp.concatenate([x[order], jnp.full((padding, *x.shape[1:]), fill, x.dtype)]).reshape(
-                -1, block, *x.shape[1:]
-            )
-            for x, fill in ((steps, num_steps - 1), (weights, 0), (rows, num_times + 1))
-        )
-
         field_y = jax.jacrev(lambda y, t: model.vector_field(t, y, args))
         local = h[:, None, None, None] * jax.vmap(jax.vmap(field_y))(stages, stage_times)
         through_y, through_theta = _stage_tangents(tableau, local)
         through_theta = through_theta * h[:, None, None, None, None]
-        observe = lambda theta, y: flow.parameters.unravel(theta).observe_states(y[None], args)[0]
 
         def read_off(step, weights):
             """A_w (D, D), Σ_i C_wi G_i (D, P) and, of the observation function, ∂/∂y (K, D) and ∂/∂θ (K, P)."""
 
-            def field(theta):
-                f = flow.parameters.unravel(theta).vector_field
+            def field(selected):
+                f = eqx.combine(selected, parameters.rest).vector_field
                 return jax.vmap(lambda t, y: f(t, y, args))(stage_times[step], stages[step])
 
             cotangents = jnp.einsum("s,sjde->dje", weights, through_theta[step])
-            _, pull = jax.vjp(field, theta)
-            (source,) = jax.vmap(pull)(cotangents)
+            (source,) = jax.vmap(jax.vjp(field, parameters.selected)[1])(cotangents)
             transition = jnp.eye(dim) + jnp.einsum("s,sde->de", weights, through_y[step])
             if model.observe is None:
                 return transition, source, None
-            y = starts[step] + weights @ increments[step]
-            seen, pull_seen = jax.vjp(observe, theta, y)
-            return transition, source, jax.vmap(pull_seen)(jnp.eye(seen.size))
+            observe = lambda selected, y: eqx.combine(selected, parameters.rest).observe_states(y[None], args)[0]
+            seen, pull = jax.vjp(observe, parameters.selected, starts[step] + weights @ increments[step])
+            return transition, source, jax.vmap(pull)(jnp.eye(seen.size))
+
+        def one_read(carry, read):
+            jacobian, sensitivity = carry
+            row, advance, (transition, source, seen) = read
+            push = lambda matrix, tangents: jnp.tensordot(matrix, tangents, 1)
+            tangent = jax.tree.map(lambda s, b: push(transition, s) + b, sensitivity, source)
+            value = tangent if seen is None else jax.tree.map(lambda s, b: push(seen[1], s) + b, tangent, seen[0])
+            # Leaf by leaf: to join them into rows first would be to write everything twice.
+            for leaf, (_, _, start, _) in zip(jax.tree.leaves(value), parameters.leaves, strict=True):
+                rows = leaf.reshape(1, 1, leaf.shape[0], -1)
+                jacobian = jax.lax.dynamic_update_slice(jacobian, rows, (i, row, 0, start))
+            keep = lambda new, old: jnp.where(advance, new, old)
+            return (jacobian, jax.tree.map(keep, tangent, sensitivity)), None
 
         def block_of_reads(carry, reads):
-            steps, weights, rows = reads
+            steps, weights, rows, advance = reads
+            return jax.lax.scan(one_read, carry, (rows, advance, jax.vmap(read_off)(steps, weights)))
 
-            def one(carry, read):
-                jacobian, sensitivity = carry
-                row, (transition, source, seen) = read
-                tangent = transition @ sensitivity + source
-                value = tangent if seen is None else seen[1] @ tangent + seen[0]
-                place = (i, jnp.minimum(row, num_times - 1), 0, 0)
-                old = jax.lax.dynamic_slice(jacobian, place, (1, 1, *value.shape))
-                new = jnp.where(row < num_times, value[None, None], old)
-                jacobian = jax.lax.dynamic_update_slice(jacobian, new, place)
-                return (jacobian, jnp.where(row == num_times, tangent, sensitivity)), None
+        block = max(1, min(_BLOCK_BYTES // (8 * dim * theta.size), num_times + num_steps))
+        reads = _reads(tableau, model, boundaries, ts, block)
+        return jax.lax.scan(block_of_reads, (jacobian, sensitivity), reads)[0][0]
 
-            return jax.lax.scan(one, carry, (rows, jax.vmap(read_off)(steps, weights)))
+    empty = jnp.zeros((*jax.eval_shape(flow, theta).shape, theta.size))
+    return jax.lax.fori_loop(0, flow.num_trajectories, trajectory, empty).reshape(-1, theta.size)
 
-        (jacobian, _), _ = jax.lax.scan(block_of_reads, (jacobian, sensitivity), (steps, weights, rows))
-        return jacobian
 
-    empty = jnp.zeros((*shape, theta.size))
-    return jax.lax.fori_loop(0, flow.num_trajectories, trajectory, empty)
+def _reads(tableau: _Tableau, model: NeuralODE, boundaries, ts, block: int):
+    """All that is read off a solve, in the order of time, as blocks: step, weights, row of the result, whether to advance.
+
+    These are the observations, each filling its row, and the ends of the steps, at which the sensitivity advances; the
+    latter write into the row that the next observation will overwrite.
+    """
+    num_steps, num_times = boundaries.size - 1, ts.size
+    step = _locate(boundaries, ts)
+    weights = jax.vmap(ft.partial(_output_weights, model, tableau))(boundaries[step], boundaries[step + 1], ts)
+    ends = jnp.arange(num_steps)
+    steps = jnp.concatenate([step, ends])
+    weights = jnp.concatenate([weights, jnp.broadcast_to(tableau.b, (num_steps, tableau.num_stages))])
+    rows = jnp.concatenate([jnp.arange(num_times), jnp.searchsorted(step, ends, side="right")])
+    advance = jnp.arange(num_times + num_steps) >= num_times
+    order = jnp.lexsort((advance, steps))
+    # Whatever comes after the last observation repeats it.
+    order = order[jnp.minimum(jnp.arange(order.size + (-order.size) % block), jnp.argmax(order == num_times - 1))]
+    return jax.tree.map(lambda x: x[order].reshape(-1, block, *x.shape[1:]), (steps, weights, rows, advance))
 
 
 def _stage_tangents(tableau: _Tableau, local: Float[Array, "steps stages D D"]):
@@ -371,14 +389,13 @@ _CHUNK = 32
 def _jacobian_by_jvp(flow: AbstractFlow, theta):
     push = lambda v: jax.jvp(flow, (theta,), (v,))[1]
     columns = jax.lax.map(lambda i: push(jnp.zeros_like(theta).at[i].set(1)), jnp.arange(theta.size), batch_size=_CHUNK)
-    return jnp.moveaxis(columns, 0, -1)
+    return columns.reshape(theta.size, -1).T
 
 
 def _jacobian_by_vjp(flow: AbstractFlow, theta):
     predictions, pull = jax.vjp(flow, theta)
     row = lambda i: pull(jnp.zeros(predictions.size).at[i].set(1).reshape(predictions.shape))[0]
-    rows = jax.lax.map(row, jnp.arange(predictions.size), batch_size=_CHUNK)
-    return rows.reshape(*predictions.shape, theta.size)
+    return jax.lax.map(row, jnp.arange(predictions.size), batch_size=_CHUNK)
 
 
 _AUTODIFF: dict[str, Callable[[AbstractFlow, Array], Array]] = {"jvp": _jacobian_by_jvp, "vjp": _jacobian_by_vjp}
@@ -429,8 +446,11 @@ def _evaluate_jacobian(flow: AbstractFlow, theta, route: str):
     return flow.jacobian(theta, route)
 
 
-def linearize(flow: AbstractFlow) -> tuple[Float[Array, "N T K"], Float[Array, "N T K P"]]:
-    """Predictions and their Jacobian at the present parameters."""
+def linearize(flow: AbstractFlow) -> tuple[Float[Array, "N T K"], Float[Array, "N*T*K P"]]:
+    """Predictions at the present parameters, and their Jacobian with a row for each of them in order.
+
+    The Jacobian may be as large as memory allows: outside of `jit`, even a reshape would copy it.
+    """
     theta = flow.parameters.vector
     return _evaluate(flow, theta), _evaluate_jacobian(flow, theta, jacobian_route(flow))
 

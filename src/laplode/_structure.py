@@ -180,7 +180,8 @@ class LowRank(AbstractStructure):
 
     def _project(self, v: Array) -> Array:
         """Uᵀ A v."""
-        return ((v / jnp.sqrt(self.prior_precision)) @ self.factor.T * self.scale) @ self.modes
+        seen = jnp.einsum("...p,mp->...m", v / jnp.sqrt(self.prior_precision), self.factor)
+        return (seen * self.scale) @ self.modes
 
     def _lift(self, c: Array) -> Array:
         """Aᵀ U c."""
@@ -191,14 +192,17 @@ class LowRank(AbstractStructure):
         x = self.strengths
         return jnp.where(x > 0, -jnp.expm1(-0.5 * jnp.log1p(x)) / jnp.where(x > 0, x, 1), 0.5)
 
+    @eqx.filter_jit
     def precision_product(self, v):
         root = jnp.sqrt(self.prior_precision)
         return root * (root * v + self._lift(self._project(root * v)))
 
+    @eqx.filter_jit
     def covariance_product(self, v):
         root = jnp.sqrt(self.prior_precision)
         return (v / root - self._lift(self._project(v / root) / (1 + self.strengths))) / root
 
+    @eqx.filter_jit
     def root_product(self, z):
         return (z - self._lift(self._project(z) * self._shrinkage())) / jnp.sqrt(self.prior_precision)
 

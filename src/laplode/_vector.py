@@ -90,7 +90,16 @@ class Parameters(eqx.Module):
         """The model with its selected parameters set to `theta`."""
         # The parameters come first: `eqx.combine` keeps the first leaf that is not None, so that with the template
         # first θ would have no influence on the model and every derivative would be zero.
-        return eqx.combine(ravel_pytree(self.selected)[1](theta), self.rest)
+        return eqx.combine(self.with_vector(theta), self.rest)
+
+    def with_vector(self, theta: Float[Array, " P"]) -> PyTree:
+        """`theta` in the form of `selected`."""
+        return ravel_pytree(self.selected)[1](theta)
+
+    @property
+    def model(self) -> Any:
+        """The model as it is."""
+        return eqx.combine(self.selected, self.rest)
 
     def name(self, index: int) -> str:
         """The name of one entry of θ, such as `vector_field.layers[0].weight[2, 1]`."""

@@ -1,0 +1,446 @@
+"""Curvature and prior in, posterior out: closed forms, regularization, diagnostics, and what is refused at the door."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats as st
+
+import laplode as lp
+
+
+def silent(model, problem, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)
+        return lp.laplace(model, problem, **{"progress": False} | options)
+
+
+# ---- A model that is linear in its parameters has a closed form
+
+
+@pytest.fixture(params=["hessian", "ggn"])
+def conjugate(request, linear_posterior, linear_ggn):
+    return {"hessian": linear_posterior, "ggn": linear_ggn}[request.param]
+
+
+def test_posterior_of_a_linear_model(linear, conjugate):
+    covariance = np.linalg.inv(linear.precision)
+    np.testing.assert_allclose(conjugate.mean, linear.mean, rtol=1e-14)
+    np.testing.assert_allclose(conjugate.precision(), linear.precision, rtol=1e-8, atol=1e-8 * linear.precision.max())
+    np.testing.assert_allclose(conjugate.covariance(), covariance, rtol=1e-8, atol=1e-8 * covariance.max())
+    # One Newton step from anywhere leads to the conjugate mean; from the mean it leads nowhere.
+    assert conjugate.diagnostics.newton_decrement < 1e-15
+
+
+def test_evidence_of_a_linear_model(linear, conjugate):
+    design = linear.design(linear.problem.data.ts[0])
+    marginal = st.multivariate_normal(np.zeros(24), 0.1**2 * np.eye(24) + design @ design.T / 2.0)
+    np.testing.assert_allclose(conjugate.log_evidence, marginal.logpdf(linear.target), rtol=1e-8)
+
+
+def test_diagnostics_of_a_linear_model(linear, conjugate):
+    found = conjugate.diagnostics
+    eigenvalues = np.linalg.eigvalsh(linear.precision)
+    dof = np.trace((linear.precision - 2 * np.eye(6)) @ np.linalg.inv(linear.precision))
+    assert (found.num_parameters, found.num_observations) == (6, 24)
+    np.testing.assert_allclose([found.eigenvalue_min, found.eigenvalue_max], eigenvalues[[0, -1]], rtol=1e-7)
+    np.testing.assert_allclose(found.condition_number, eigenvalues[-1] / eigenvalues[0], rtol=1e-7)
+    np.testing.assert_allclose(found.effective_dof, dof, rtol=1e-8)
+    assert (found.num_negative, found.regularized, found.inert) == (0, None, ())
+    assert found.symmetry_defect < 1e-12
+    assert found.gradient_norm < 1e-6
+
+
+def test_away_from_the_mean_a_newton_step_leads_back(linear):
+    """The gradient, the decrement and the precision fit together."""
+    shifted = eqx.tree_at(lambda m: m.vector_field.w, linear.model, replace_fn=lambda w: w + 0.1)
+    with pytest.warns(lp.LaplodeWarning, match="Newton decrement is .* nats"):
+        posterior = lp.laplace(shifted, linear.problem, progress=False)
+    offset = np.full(6, 0.1)
+    np.testing.assert_allclose(
+        posterior.diagnostics.newton_decrement, 0.5 * offset @ linear.precision @ offset, rtol=1e-7
+    )
+    np.testing.assert_allclose(
+        posterior.diagnostics.gradient_norm, np.linalg.norm(linear.precision @ offset), rtol=1e-7
+    )
+
+
+class Decay(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, t, y, args):
+        return -self.rate * y
+
+
+class Constant(eqx.Module):
+    slope: jax.Array
+
+    def __call__(self, t, y, args):
+        return self.slope * jnp.ones_like(y)
+
+
+def test_one_parameter_with_unit_precisions_has_variance_one_half():
+    # y(1) = θ is observed once with unit noise.
+    data = lp.Trajectories([0.0, 1.0], [[np.nan], [0.0]], [0.0])
+    posterior = lp.laplace(lp.NeuralODE(Constant(jnp.array(0.0))), lp.Problem(data, lp.Gaussian(1.0), 1.0), progress=False)
+    np.testing.assert_allclose(posterior.covariance(), [[0.5]], rtol=1e-12)
+    np.testing.assert_allclose(posterior.log_evidence, st.norm(0, np.sqrt(2)).logpdf(0), rtol=1e-12)
+
+
+def test_exponential_decay_against_its_second_derivative(decay_case):
+    model, problem, ts, ys = decay_case
+    posterior = silent(model, problem)
+    rate = 0.8
+    f, slope, bend = np.exp(-rate * ts), -ts * np.exp(-rate * ts), ts**2 * np.exp(-rate * ts)
+    hessian = np.sum(slope**2 + (f - ys) * bend) / 0.2**2
+    np.testing.assert_allclose(posterior.precision(), [[hessian + 3.0]], rtol=1e-8)
+    ggn = silent(model, problem, curvature="ggn")
+    np.testing.assert_allclose(ggn.precision(), [[np.sum(slope**2) / 0.2**2 + 3.0]], rtol=1e-8)
+    fisher = silent(model, problem, curvature="fisher")
+    np.testing.assert_allclose(fisher.precision(), [[np.sum((slope * (f - ys) / 0.2**2) ** 2) + 3.0]], rtol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def decay_case():
+    import diffrax
+
+    ts = np.linspace(0, 2, 6)
+    ys = np.exp(-ts) + 0.1 * np.cos(7 * ts)
+    model = lp.NeuralODE(Decay(jnp.array(0.8)), stepsize_controller=diffrax.PIDController(rtol=1e-11, atol=1e-12))
+    return model, lp.Problem(lp.Trajectories(ts, ys[:, None], [1.0]), lp.Gaussian(0.2), 3.0), ts, ys
+
+
+def test_missing_data_equal_dropped_rows(neural, neural_posterior):
+    data = neural.problem.data
+    kept = [0, 1, 3, 4, 6, 7]
+    ys = data.ys.copy()
+    ys[:, [2, 5]] = np.nan
+    masked = lp.Problem(lp.Trajectories(data.ts, ys, data.y0), neural.problem.likelihood, 1.0)
+    short = lp.Trajectories(data.ts[:, kept], data.ys[:, kept], data.y0)
+    dropped = lp.Problem(short, neural.problem.likelihood, 1.0)
+    a, b = silent(neural.model, masked), silent(neural.model, dropped)
+    np.testing.assert_allclose(a.curvature.matrix, b.curvature.matrix, rtol=0, atol=1e-12 * np.abs(b.curvature.matrix).max())
+    np.testing.assert_allclose(a.log_evidence, b.log_evidence, rtol=1e-12)
+    assert a.diagnostics.num_observations == b.diagnostics.num_observations == 24
+
+
+# ---- Parameters of every kind
+
+
+@pytest.mark.parametrize("form", ["function", "bool pytree"])
+def test_subset_has_the_sub_block_of_the_precision(neural, neural_posterior, form):
+    if form == "function":
+        where = lambda m: m.vector_field.mlp.layers[1]
+    else:
+        nothing = jax.tree.map(lambda _: False, neural.model)
+        where = eqx.tree_at(lambda m: m.vector_field.mlp.layers[1], nothing, replace_fn=lambda n: jax.tree.map(lambda _: True, n))
+    subset = silent(*neural, where=where, regularization="abs", curvature="ggn")
+    whole = silent(*neural, curvature="ggn").precision()
+    assert [leaf[0] for leaf in subset.parameters.leaves] == [
+        "vector_field.mlp.layers[1].weight",
+        "vector_field.mlp.layers[1].bias",
+    ]
+    np.testing.assert_allclose(subset.precision(), whole[15:, 15:], rtol=1e-9, atol=1e-10 * np.abs(whole).max())
+    changed = subset.unravel(subset.mean + 1)
+    np.testing.assert_array_equal(changed.vector_field.mlp.layers[0].weight, neural.model.vector_field.mlp.layers[0].weight)
+    np.testing.assert_allclose(
+        changed.vector_field.mlp.layers[1].bias, neural.model.vector_field.mlp.layers[1].bias + 1, rtol=1e-15
+    )
+
+
+def test_subset_of_the_exact_hessian(predator_prey, predator_prey_posterior):
+    subset = silent(*predator_prey, where=lambda m: (m.vector_field.birth, m.vector_field.feed))
+    block = np.asarray(predator_prey_posterior.curvature.matrix)[np.ix_([0, 3], [0, 3])]
+    np.testing.assert_allclose(subset.curvature.matrix, block, rtol=1e-9)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_float32_model_is_cast(linear, curvature):
+    trained = eqx.tree_at(lambda m: m.vector_field.w, linear.model, replace_fn=lambda w: w.astype(jnp.float32))
+    posterior = silent(trained, linear.problem, curvature=curvature)
+    assert posterior.mean.dtype == posterior.covariance().dtype == jnp.float64
+    covariance = np.linalg.inv(linear.precision)
+    np.testing.assert_allclose(posterior.covariance(), covariance, rtol=1e-8, atol=1e-8 * covariance.max())
+    # Its stationarity is measured where the rounded parameters lie.
+    offset = np.asarray(trained.vector_field.w, np.float64).ravel() - linear.mean
+    decrement = 0.5 * offset @ linear.precision @ offset
+    assert decrement > 1e-14
+    np.testing.assert_allclose(posterior.diagnostics.newton_decrement, decrement, rtol=1e-2)
+
+
+def test_prior_per_parameter_and_per_leaf(predator_prey, predator_prey_posterior):
+    hessian = predator_prey_posterior.curvature.matrix
+    values = np.array([1.0, 2.0, 30.0, 4.0])
+    leaves = eqx.tree_at(
+        lambda m: [getattr(m.vector_field, name) for name in ("birth", "hunt", "death", "feed")],
+        predator_prey.model,
+        values.tolist(),
+    )
+    for precision in (values, leaves):
+        problem = eqx.tree_at(lambda p: p.prior, predator_prey.problem, lp.GaussianPrior(precision, mean=0.5))
+        posterior = silent(predator_prey.model, problem)
+        np.testing.assert_allclose(posterior.precision(), hessian + np.diag(values), rtol=1e-10)
+        log_prior = st.norm(0.5, values**-0.5).logpdf(predator_prey_posterior.mean).sum()
+        before = st.norm(0, 1).logpdf(predator_prey_posterior.mean).sum()
+        np.testing.assert_allclose(
+            posterior.log_joint - predator_prey_posterior.log_joint, log_prior - before, rtol=1e-10
+        )
+        spectrum = np.linalg.eigvalsh(hessian + np.diag(values))
+        np.testing.assert_allclose(posterior.diagnostics.eigenvalue_min, spectrum[0], rtol=1e-9)
+
+
+class Partly(eqx.Module):
+    """`idle` and one entry of `rate` never reach the predictions."""
+
+    rate: jax.Array
+    idle: jax.Array
+
+    def __call__(self, t, y, args):
+        return -self.rate[0] * y
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_inert_parameters_are_named(curvature):
+    data = lp.Trajectories([0.0, 0.5, 1.0], np.exp([[0.0], [-0.5], [-1.0]]), [1.0])
+    model = lp.NeuralODE(Partly(jnp.array([1.0, 2.0]), jnp.ones(3)), y0=[1.0])
+    problem = lp.Problem(data, lp.Gaussian(0.1), lp.GaussianPrior(1e-6))
+    with pytest.warns(
+        lp.LaplodeWarning, match=r"without any influence.*: vector_field.rate\[1\], vector_field.idle, y0\."
+    ):
+        posterior = lp.laplace(model, problem, curvature=curvature, progress=False)
+    assert posterior.diagnostics.inert == ("vector_field.rate[1]", "vector_field.idle", "y0")
+    # Only the prior knows about them.
+    np.testing.assert_allclose(posterior.marginal_std()[1:], 1e3, rtol=1e-12)
+
+
+# ---- Regularization
+
+
+def dense(kind, hessian):
+    eigenvalues, vectors = np.linalg.eigh(hessian)
+    changed = {
+        "clip": np.maximum(eigenvalues, 0),
+        "abs": np.abs(eigenvalues),
+        "jitter": eigenvalues - eigenvalues[0],
+    }[kind]
+    return (vectors * changed) @ vectors.T, eigenvalues, changed
+
+
+@pytest.mark.parametrize("kind", ["clip", "abs", "jitter"])
+def test_regularization_of_an_indefinite_hessian(neural, neural_posterior, kind):
+    with pytest.warns(lp.LaplodeWarning, match=f"negative eigenvalues .regularized by {kind}"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The Newton decrement", lp.LaplodeWarning)
+            posterior = lp.laplace(*neural, regularization=kind, progress=False)
+    hessian = np.asarray(posterior.curvature.matrix)
+    regular, eigenvalues, changed = dense(kind, hessian)
+    assert np.sum(eigenvalues < -1) > 2
+    expected = regular + np.eye(len(hessian))
+    np.testing.assert_allclose(posterior.precision(), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    found, change = posterior.diagnostics, np.abs(changed - eigenvalues)
+    np.testing.assert_allclose([found.eigenvalue_min, found.eigenvalue_max], eigenvalues[[0, -1]] + 1, rtol=1e-10)
+    used = np.sort(changed) + 1
+    np.testing.assert_allclose(found.condition_number, used[-1] / used[0], rtol=1e-9)
+    assert found.num_negative == np.sum(eigenvalues < -1e-10)
+    assert found.regularized.kind == kind
+    assert found.regularized.count == np.sum(change > 1e-10)
+    np.testing.assert_allclose([found.regularized.largest, found.regularized.total], [change.max(), change.sum()], rtol=1e-9)
+    gradient = gradient_of(neural, posterior.mean)
+    np.testing.assert_allclose(found.gradient_norm, np.linalg.norm(gradient), rtol=1e-6)
+    np.testing.assert_allclose(found.newton_decrement, 0.5 * gradient @ np.linalg.solve(expected, gradient), rtol=1e-6)
+    np.testing.assert_allclose(found.effective_dof, np.trace(regular @ np.linalg.inv(expected)), rtol=1e-9)
+    np.testing.assert_allclose(posterior.structure.log_det, np.linalg.slogdet(expected)[1], rtol=1e-12)
+
+
+def gradient_of(case, theta):
+    """Of −log p(Y | θ) − log p(θ), through Diffrax's own reverse mode."""
+    return _gradient(case.model, case.problem, theta)
+
+
+@eqx.filter_jit
+def _gradient(model, problem, theta):
+    from laplode._vector import parameters
+
+    view = parameters(model)
+    data = problem.data
+
+    def loss(theta):
+        predictions = jax.vmap(lambda ts, y0: view.unravel(theta)(ts, y0, throw=False))(data.ts, data.y0)
+        return 0.5 * jnp.sum((predictions - data.ys) ** 2) / 0.3**2 + 0.5 * jnp.sum(theta**2)
+
+    return jax.grad(loss)(theta)
+
+
+def test_no_regularization_raises_where_the_precision_is_indefinite(neural):
+    with pytest.raises(lp.LaplodeError, match='not positive definite.*regularization="clip" or curvature="ggn"'):
+        silent(*neural, regularization="none")
+
+
+def test_no_regularization_is_enough_at_a_minimum(linear, linear_posterior):
+    posterior = lp.laplace(linear.model, linear.problem, regularization="none", progress=False)
+    np.testing.assert_array_equal(posterior.precision(), linear_posterior.precision())
+
+
+def test_regularization_leaves_a_nonuniform_prior_alone(neural):
+    precision = np.linspace(0.5, 5.0, 27)
+    problem = eqx.tree_at(lambda p: p.prior, neural.problem, lp.GaussianPrior(precision))
+    posterior = silent(neural.model, problem)
+    regular, _, _ = dense("clip", np.asarray(posterior.curvature.matrix))
+    expected = regular + np.diag(precision)
+    np.testing.assert_allclose(posterior.precision(), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+    spectrum = np.linalg.eigvalsh(expected)
+    np.testing.assert_allclose(posterior.diagnostics.condition_number, spectrum[-1] / spectrum[0], rtol=1e-9)
+    raw = np.linalg.eigvalsh(np.asarray(posterior.curvature.matrix) + np.diag(precision))
+    np.testing.assert_allclose(posterior.diagnostics.eigenvalue_min, raw[0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_a_precision_too_ill_conditioned_for_float64_is_refused(neural, curvature):
+    problem = lp.Problem(neural.problem.data, lp.Gaussian(1e-8), 1e-8)
+    with pytest.raises(lp.LaplodeError, match="can't be factored|not positive definite"):
+        silent(neural.model, problem, curvature=curvature)
+
+
+def test_diagnostics_print(neural_posterior):
+    text = str(neural_posterior.diagnostics)
+    assert "negative eigenvalues" in text and "clip" in text and "nats" in text
+
+
+# ---- What is refused at the door
+
+
+class Untouchable(eqx.Module):
+    """Its solve must never begin."""
+
+    w: jax.Array
+
+    def __call__(self, t, y, args):
+        def fail(y):
+            raise AssertionError("solved before the input was checked")
+
+        return jax.pure_callback(fail, jax.ShapeDtypeStruct(y.shape, y.dtype), self.w * y, vmap_method="sequential")
+
+
+def untouchable(size=None):
+    return lp.NeuralODE(Untouchable(jnp.ones(() if size is None else size)))
+
+
+def small_problem(**arguments):
+    ts = np.array([0.0, 1.0, 2.0])
+    arguments = {"ys": np.ones((1, 3, 2)), "y0": np.ones((1, 2))} | arguments
+    prior = arguments.pop("prior", 1.0)
+    return lp.Problem(lp.Trajectories(ts, **arguments), lp.Gaussian(1.0), prior)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(curvature="kfac"), '`curvature` must be one of "hessian", "ggn", "fisher"; got \'kfac\''),
+        (dict(curvature=None), '`curvature` must be one of "hessian"'),
+        (dict(structure="kron"), '`structure` must be one of "full".*\'kron\''),
+        (dict(regularization="ridge"), '`regularization` must be one of "clip", "abs", "jitter", "none"; got \'ridge\''),
+        (dict(batch_size=0), "`batch_size` must be a positive integer"),
+        (dict(batch_size=1.5), "`batch_size` must be a positive integer"),
+        (dict(where=lambda m: m.vector_field.v), "`where` must pick nodes"),
+        (dict(where="w"), "`where` must be"),
+    ],
+)
+def test_bad_options_are_refused_before_any_solve(options, match):
+    with pytest.raises(lp.LaplodeError, match=match):
+        lp.laplace(untouchable(), small_problem(), **options)
+
+
+class Callable3(eqx.Module):
+    w: jax.Array
+
+    def __call__(self, ts, y0, args):
+        raise AssertionError("called before the input was checked")
+
+
+@pytest.mark.parametrize(
+    ("model", "problem", "match"),
+    [
+        pytest.param(lambda t, y, args: y, small_problem(), "`model`", id="function"),
+        pytest.param("model", small_problem(), "`model`", id="string"),
+        pytest.param(untouchable(), None, "`problem` must be laplode.Problem", id="no problem"),
+        pytest.param(untouchable(), small_problem().data, "`problem` must be.*got Trajectories", id="data"),
+        pytest.param(lp.NeuralODE(lambda t, y, args: -y), small_problem(), "`model` .*no parameters", id="parameters"),
+        pytest.param(untouchable(), small_problem(y0=None), "`y0` is missing", id="y0"),
+        pytest.param(untouchable(), small_problem(ys=np.ones((1, 3, 1))), r"`model` and `ys` disagree.*\(3, 2\).*\(3, 1\)", id="ys"),
+        pytest.param(untouchable(3), small_problem(), "`model` can't be evaluated.*y0 of shape \\(2,\\)", id="states"),
+        pytest.param(untouchable(), small_problem(prior=np.ones(3)), "`precision` of the prior", id="prior"),
+        pytest.param(untouchable(1_000_000), small_problem(ys=np.ones((1, 3, 1_000_000)), y0=np.ones((1, 1_000_000))),
+                     r'`structure`="full" needs.*P = 1000000: 7450\.6 GiB.*`where`', id="memory"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused_before_any_solve(model, problem, match):
+    with pytest.raises(lp.LaplodeError, match=match):
+        lp.laplace(model, problem, progress=False)
+
+
+def test_x64_off_is_refused_before_any_solve():
+    with jax.enable_x64(False):
+        with pytest.raises(lp.LaplodeError, match=r'jax.config.update\("jax_enable_x64", True\)'):
+            lp.laplace(untouchable(), small_problem())
+
+
+def test_a_solve_that_fails_names_trajectory_and_time():
+    class Square(eqx.Module):
+        rate: jax.Array
+
+        def __call__(self, t, y, args):
+            return self.rate * y**2
+
+    data = lp.Trajectories([0.0, 1.0], np.ones((2, 2, 1)), [[0.1], [2.0]])
+    with pytest.raises(lp.LaplodeError, match=r"failed in trajectory 1 at time 0\.[45].*1 of 2.*max_steps = 99.*Kvaerno5"):
+        lp.laplace(lp.NeuralODE(Square(jnp.array(1.0)), max_steps=99), lp.Problem(data, lp.Gaussian(1.0), 1.0))
+
+
+def test_predictions_outside_the_support_are_located():
+    data = lp.Trajectories([0.0, 1.0], np.ones((2, 2, 1)), np.array([[1.0], [0.5]]))
+    problem = lp.Problem(data, lp.LogNormal(1.0), 1.0)
+    model = lp.NeuralODE(Constant(jnp.array(-0.75)))
+    with pytest.raises(lp.LaplodeError, match="trajectory 1, channel 0 .* at time 1, where it predicts -0.25"):
+        lp.laplace(model, problem, progress=False)
+
+
+def test_no_influence_at_all_is_an_error():
+    class Trapped(eqx.Module):
+        w: jax.Array
+
+        def __call__(self, t, y, args):
+            return jax.lax.stop_gradient(self.w) * y
+
+    for curvature in ("hessian", "ggn"):
+        with pytest.raises(lp.LaplodeError, match=r"No parameter of `model` has any influence.*eqx.combine\(params"):
+            lp.laplace(lp.NeuralODE(Trapped(jnp.array(0.5))), small_problem(), curvature=curvature, progress=False)
+
+
+def test_importing_changes_no_setting_and_x64_is_asked_for():
+    """In a process of its own, where nothing has switched 64-bit JAX on."""
+    script = """
+import jax
+before = dict(jax.config.values)
+import laplode as lp
+assert dict(jax.config.values) == before, "importing laplode changed a JAX setting"
+import jax.numpy as jnp, equinox as eqx
+class Decay(eqx.Module):
+    rate: jax.Array
+    def __call__(self, t, y, args):
+        return -self.rate * y
+data = lp.Trajectories([0.0, 1.0], [[1.0], [0.5]], [1.0])
+try:
+    lp.laplace(lp.NeuralODE(Decay(jnp.array(0.5))), lp.Problem(data, lp.Gaussian(1.0), 1.0))
+except lp.LaplodeError as error:
+    assert "jax_enable_x64" in str(error)
+    print("refused")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_ENABLE_X64"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "refused", done.stderr

@@ -1,0 +1,381 @@
+"""Trajectories from a posterior: their covariance, their draws, and the draws that fail."""
+
+import warnings
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import laplode as lp
+from laplode._predict import importance_weights, khat_threshold, log_joint
+
+KEY = jax.random.key(0)
+
+
+def draw(posterior, ts, y0=None, args=None, **options):
+    return lp.predict(posterior, ts, y0, args, **{"key": KEY, "progress": False, "num_samples": 16} | options)
+
+
+def grid(linear):
+    return linear.problem.data.ts[0]
+
+
+# ---- A model that is linear in its parameters has a closed form
+
+
+@pytest.mark.parametrize("future", [False, True])
+def test_covariance_of_a_linear_model(linear, linear_posterior, future):
+    ts = np.linspace(3.5, 5, 4) if future else grid(linear)
+    predictions = draw(linear_posterior, ts)
+    design = linear.design(ts)
+    np.testing.assert_allclose(predictions.mean[0].ravel(), linear.problem.data.y0[0].tolist() * len(ts) + design @ linear.mean, rtol=1e-8)
+    covariance = design @ np.linalg.inv(linear.precision) @ design.T
+    np.testing.assert_allclose(predictions.covariance()[0], covariance, rtol=1e-8, atol=1e-8 * covariance.max())
+    assert predictions.observed_grid is not future
+
+
+def test_linearized_and_sampled_draws_of_a_linear_model_agree(linear, linear_posterior):
+    ts = grid(linear)
+    linearized = draw(linear_posterior, ts, num_samples=100, khat=True)
+    sampled = draw(linear_posterior, ts, method="sampled", num_samples=100)
+    np.testing.assert_array_equal(linearized.thetas, sampled.thetas)
+    np.testing.assert_allclose(linearized.epistemic, sampled.epistemic, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(linearized.predictive, sampled.predictive, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(linearized.mean, sampled.mean, rtol=1e-8, atol=1e-8)
+    for predictions in (linearized, sampled):
+        assert predictions.khat < 0
+        np.testing.assert_allclose(np.exp(predictions.log_weights), 0.01, rtol=1e-6)
+    # log p(Y, θ) − log q(θ) is log p(Y) wherever θ is.
+    np.testing.assert_allclose(sampled.log_p - sampled.log_q, linear_posterior.log_evidence, rtol=1e-8)
+
+
+def test_draws_have_the_covariance_and_the_noise(linear, linear_posterior):
+    ts = np.linspace(0, 3, 4)
+    num = 4000
+    predictions = draw(linear_posterior, ts, num_samples=num)
+    design = linear.design(ts)[2:]  # the first time has no spread
+    covariance = design @ np.linalg.inv(linear.precision) @ design.T
+    draws = np.asarray(predictions.epistemic)[:, 0, 1:].reshape(num, -1)
+    error = np.sqrt((covariance**2 + np.outer(np.diag(covariance), np.diag(covariance))) / num)
+    assert np.all(np.abs(np.cov(draws.T) - covariance) < 5 * error)
+    noise = np.asarray(predictions.predictive - predictions.epistemic).reshape(num, -1)
+    np.testing.assert_allclose(noise.std(axis=0), 0.1, rtol=5 / np.sqrt(2 * num))
+    np.testing.assert_allclose(noise.mean(axis=0), 0, atol=5 * 0.1 / np.sqrt(num))
+
+
+def test_covariance_against_the_jacobian(predator_prey, predator_prey_posterior):
+    """J Σ Jᵀ with J from jax.jacfwd of the plain solve, at new times and a new initial state."""
+    ts, y0 = np.linspace(0, 4, 5), np.array([[1.2, 0.8]])
+    predictions = draw(predator_prey_posterior, ts, y0)
+
+    @jax.jit
+    def solve(theta):
+        model = predator_prey_posterior.unravel(theta)
+        solution = model.solve(
+            jnp.asarray(ts), y0[0], None, saveat=diffrax.SaveAt(ts=ts), adjoint=diffrax.ForwardMode(), throw=True
+        )
+        return solution.ys.ravel()
+
+    theta = predator_prey_posterior.mean
+    jacobian = jax.jit(jax.jacfwd(solve))(theta)
+    expected = jacobian @ predator_prey_posterior.covariance() @ jacobian.T
+    np.testing.assert_allclose(predictions.mean[0].ravel(), solve(theta), rtol=1e-10)
+    np.testing.assert_allclose(predictions.covariance()[0], expected, rtol=1e-7, atol=1e-9 * expected.max())
+    # Linear in log y under a LogNormal likelihood, so that draws are positive.
+    change = (predictions.thetas - theta) @ jacobian.T / solve(theta)
+    expected = solve(theta) * np.exp(change)
+    np.testing.assert_allclose(predictions.epistemic.reshape(16, -1), expected, rtol=1e-7)
+
+
+# ---- Shapes and grids
+
+
+def test_shapes(predator_prey_posterior):
+    data = predator_prey_posterior.problem.data
+    here = draw(predator_prey_posterior, data.ts)
+    assert here.ts.shape == (2, 9) and here.mean.shape == (2, 9, 2) and here.thetas.shape == (16, 4)
+    assert here.epistemic.shape == here.predictive.shape == (16, 2, 9, 2)
+    assert here.covariance().shape == (2, 18, 18) and here.ok.shape == (16,) and np.all(here.ok)
+    assert here.observed_grid and here.khat is None and here.log_weights is None
+    np.testing.assert_array_equal(draw(predator_prey_posterior, data.ts[0]).epistemic, here.epistemic)
+
+
+@pytest.mark.parametrize("method", ["linearized", "sampled"])
+def test_future_times_continue_the_observed_trajectories(predator_prey_posterior, method):
+    """A forecast that starts after the data equals the tail of one that starts with it."""
+    whole = draw(predator_prey_posterior, [0.0, 5.5, 6.0, 7.0], method=method, khat=False)
+    tail = draw(predator_prey_posterior, [5.5, 6.0, 7.0], method=method, khat=False)
+    assert tail.mean.shape == (2, 3, 2) and not tail.observed_grid
+    np.testing.assert_allclose(tail.mean, whole.mean[:, 1:], rtol=1e-13)
+    np.testing.assert_allclose(tail.epistemic, whole.epistemic[:, :, 1:], rtol=1e-12)
+    if method == "linearized":
+        np.testing.assert_allclose(tail.covariance(), whole.covariance()[:, 2:, 2:], rtol=1e-9, atol=1e-12)
+
+
+def test_a_single_future_time(predator_prey_posterior):
+    one = draw(predator_prey_posterior, [6.0])
+    two = draw(predator_prey_posterior, [6.0, 7.0])
+    assert one.mean.shape == (2, 1, 2)
+    np.testing.assert_allclose(one.mean, two.mean[:, :1], rtol=1e-8)
+
+
+@pytest.mark.parametrize("method", ["linearized", "sampled"])
+def test_new_initial_states(predator_prey_posterior, method):
+    ts, y0 = np.linspace(1, 3, 4), np.array([[1.0, 1.0], [0.5, 2.0], [2.0, 0.5]])
+    many = draw(predator_prey_posterior, ts, y0, method=method, khat=False)
+    assert many.mean.shape == (3, 4, 2) and many.epistemic.shape == (16, 3, 4, 2)
+    np.testing.assert_allclose(many.epistemic[:, :, 0], np.broadcast_to(y0, (16, 3, 2)), rtol=1e-12)
+    # An autonomous field does not know what time it is.
+    shifted = draw(predator_prey_posterior, np.stack([ts - i for i in range(3)]), y0, method=method, khat=False)
+    np.testing.assert_allclose(shifted.epistemic, many.epistemic, rtol=1e-7)
+    one = draw(predator_prey_posterior, ts, y0[1], method=method, khat=False)
+    np.testing.assert_allclose(one.epistemic[:, 0], many.epistemic[:, 1], rtol=1e-7)
+
+
+def test_the_key_decides(linear, linear_posterior):
+    ts = grid(linear)
+    same, other = draw(linear_posterior, ts), draw(linear_posterior, ts, key=jax.random.key(1))
+    np.testing.assert_array_equal(draw(linear_posterior, ts).predictive, same.predictive)
+    assert not np.any(other.thetas == same.thetas)
+
+
+def test_sampled_has_no_closed_form_covariance(linear, linear_posterior):
+    predictions = draw(linear_posterior, grid(linear), method="sampled")
+    with pytest.raises(lp.LaplodeError, match=r'`covariance\(\)`.*method="linearized".*method="sampled"'):
+        predictions.covariance()
+
+
+class Forced(eqx.Module):
+    gain: jax.Array
+
+    def __call__(self, t, y, args):
+        return self.gain * args["dose"] * jnp.ones_like(y)
+
+
+@pytest.fixture(scope="module")
+def forced_posterior():
+    ts = np.linspace(0, 1, 4)
+    args = {"dose": np.array([[1.0], [2.0]])}
+    ys = ts[None, :, None] * args["dose"][:, None]
+    data = lp.Trajectories(ts, ys, np.zeros((2, 1)), args)
+    return lp.laplace(lp.NeuralODE(Forced(jnp.array(1.0))), lp.Problem(data, lp.Gaussian(0.1), 1e-6), progress=False)
+
+
+def test_args_go_with_their_trajectories(forced_posterior):
+    predictions = draw(forced_posterior, [0.0, 2.0])
+    np.testing.assert_allclose(predictions.mean[:, 1, 0], [2.0, 4.0], rtol=1e-6)
+    gains = forced_posterior.mean + (predictions.thetas - forced_posterior.mean)
+    np.testing.assert_allclose(predictions.epistemic[:, :, 1, 0], gains * np.array([2.0, 4.0]), rtol=1e-6)
+    new = draw(forced_posterior, [0.0, 2.0], np.ones((1, 1)), {"dose": np.array([[3.0]])})
+    np.testing.assert_allclose(new.mean[0, :, 0], [1.0, 7.0], rtol=1e-6)
+
+
+# ---- Draws that fail
+
+
+class Square(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, t, y, args):
+        return self.rate * y**2
+
+
+@pytest.fixture(scope="module")
+def blow_up():
+    """y' = θ y², y(0) = 1 leaves for infinity at t = 1/θ; the posterior of θ is 0.5 ± 0.7."""
+    ts = np.array([0.0, 0.25])
+    data = lp.Trajectories(ts, np.array([[np.nan], [1 / 0.875]]), np.ones((1, 1)))
+    model = lp.NeuralODE(Square(jnp.array(0.5)), max_steps=256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)
+        return lp.laplace(model, lp.Problem(data, lp.Gaussian(10.0), 2.0), curvature="ggn", progress=False)
+
+
+def test_failed_solves_are_counted_and_marked(blow_up):
+    with pytest.warns(lp.LaplodeWarning, match="of 200 draws have no finite trajectory") as caught:
+        predictions = draw(blow_up, [0.0, 1.0], method="sampled", num_samples=200, khat=False)
+    explodes = np.asarray(predictions.thetas[:, 0]) > 1
+    assert 20 < explodes.sum() < 80
+    np.testing.assert_array_equal(predictions.ok, ~explodes)
+    assert any(str(w.message).startswith(f"{explodes.sum()} of 200") for w in caught)
+    assert np.all(np.isnan(predictions.epistemic[explodes])) and np.all(np.isnan(predictions.predictive[explodes]))
+    fine = np.asarray(predictions.epistemic)[~explodes, 0, 1, 0]
+    np.testing.assert_allclose(fine, 1 / (1 - np.asarray(predictions.thetas)[~explodes, 0]), rtol=1e-4)
+    assert np.all(np.isfinite(predictions.predictive[~explodes]))
+
+
+def test_linearized_draws_do_not_fail(blow_up):
+    predictions = draw(blow_up, [0.0, 1.0], num_samples=200)
+    assert np.all(predictions.ok) and np.all(np.isfinite(predictions.epistemic))
+
+
+def test_draws_that_fail_on_the_data_have_no_weight():
+    ts = np.array([0.0, 1.0])
+    data = lp.Trajectories(ts, np.array([[np.nan], [2.0]]), np.ones((1, 1)))
+    model = lp.NeuralODE(Square(jnp.array(0.5)), max_steps=256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)
+        posterior = lp.laplace(model, lp.Problem(data, lp.Gaussian(3.0), 2.0), curvature="ggn", progress=False)
+        predictions = draw(posterior, ts, method="sampled", num_samples=100)
+    assert 0 < predictions.ok.sum() < 100
+    np.testing.assert_array_equal(predictions.log_weights == -np.inf, ~predictions.ok)
+    np.testing.assert_allclose(np.sum(np.exp(predictions.log_weights)), 1, rtol=1e-12)
+    assert np.isfinite(predictions.khat)
+
+
+def test_a_solve_that_fails_at_the_mean_stops(blow_up):
+    with pytest.raises(lp.LaplodeError, match="solve at the fitted parameters failed in trajectory 0 at time"):
+        draw(blow_up, [0.0, 3.0])
+
+
+def test_a_foreign_model_that_raises_gets_advice():
+    class Throws(eqx.Module):
+        rate: jax.Array
+
+        def __call__(self, ts, y0):
+            term = diffrax.ODETerm(lambda t, y, args: self.rate * y**2)
+            controller = diffrax.PIDController(rtol=1e-6, atol=1e-8)
+            saveat = diffrax.SaveAt(ts=ts)
+            return diffrax.diffeqsolve(
+                term, diffrax.Tsit5(), ts[0], ts[-1], None, y0, saveat=saveat, stepsize_controller=controller, max_steps=64
+            ).ys
+
+    ts = np.array([0.0, 0.5])
+    data = lp.Trajectories(ts, np.array([[np.nan], [1 / 0.75]]), np.ones((1, 1)))
+    problem = lp.Problem(data, lp.Gaussian(10.0), 2.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)
+        posterior = lp.laplace(Throws(jnp.array(0.5)), problem, curvature="ggn", progress=False)
+    with pytest.raises(lp.LaplodeError, match="throw=False"):
+        draw(posterior, [0.0, 1.5], method="sampled", num_samples=50)
+
+
+def test_draws_outside_a_likelihoods_support_are_not_ok():
+    """A straight line that may turn negative has no LogNormal noise there."""
+
+    class Line(eqx.Module):
+        slope: jax.Array
+
+        def __call__(self, t, y, args):
+            return self.slope * jnp.ones_like(y)
+
+    ts = np.array([0.0, 1.0])
+    data = lp.Trajectories(ts, np.array([[1.0], [1.0]]), np.ones((1, 1)))
+    posterior = lp.laplace(
+        lp.NeuralODE(Line(jnp.array(0.0))), lp.Problem(data, lp.LogNormal(2.0), 1e-3), curvature="ggn", progress=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)
+        predictions = draw(posterior, ts, method="sampled", num_samples=100, khat=False)
+    negative = np.asarray(predictions.thetas[:, 0]) < -1
+    assert 0 < negative.sum() < 100
+    np.testing.assert_array_equal(predictions.ok, ~negative)
+
+
+# ---- Importance weights
+
+
+def test_log_joint_and_khat_of_a_nonlinear_model(predator_prey, predator_prey_posterior):
+    posterior, data = predator_prey_posterior, predator_prey.problem.data
+    thetas = posterior.sample(KEY, 3)
+
+    @jax.jit
+    def expected(theta):
+        solve = lambda y0: posterior.unravel(theta)(data.ts[0], y0, throw=False)
+        log_likelihood = predator_prey.problem.log_likelihood(jax.vmap(solve)(data.y0))
+        return log_likelihood + jnp.sum(jax.scipy.stats.norm.logpdf(theta))
+
+    np.testing.assert_allclose(log_joint(posterior, thetas), [expected(theta) for theta in thetas], rtol=1e-10)
+
+
+def test_smoothed_weights_correct_the_mean():
+    x = np.random.default_rng(0).normal(size=20_000)
+    log_weights, khat = importance_weights(jnp.asarray(-0.5 * ((x - 0.3) / 0.9) ** 2), jnp.asarray(-0.5 * x**2))
+    assert khat < khat_threshold(len(x))
+    weights = np.exp(log_weights)
+    np.testing.assert_allclose(weights.sum(), 1, rtol=1e-12)
+    assert abs(weights @ x - 0.3) < 0.03
+    np.testing.assert_allclose(weights @ (x - 0.3) ** 2, 0.81, rtol=0.05)
+
+
+def test_khat_is_high_where_the_draws_are_too_narrow():
+    x = np.random.default_rng(0).normal(size=2000)
+    _, khat = importance_weights(jnp.asarray(-0.5 * (x / 4) ** 2), jnp.asarray(-0.5 * x**2))
+    assert khat > 0.7
+
+
+def test_khat_without_a_finite_draw():
+    log_weights, khat = importance_weights(jnp.full(5, -jnp.inf), jnp.zeros(5))
+    assert khat == np.inf and np.all(log_weights == -np.inf)
+
+
+def test_high_khat_is_reported(neural_posterior):
+    with pytest.warns(lp.LaplodeWarning, match="Pareto k̂ = .* is above 0.5"):
+        draw(neural_posterior, neural_posterior.problem.data.ts, method="sampled", num_samples=100)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 65])
+@pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")
+def test_any_number_of_draws(predator_prey_posterior, num_samples):
+    ts = predator_prey_posterior.problem.data.ts
+    predictions = draw(predator_prey_posterior, ts, method="sampled", num_samples=num_samples)
+    assert predictions.epistemic.shape[0] == predictions.log_weights.shape[0] == num_samples
+    linearized = draw(predator_prey_posterior, ts, num_samples=num_samples)
+    # Close to each other, draw by draw, so that batches kept their order.
+    np.testing.assert_allclose(predictions.epistemic, linearized.epistemic, rtol=0.2)
+
+
+# ---- Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        pytest.param(dict(ts=[0, 2, 1]), "`ts` must be strictly increasing", id="order"),
+        pytest.param(dict(ts=[-1.0, 2.0]), "`ts` of trajectory 0 starts at -1, before its initial state", id="early"),
+        pytest.param(dict(ts=np.ones((3, 2)).cumsum(1)), "`ts` has 3 rows, but the data has N = 2", id="rows"),
+        pytest.param(dict(ts=[[0.0, 1.0], [0.5, 1.0]]), "`ts` starts at the initial time of some", id="mixed starts"),
+        pytest.param(dict(ts=[0, np.nan]), "`ts` must be finite", id="nan"),
+        pytest.param(dict(y0=np.ones((1, 3))), "`y0` has D = 3 states", id="states"),
+        pytest.param(dict(y0=[[np.nan, 1.0]]), "`y0` must be finite", id="y0 nan"),
+        pytest.param(dict(y0=1.0), "`y0`", id="y0 scalar"),
+        pytest.param(dict(ts=np.ones((2, 2)).cumsum(1), y0=np.ones((3, 2))), "`y0` must have shape.*N = 2", id="y0 rows"),
+        pytest.param(dict(args=np.ones((2, 1))), "`args` is for new initial states", id="args alone"),
+        pytest.param(dict(y0=np.ones((2, 2)), args=np.ones((3, 1))), "`args` must be.*N = 2", id="args rows"),
+        pytest.param(dict(method="exact"), '`method` must be one of "linearized", "sampled"', id="method"),
+        pytest.param(dict(num_samples=0), "`num_samples` must be a positive integer", id="none"),
+        pytest.param(dict(num_samples=2.5), "`num_samples` must be a positive integer", id="fraction"),
+    ],
+)
+def test_bad_input_is_refused_by_name(predator_prey_posterior, arguments, match):
+    arguments = {"ts": [0.0, 1.0]} | arguments
+    with pytest.raises(lp.LaplodeError, match=match):
+        draw(predator_prey_posterior, **arguments)
+
+
+def test_bad_posterior(predator_prey):
+    with pytest.raises(lp.LaplodeError, match="`posterior` must come from laplode.laplace, got NeuralODE"):
+        draw(predator_prey.model, [0.0, 1.0])
+
+
+def test_args_are_missed(forced_posterior):
+    with pytest.raises(lp.LaplodeError, match="`args` is missing"):
+        draw(forced_posterior, [0.0, 1.0], np.ones((1, 1)))
+
+
+def test_new_states_of_another_size_for_a_learned_initial_state():
+    class Decay(eqx.Module):
+        rates: jax.Array
+
+        def __call__(self, t, y, args):
+            return -self.rates * y
+
+    ts = np.linspace(0, 1, 3)
+    model = lp.NeuralODE(Decay(jnp.array([1.0, 2.0])), y0=[1.0, 1.0])
+    data = lp.Trajectories(ts, np.exp(-ts[:, None] * np.array([1.0, 2.0])))
+    posterior = lp.laplace(model, lp.Problem(data, lp.Gaussian(0.1), 1e-6), curvature="ggn", progress=False)
+    with pytest.raises(lp.LaplodeError, match="`y0`"):
+        draw(posterior, ts, np.ones((1, 3)))
