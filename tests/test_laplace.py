@@ -251,34 +251,28 @@ def test_regularization_of_an_indefinite_hessian(neural, neural_posterior, kind)
     assert found.regularized.kind == kind
     assert found.regularized.count == np.sum(change > 1e-10)
     np.testing.assert_allclose([found.regularized.largest, found.regularized.total], [change.max(), change.sum()], rtol=1e-9)
-    gradient = gradient_of(neural, posterior.mean)
+    gradient = gradient_of(neural_posterior)
     np.testing.assert_allclose(found.gradient_norm, np.linalg.norm(gradient), rtol=1e-6)
     np.testing.assert_allclose(found.newton_decrement, 0.5 * gradient @ np.linalg.solve(expected, gradient), rtol=1e-6)
     np.testing.assert_allclose(found.effective_dof, np.trace(regular @ np.linalg.inv(expected)), rtol=1e-9)
     np.testing.assert_allclose(posterior.structure.log_det, np.linalg.slogdet(expected)[1], rtol=1e-12)
 
 
-def gradient_of(case, theta):
-    """Of −log p(Y | θ) − log p(θ), through Diffrax's own reverse mode."""
-    return _gradient(case.model, case.problem, theta)
-
-
 @eqx.filter_jit
-def _gradient(model, problem, theta):
-    from laplode._vector import parameters
-
-    view = parameters(model)
-    data = problem.data
+def gradient_of(posterior):
+    """Of −log p(Y | θ) − log p(θ), through Diffrax's own reverse mode."""
+    data = posterior.problem.data
 
     def loss(theta):
-        predictions = jax.vmap(lambda ts, y0: view.unravel(theta)(ts, y0, throw=False))(data.ts, data.y0)
+        model = posterior.unravel(theta)
+        predictions = jax.vmap(lambda ts, y0: model(ts, y0, throw=False))(data.ts, data.y0)
         return 0.5 * jnp.sum((predictions - data.ys) ** 2) / 0.3**2 + 0.5 * jnp.sum(theta**2)
 
-    return jax.grad(loss)(theta)
+    return jax.grad(loss)(posterior.mean)
 
 
 def test_no_regularization_raises_where_the_precision_is_indefinite(neural):
-    with pytest.raises(lp.LaplodeError, match='not positive definite.*regularization="clip" or curvature="ggn"'):
+    with pytest.raises(lp.LaplodeError, match='not positive definite.*fit further.*"clip".*"ggn"'):
         silent(*neural, regularization="none")
 
 
@@ -341,10 +335,10 @@ def small_problem(**arguments):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (dict(curvature="kfac"), '`curvature` must be one of "hessian", "ggn", "fisher"; got \'kfac\''),
+        (dict(curvature="kfac"), '`curvature` must be one of "hessian", "ggn", "fisher".*\'kfac\''),
         (dict(curvature=None), '`curvature` must be one of "hessian"'),
         (dict(structure="kron"), '`structure` must be one of "full".*\'kron\''),
-        (dict(regularization="ridge"), '`regularization` must be one of "clip", "abs", "jitter", "none"; got \'ridge\''),
+        (dict(regularization="ridge"), '`regularization` must be one of "clip", "abs", "jitter", "none".*\'ridge\''),
         (dict(batch_size=0), "`batch_size` must be a positive integer"),
         (dict(batch_size=1.5), "`batch_size` must be a positive integer"),
         (dict(where=lambda m: m.vector_field.v), "`where` must pick nodes"),
@@ -376,7 +370,7 @@ class Callable3(eqx.Module):
         pytest.param(untouchable(3), small_problem(), "`model` can't be evaluated.*y0 of shape \\(2,\\)", id="states"),
         pytest.param(untouchable(), small_problem(prior=np.ones(3)), "`precision` of the prior", id="prior"),
         pytest.param(untouchable(1_000_000), small_problem(ys=np.ones((1, 3, 1_000_000)), y0=np.ones((1, 1_000_000))),
-                     r'`structure`="full" needs.*P = 1000000: 7450\.6 GiB.*`where`', id="memory"),
+                     r'`structure`="full".*P = 1000000.*`where`', id="memory"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_any_solve(model, problem, match):

@@ -40,7 +40,8 @@ def to_datatree(
     - `observed_data`, `constant_data`.
 
     In the predictive groups `y` has observation noise and `f` has not. Dimensions are chain, draw, trajectory, time,
-    channel. `log_likelihood` has the dimension `observation` in place of the last three when values are missing.
+    channel. `log_likelihood` leaves out values that are missing, and those that no draw changes (at the time of a given
+    initial state); where there are any, it has the dimension `observation` in place of the last three.
 
     **Arguments:**
 
@@ -50,8 +51,8 @@ def to_datatree(
     - `num_samples`: how many draws when no predictions are given.
     - `coords`: names for "trajectory" and "channel"; they are numbered by default.
 
-    **Raises:** `LaplodeError` when several predictions compete for a group, or names do not fit. Warns (`LaplodeWarning`)
-    when draws without a solution are left out.
+    **Raises:** `LaplodeError` when several predictions compete for a group, or names do not fit. Warns
+    (`LaplodeWarning`) when draws without a solution are left out.
     """
     if not isinstance(posterior, Posterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
@@ -167,10 +168,14 @@ def _sample_stats(predictions: list[Predictions], keep: np.ndarray) -> tuple[dic
 def _log_likelihood(posterior: Posterior, epistemic: Float[Array, "S N T K"], coords, attrs) -> xr.Dataset:
     data = posterior.problem.data
     values = np.asarray(posterior.problem.likelihood.log_prob(epistemic, jnp.asarray(data.ys)))
-    if np.all(data.observed):
+    # A missing value has no likelihood, and one that no parameter changes, as at the time of a given initial state,
+    # says nothing about them: az.loo fails on the first as NaN and on the second for want of a tail to fit.
+    informative = data.observed & (np.ptp(values, axis=0) > 1e-12 * (1 + np.abs(values[0])))
+    if len(values) == 1:
+        informative = data.observed
+    if np.all(informative):
         return _dataset({"y": values}, coords, {"y": _CELLS}, attrs)
-    # A missing value has no likelihood; a zero in its place would count as an observation that is always right.
-    where = np.nonzero(data.observed)
+    where = np.nonzero(informative)
     dataset = _dataset({"y": values[:, *where]}, {}, {"y": ["observation"]}, attrs)
     labels = {dim: ("observation", coords[dim][index]) for dim, index in zip(_CELLS, where, strict=True)}
     return dataset.assign_coords(labels)

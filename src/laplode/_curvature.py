@@ -69,7 +69,7 @@ class DiagonalCurvature(AbstractCurvature):
 
 
 class EigenCurvature(AbstractCurvature):
-    """The leading part of a symmetric matrix: eigenvectors (R, P) as rows, and their eigenvalues (R,) of either sign."""
+    """The leading part of a symmetric matrix: eigenvectors (R, P) as rows, eigenvalues (R,) of either sign."""
 
     vectors: Float[Array, "R P"]
     eigenvalues: Float[Array, " R"]
@@ -111,9 +111,9 @@ def check_x64() -> None:
     """Raise `LaplodeError` unless JAX computes in 64 bits."""
     if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise LaplodeError(
-            "laplode computes curvature in float64, and 64-bit JAX is off: a float32 Hessian is asymmetric and its small "
-            'eigenvalues are noise. Call jax.config.update("jax_enable_x64", True) at the top of your program. A model '
-            "trained in float32 may stay as it is; it is cast."
+            "laplode computes curvature in float64, and 64-bit JAX is off: a float32 Hessian is asymmetric and its "
+            'small eigenvalues are noise. Call jax.config.update("jax_enable_x64", True) at the top of your program. A '
+            "model trained in float32 may stay as it is; it is cast."
         )
 
 

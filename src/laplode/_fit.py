@@ -87,8 +87,8 @@ def fit(
 
     **Returns:** a `Fit` holding the best model met at the full horizon. After Ctrl-C, the best so far.
 
-    **Raises:** `FitError` when every restart has met a loss or gradient that is not finite, with the step, the loss, and
-    the best model before it; `LaplodeError` when an argument does not fit.
+    **Raises:** `FitError` when every restart has met a loss or gradient that is not finite, with the step, the loss,
+    and the best model before it; `LaplodeError` when an argument does not fit.
     """
     check_problem(problem)
     if not isinstance(optimizer, optax.GradientTransformation):
@@ -175,7 +175,7 @@ def _stage_lengths(horizons: Sequence[float], num_times: int) -> list[int]:
 def _learned_scale(problem: Problem) -> Float[Array, " K"] | None:
     likelihood = problem.likelihood
     if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.learned:
-        return likelihood.scale
+        return likelihood.scale  # pyright: ignore[reportReturnType]
     return None
 
 
@@ -224,7 +224,8 @@ def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: 
         here = Parameters(selected, view.rest)
         theta = here.vector
         # The plain solve, with Diffrax's own reverse mode: its steps adapt as the parameters move.
-        flow = ForeignFlow(here, jnp.asarray(data.ts), data.y0, data.args)
+        y0 = None if data.y0 is None else jnp.asarray(data.y0)
+        flow = ForeignFlow(here, jnp.asarray(data.ts), y0, data.args)
         log_prior = 0.5 * jnp.sum(jnp.log(prior_precision / (2 * jnp.pi)) - prior_precision * (theta - prior_mean) ** 2)
         return negative_log_likelihood(flow, scaled)(theta) - log_prior
 
@@ -265,8 +266,8 @@ def _diverged(losses: list[np.ndarray], steps: int, best: Fit | None) -> FitErro
     cure = (
         "The model can't be solved or scored there: check its predictions, which LogNormal and Poisson want positive."
         if step == 0
-        else "Take a smaller learning rate, clip gradients (optax.chain(optax.clip_by_global_norm(1.0), ...)), or start "
-        "from a shorter horizon (`horizons`)."
+        else "Take a smaller learning rate, clip gradients (optax.chain(optax.clip_by_global_norm(1.0), ...)), "
+        "or start from a shorter horizon (`horizons`)."
     )
     kept = " The best model so far is in `.fit` of this error." if best is not None else ""
     return FitError(f"The fit stopped {where}{whose}: {what}. {cure}{kept}", best)

@@ -94,9 +94,9 @@ def laplace(
 
     **Returns:** a `Posterior`, with `.diagnostics`.
 
-    **Raises:** `LaplodeError`, before any long computation, when 64-bit JAX is off, an option is unknown, model and data
-    disagree, the solve fails at θ*, or the matrix does not fit in memory. Warns (`LaplodeWarning`) when eigenvalues were
-    changed, parameters have no influence, or θ* is not a minimum.
+    **Raises:** `LaplodeError`, before any long computation, when 64-bit JAX is off, an option is unknown, model and
+    data disagree, the solve fails at θ*, or the matrix does not fit in memory. Warns (`LaplodeWarning`) when
+    eigenvalues were changed, parameters have no influence, or θ* is not a minimum.
 
     MacKay (1992), "A practical Bayesian framework for backpropagation networks".
     """
@@ -105,7 +105,8 @@ def laplace(
     regularize = choose("regularization", regularization, _REGULARIZATIONS)
     if regularization == "jitter" and plan.structure is _LOW_RANK and curvature == "hessian":
         raise LaplodeError(
-            '`regularization`="jitter" raises the whole spectrum, of which structure="low_rank" has only a part: take "clip".'
+            '`regularization`="jitter" raises the whole spectrum, and structure="low_rank" has a part of it: '
+            'take "clip".'
         )
     prior_mean, prior_precision = prior_vectors(problem.prior, plan.view)
     around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
@@ -199,9 +200,10 @@ class Estimate:
     def __str__(self) -> str:
         steps = f", at most {self.num_steps} steps" if self.num_steps else ""
         return (
-            f"{self.curvature} by {self.route}, {self.structure}: P = {self.num_parameters}, M = {self.num_observations}, "
-            f"D = {self.num_states or '?'}, {self.num_trajectories} trajectories{steps}; about "
-            f"{_in_units(self.num_bytes)} of {_in_units(self.free_bytes)} free, roughly {self.seconds:.1g} s and compilation"
+            f"{self.curvature} by {self.route}, {self.structure}: P = {self.num_parameters}, M = "
+            f"{self.num_observations}, D = {self.num_states or '?'}, {self.num_trajectories} trajectories{steps}; "
+            f"about {_in_units(self.num_bytes)} of {_in_units(self.free_bytes)} free, roughly {self.seconds:.1g} "
+            "s and compilation"
         )
 
 
@@ -255,7 +257,8 @@ def _plan(model: Any, problem: Any, curvature: str, structure: str, where: Where
             remedy = f'curvature="ggn" with structure="low_rank"{", or " if remedy else ""}{remedy}'
         matrix = f" (a P × P matrix alone has {_in_units(8 * view.size**2)})" if chosen is _FULL else ""
         raise LaplodeError(
-            f'`structure`="{structure}" with curvature="{curvature}" needs about {_in_units(needed)} for P = {view.size} '
+            f'`structure`="{structure}" with curvature="{curvature}" needs about {_in_units(needed)} for P = '
+            f"{view.size} "
             f"parameters and M = {sizes.observations} observations{matrix}, and {_in_units(free)} are free. Take "
             f"{remedy + ', or ' if remedy else ''}a part of the parameters with `where` (the last layer, say)."
         )
@@ -353,8 +356,8 @@ def _warn(diagnostics: Diagnostics) -> None:
         )
     if diagnostics.newton_decrement > 0.1:
         problems.append(
-            f"The Newton decrement is {diagnostics.newton_decrement:.3g} nats, so about that much remains to be gained: "
-            "the Gaussian sits beside the mode. Fit further, with a smaller learning rate."
+            f"The Newton decrement is {diagnostics.newton_decrement:.3g} nats, so about that much remains to be "
+            "gained: the Gaussian sits beside the mode. Fit further, with a smaller learning rate."
         )
     if diagnostics.symmetry_defect > 1e-8:
         problems.append(

@@ -139,8 +139,8 @@ def check_model(model: Any, data) -> None:
     """Raise `LaplodeError` unless `model` is an `eqx.Module` whose predictions fit the data's shapes."""
     if not isinstance(model, eqx.Module) or not callable(model):
         raise LaplodeError(
-            f"`model` must be a callable eqx.Module, (ts, y0, args) -> (T, K); got {type(model).__name__}. Wrap a vector "
-            "field as laplode.NeuralODE(vector_field)."
+            f"`model` must be a callable eqx.Module, (ts, y0, args) -> (T, K); got {type(model).__name__}. Wrap a "
+            "vector field as laplode.NeuralODE(vector_field)."
         )
     if not isinstance(model, NeuralODE) and data.y0 is None:
         # A foreign model may have its own initial state; if it hasn't, its first use of None shows below.
@@ -158,6 +158,7 @@ def check_model(model: Any, data) -> None:
         ) from error
     if shape != data.ys.shape[1:]:
         raise LaplodeError(
-            f"`model` and `ys` disagree: for one trajectory the model predicts shape {shape}, but the observations have "
-            f"shape (T, K) = {data.ys.shape[1:]}. If the states are not what is observed, give NeuralODE an `observe`."
+            f"`model` and `ys` disagree: for one trajectory the model predicts shape {shape}, but the "
+            f"observations have shape (T, K) = {data.ys.shape[1:]}. If the states are not what is observed, give "
+            "NeuralODE an `observe`."
         )

@@ -30,7 +30,8 @@ def plot_trajectories(
     """Predictive ribbons, draws and data over time: a row for each trajectory, a column for each channel.
 
     The dark ribbon is the noise-free prediction, the light one adds observation noise. The dashed line marks the last
-    observation, after which everything is forecast.
+    observation, after which everything is forecast. Predictions on the observed times are left out where others cover
+    them.
 
     **Arguments:**
 
@@ -78,29 +79,25 @@ def plot_trajectories(
             color = _COLORS[k % len(_COLORS)]
             for number, segment in enumerate(segments):
                 _ribbon(ax, segment.sel(trajectory=name).isel(channel=k), prob, num_draws, color, number == 0)
-            ax.set_title(f"{_title('channel', channels[k])}" + (f", trajectory {name}" if len(names) > 1 else ""))
-            ax.set_xlabel(labels.get("time", "time"))
-            ax.set_ylabel(labels.get("y", "y"))
+            ax.set_title(_title("channel", channels[k]) + (f", {_title('trajectory', name)}" if len(names) > 1 else ""))
+            ax.ticklabel_format(useOffset=False)  # years are not offsets from 1900
+            if row is axes[-1]:
+                ax.set_xlabel(labels.get("time", "time"))
+            if k == 0:
+                ax.set_ylabel(labels.get("y", "y"))
             if not same:
                 continue
-            values = observed.sel(trajectory=name).isel(channel=k).values
+            values = observed.sel(trajectory=name).values
             times = tree["constant_data/ts"].sel(trajectory=name).values
-            ax.plot(times, values, "o", color="black", ms=4, label="data", zorder=5)
-            horizon = times[np.isfinite(values)].max()
-            if max(float(s.ts.max()) for s in segments) > horizon:
+            ax.plot(times, values[:, k], "o", color="black", ms=4, label="data", zorder=5)
+            # One horizon a trajectory: the last time at which anything was seen of it.
+            horizon = times[np.any(np.isfinite(values), axis=1)].max()
+            if max(float(segment.ts.max()) for segment in segments) > horizon:
                 ax.axvline(horizon, color="0.35", ls="--", lw=1, label="last observation fitted")
             if held_out is not None:
                 i = list(observed["trajectory"].values).index(name)
-                ax.plot(
-                    held_out.ts[i],
-                    held_out.ys[i, :, k],
-                    "o",
-                    mfc="white",
-                    mec="black",
-                    ms=4.5,
-                    label="held out",
-                    zorder=5,
-                )
+                style = {"mfc": "white", "mec": "black", "ms": 4.5, "zorder": 5}
+                ax.plot(held_out.ts[i], held_out.ys[i, :, k], "o", label="held out", **style)
     handles, texts = axes[0, 0].get_legend_handles_labels()
     axes[0, 0].figure.legend(
         handles, texts, loc="outside lower center", ncols=min(len(texts), 6), frameon=False, fontsize="small"

@@ -9,7 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arviz_stats.base import array_stats
+from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
@@ -36,8 +36,8 @@ class Predictions(eqx.Module):
     - `ok`: False for draws whose solve failed, (S,).
     - `log_p`, `log_q`: of each draw, the log joint density log p(Y, θ) and the log density it was drawn from, (S,);
         None unless importance weights were asked for.
-    - `log_weights`, `khat`: Pareto smoothed log importance weights (S,), normalized, and their Pareto k̂ (Vehtari et al.,
-        2024): above min(1 − 1/log10(S), 0.7) the draws do not represent the posterior; None unless asked for.
+    - `log_weights`, `khat`: Pareto smoothed log importance weights (S,), normalized, and their Pareto k̂ (Vehtari et
+        al., 2024): above min(1 − 1/log10(S), 0.7) the draws do not represent the posterior; None unless asked for.
     - `observed_grid`: whether the times and initial states are those of the data.
     """
 
@@ -93,9 +93,9 @@ def predict(
     - `y0`: initial states at ts[:, 0], shape (N, D). None continues the observed trajectories, from their own initial
         states at their own first times, with their own `args`.
     - `args`: as in `Trajectories`, for new initial states.
-    - `method`: "linearized": y = f(θ*) + J (θ − θ*), in the coordinate in which the likelihood's information is constant
-        (log for LogNormal, so that draws stay positive); the recommended one. "sampled": the ODE is solved at each draw
-        of θ, which is right only where the posterior is tight.
+    - `method`: "linearized": y = f(θ*) + J (θ − θ*), in the coordinate in which the likelihood's information is
+        constant (log for LogNormal, so that draws stay positive); the recommended one. "sampled": the ODE is solved at
+        each draw of θ, which is right only where the posterior is tight.
     - `num_samples`: S.
     - `key`: a JAX random key.
     - `khat`: whether to weigh the draws against the true posterior, which takes a solve of the data's trajectories for
@@ -121,8 +121,8 @@ def predict(
     mean, epistemic, root = draw(posterior, grid, thetas, progress)
     ok = jnp.all(jnp.isfinite(epistemic), axis=(1, 2, 3))
     epistemic = jnp.where(ok[:, None, None, None], epistemic, jnp.nan)
-    predictive = posterior.problem.likelihood.distribution(epistemic).sample(key_noise).astype(float)
-    predictive = jnp.where(jnp.isfinite(epistemic), predictive, jnp.nan)
+    predictive = posterior.problem.likelihood.distribution(epistemic).sample(key_noise)
+    predictive = jnp.where(jnp.isfinite(epistemic), jnp.asarray(predictive, dtype=float), jnp.nan)
 
     log_p = log_q = log_weights = pareto_k = None
     if khat if khat is not None else method == "sampled":
@@ -186,8 +186,8 @@ class _Grid(eqx.Module):
         if np.any(ts[:, :1] < start):
             i = int(np.argmax(ts[:, 0] < start[:, 0]))
             raise LaplodeError(
-                f"`ts` of trajectory {i} starts at {ts[i, 0]:g}, before its initial state at {start[i, 0]:g}. Start later, "
-                "or give the state at ts[:, 0] as `y0`."
+                f"`ts` of trajectory {i} starts at {ts[i, 0]:g}, before its initial state at {start[i, 0]:g}. "
+                "Start later, or give the state at ts[:, 0] as `y0`."
             )
         observed = ts.shape == data.ts.shape and bool(np.all(ts == data.ts))
         if np.all(ts[:, :1] == start):
@@ -265,7 +265,8 @@ def _in_batches(function: Callable[[Array], Array], rows: Float[Array, "S P"], l
     except eqx.EquinoxRuntimeError as error:
         raise LaplodeError(
             "`model` raised while solving at a draw from the posterior, which wanders further than a fit does. Let it "
-            "return what it has instead, diffrax.diffeqsolve(..., throw=False), so that failed draws can be counted; or "
+            "return what it has instead, diffrax.diffeqsolve(..., throw=False), so that failed draws can be "
+            "counted; or "
             f'use method="linearized", which solves at the posterior mean only. It said: {str(error).splitlines()[0]}'
         ) from error
     return jnp.concatenate(results)
@@ -323,8 +324,8 @@ def _warn(predictions: Predictions) -> None:
         )
     if predictions.khat is not None and predictions.khat > khat_threshold(num):
         warnings.warn(
-            f"Pareto k̂ = {predictions.khat:.2f} is above {khat_threshold(num):.2f}: as draws of θ, these do not represent "
-            "the true posterior, and their importance weights can't mend it.",
+            f"Pareto k̂ = {predictions.khat:.2f} is above {khat_threshold(num):.2f}: as draws of θ, these do not "
+            "represent the true posterior, and their importance weights can't mend it.",
             LaplodeWarning,
             stacklevel=3,
         )

@@ -180,7 +180,7 @@ def _check_positive(name: str, value: Any) -> np.ndarray:
 class AbstractScaleLikelihood(AbstractLikelihood):
     """A likelihood with a noise scale, one for all channels or one each."""
 
-    scale: eqx.AbstractVar[Float[Array, "*K"]]
+    scale: eqx.AbstractVar[Array | np.ndarray]
     learned: eqx.AbstractVar[bool]
 
 
@@ -203,7 +203,7 @@ class Gaussian(AbstractScaleLikelihood):
     **Raises:** `LaplodeError` when `scale` is not positive and finite.
     """
 
-    scale: Float[Array, "*K"]
+    scale: Array | np.ndarray
     learned: bool = eqx.field(static=True)
 
     def __init__(self, scale: Any, *, learned: bool = False):
@@ -229,7 +229,7 @@ class LogNormal(AbstractScaleLikelihood):
     **Raises:** `LaplodeError` when `scale` is not positive and finite.
     """
 
-    scale: Float[Array, "*K"]
+    scale: Array | np.ndarray
     learned: bool = eqx.field(static=True)
 
     def __init__(self, scale: Any, *, learned: bool = False):
@@ -270,8 +270,8 @@ class StudentT(AbstractScaleLikelihood):
     **Raises:** `LaplodeError` when `df` or `scale` is not positive and finite.
     """
 
-    df: Float[Array, ""]
-    scale: Float[Array, "*K"]
+    df: Array | np.ndarray
+    scale: Array | np.ndarray
     learned: bool = eqx.field(static=True)
 
     def __init__(self, df: Any, scale: Any, *, learned: bool = False):
@@ -384,7 +384,7 @@ class Problem(eqx.Module):
                     "`likelihood` must be Gaussian(scale), LogNormal(scale), StudentT(df, scale), Poisson(), or a "
                     f"function `prediction -> numpyro distribution`; got {type(likelihood).__name__}."
                 )
-            likelihood = FromDistribution(likelihood)
+            likelihood = FromDistribution(likelihood)  # pyright: ignore[reportArgumentType]
         if not isinstance(prior, GaussianPrior):
             prior = GaussianPrior(prior)
         channels = data.ys.shape[-1]
@@ -401,8 +401,8 @@ class Problem(eqx.Module):
         shape = jax.eval_shape(lambda f: likelihood.log_prob(f, f), jax.ShapeDtypeStruct(data.ys.shape, float)).shape
         if shape != data.ys.shape:
             raise LaplodeError(
-                f"`likelihood` must treat observations one by one: for predictions of shape {data.ys.shape} its log_prob "
-                f"has shape {shape}. Drop event dimensions (no `.to_event`)."
+                f"`likelihood` must treat observations one by one: for predictions of shape {data.ys.shape} its "
+                f"log_prob has shape {shape}. Drop event dimensions (no `.to_event`)."
             )
         self.data = data
         self.likelihood = likelihood

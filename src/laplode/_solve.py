@@ -103,32 +103,36 @@ def _record(model: NeuralODE, ts, y0, args):
         saveat = diffrax.SaveAt(t0=True, steps=True)
         solution = model.solve(ts, y0, args, saveat=saveat, adjoint=diffrax.ForwardMode(), throw=False)
         # Unused entries are infinite in Diffrax; here they repeat the final time: steps of length zero.
-        last = jnp.max(jnp.where(jnp.isfinite(solution.ts), solution.ts, -jnp.inf))
-        y_last = solution.ys[solution.stats["num_accepted_steps"]]
-        return jnp.minimum(solution.ts, last), solution.stats["num_accepted_steps"], solution.result, y_last
+        times: Array = solution.ts  # pyright: ignore[reportAssignmentType]
+        states: Array = solution.ys  # pyright: ignore[reportAssignmentType]
+        accepted = solution.stats["num_accepted_steps"]
+        last = jnp.max(jnp.where(jnp.isfinite(times), times, -jnp.inf))
+        return jnp.minimum(times, last), accepted, solution.result, states[accepted]
 
     return jax.vmap(one)(ts, y0, args)
 
 
-def flow(view: Parameters, ts: Float[Array, "N T"], y0: Float[Array, "N D"] | None, args: PyTree) -> AbstractFlow:
+def flow(view: Parameters, ts: Array | np.ndarray, y0: Array | np.ndarray | None, args: PyTree) -> AbstractFlow:
     """The solution map of a model around its present parameters.
 
     **Raises:** `LaplodeError` when the solve fails there, naming the trajectory and the time.
     """
     as_float = lambda x: jnp.asarray(x, dtype=float) if eqx.is_inexact_array(x) else x
-    ts, y0, args = jax.tree.map(as_float, (ts, y0, args))
+    inputs: tuple[Array, Array | None, PyTree] = jax.tree.map(as_float, (ts, y0, args))
+    ts, y0, args = inputs
     model = view.unravel(view.vector)
     if not isinstance(model, NeuralODE):
         return ForeignFlow(view, ts, y0, args)
     boundaries, accepted, result, y_last = _record(model, ts, y0, args)
     reached = np.asarray(boundaries[:, -1])
-    failed = (reached < np.asarray(ts[:, -1])) | ~np.all(np.isfinite(np.asarray(y_last)), axis=-1)
+    end = np.asarray(ts[:, -1])
+    failed = (reached < end) | ~np.all(np.isfinite(np.asarray(y_last)), axis=-1)
     if np.any(failed):
         i = int(np.flatnonzero(failed)[0])
         reason = diffrax.RESULTS[jax.tree.map(lambda x: x[i], result)] or "the state is no longer finite"
         raise LaplodeError(
-            f"The solve at the fitted parameters failed in trajectory {i} at time {reached[i]:g} of {float(ts[i, -1]):g}"
-            f" ({int(np.sum(failed))} of {ts.shape[0]} trajectories failed; {int(accepted[i])} accepted steps, "
+            f"The solve at the fitted parameters failed in trajectory {i} at time {reached[i]:g} of {float(end[i]):g} "
+            f"({int(np.sum(failed))} of {ts.shape[0]} trajectories failed; {int(accepted[i])} accepted steps, "
             f"max_steps = {model.max_steps}): {reason.strip()} A stiff field wants an implicit solver, "
             "NeuralODE(..., solver=diffrax.Kvaerno5()); a long one a larger max_steps."
         )
@@ -343,10 +347,10 @@ def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, 
 
 
 def _reads(tableau: _Tableau, model: NeuralODE, boundaries, ts, block: int):
-    """All that is read off a solve, in the order of time, as blocks: step, weights, row of the result, whether to advance.
+    """All that is read off a solve, in the order of time: step, weights, row of the result, whether to advance.
 
-    These are the observations, each filling its row, and the ends of the steps, at which the sensitivity advances; the
-    latter write into the row that the next observation will overwrite.
+    It comes in blocks. These are the observations, each filling its row, and the ends of the steps, at which the
+    sensitivity advances; the latter write into the row that the next observation will overwrite.
     """
     num_steps, num_times = boundaries.size - 1, ts.size
     step = _locate(boundaries, ts)
@@ -363,7 +367,7 @@ def _reads(tableau: _Tableau, model: NeuralODE, boundaries, ts, block: int):
 
 
 def _stage_tangents(tableau: _Tableau, local: Float[Array, "steps stages D D"]):
-    """Of the increments k_i of each step: ∂k_i/∂y (steps, stages, D, D) and ∂k_i/∂(h f_j) (steps, stages, stages, D, D).
+    """Of the increments k_i of each step: ∂k_i/∂y (steps, stages, D, D), ∂k_i/∂(h f_j) (steps, stages, stages, D, D).
 
     `local` is h ∂f/∂y at the stages. From k_i = h f(z_i), z_i = y + Σ_j a_ij k_j, differentiated stage after stage.
     """

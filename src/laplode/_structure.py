@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -146,8 +147,8 @@ class Diagonal(AbstractStructure):
 class LowRank(AbstractStructure):
     """Λ = Λ0 + Fᵀ W F with a factor F (M, P), in data space: nothing P×P, and no second matrix of the size of F.
 
-    With A = W^½ F Λ0^-½ and A Aᵀ = U diag(x) Uᵀ the right singular vectors of A are V = Aᵀ U x^-½, and every function of
-    Λ0^-½ Λ Λ0^-½ = I + V diag(x) Vᵀ acts through F and U alone. Exact when U holds all min(M, P) modes.
+    With A = W^½ F Λ0^-½ and A Aᵀ = U diag(x) Uᵀ the right singular vectors of A are V = Aᵀ U x^-½, and every function
+    of Λ0^-½ Λ Λ0^-½ = I + V diag(x) Vᵀ acts through F and U alone. Exact when U holds all min(M, P) modes.
     """
 
     factor: Float[Array, "M P"]
@@ -318,7 +319,8 @@ class Built:
 
 def _not_positive_definite(low: float, num_negative: int) -> LaplodeError:
     return LaplodeError(
-        f"The precision is not positive definite: its smallest eigenvalue is {low:.3g}, and {num_negative} eigenvalues of "
+        f"The precision is not positive definite: its smallest eigenvalue is {low:.3g}, and {num_negative} "
+        "eigenvalues of "
         'the Hessian are negative. The model is not at a minimum: fit further, or take `regularization`="clip" or '
         '`curvature`="ggn".'
     )
@@ -380,8 +382,10 @@ def _extreme_eigenvalues(structure: AbstractStructure, size: int) -> tuple[float
     start = np.random.default_rng(0).normal(size=size)
 
     def largest(product) -> float:
-        operator = LinearOperator((size, size), matvec=lambda v: np.asarray(product(v.ravel())), dtype=float)  # pyright: ignore
-        return float(eigsh(operator, k=1, v0=start, tol=1e-8, return_eigenvectors=False)[0])
+        matvec = lambda v: np.asarray(product(v.ravel()))
+        operator = LinearOperator((size, size), matvec=matvec, dtype=float)  # pyright: ignore[reportCallIssue]
+        tolerance: Any = 1e-8
+        return float(eigsh(operator, k=1, v0=start, tol=tolerance, return_eigenvectors=False)[0])
 
     inverse, product = eqx.filter_jit(structure.covariance_product), eqx.filter_jit(structure.precision_product)
     return 1 / largest(inverse), largest(product)
@@ -429,14 +433,15 @@ def build_diagonal(found: AbstractCurvature, prior_precision, regularize: Regula
 
 
 def build_low_rank(found: AbstractCurvature, prior_precision, regularize: Regularize, sizes: Sizes) -> Built:
-    num_negative, regularized = 0, None
+    num_negative, regularized, lowest = 0, None, 0.0
     if isinstance(found, FactoredCurvature):
         structure = LowRank(found.factor, found.weights, prior_precision, sizes.rank)
     else:
         assert isinstance(found, EigenCurvature)
         changed, num_negative, regularized = regularize(np.asarray(found.eigenvalues))
+        lowest = float(jnp.min(found.eigenvalues))
         if regularized is None and num_negative:
-            raise _not_positive_definite(float(jnp.min(found.eigenvalues)), num_negative)
+            raise _not_positive_definite(lowest, num_negative)
         structure = LowRank(found.vectors, jnp.maximum(jnp.asarray(changed), 0), prior_precision)
     size = prior_precision.size
     if bool(jnp.all(prior_precision == prior_precision[0])):
@@ -445,5 +450,5 @@ def build_low_rank(found: AbstractCurvature, prior_precision, regularize: Regula
         high = float(scaled.max())
     else:
         low, high = _extreme_eigenvalues(structure, size)
-    low_before = low if regularized is None else min(low, float(jnp.min(found.eigenvalues) + jnp.min(prior_precision)))
+    low_before = low if regularized is None else min(low, lowest + float(jnp.min(prior_precision)))
     return Built(structure, low_before, high, high / low, num_negative, regularized)
