@@ -86,4 +86,6 @@ print(
 axes = laplode.plot_trajectories(tree, held_out=held_out, labels={"time": "year", "y": "pelts (thousands)"})
 for ax in axes.flat:
     ax.set_yscale("log")
+    ax.set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"])
+    ax.minorticks_off()
 axes[0, 0].figure.savefig(options.out / "hare_lynx.png", dpi=110)

@@ -60,6 +60,16 @@ class Neural(eqx.Module):
         return self.mlp(y)
 
 
+class Growth(eqx.Module):
+    """Its trajectories are known in closed form, so that nothing is solved and little compiled."""
+
+    rate: jax.Array
+    gain: jax.Array
+
+    def __call__(self, ts, y0):
+        return self.gain * y0 * jnp.exp(self.rate * (ts - ts[0])[:, None])
+
+
 class Basis(eqx.Module):
     """dy/dt = w φ(t): linear in its parameters, and so are its trajectories."""
 
@@ -133,6 +143,22 @@ def predator_prey() -> Case:
     clean = np.stack([np.asarray(model(ts, y)) for y in y0])
     ys = clean * np.exp(0.1 * rng.normal(size=clean.shape))
     return Case(model, lp.Problem(lp.Trajectories(ts, ys, y0), lp.LogNormal(0.1), 1.0))
+
+
+@pytest.fixture(scope="session")
+def growth() -> Case:
+    """Two trajectories of `Growth` with 10% noise, at the parameters they were made with."""
+    rng = np.random.default_rng(3)
+    model = Growth(jnp.array([0.3, -0.4]), jnp.array(1.2))
+    ts, y0 = np.linspace(0, 4, 9), np.array([[1.5, 1.0], [2.0, 0.7]])
+    clean = np.stack([np.asarray(model(ts, y)) for y in y0])
+    ys = clean * np.exp(0.1 * rng.normal(size=clean.shape))
+    return Case(model, lp.Problem(lp.Trajectories(ts, ys, y0), lp.LogNormal(0.1), 1.0))
+
+
+@pytest.fixture(scope="session")
+def growth_posterior(growth):
+    return quiet_laplace(*growth)
 
 
 @pytest.fixture(scope="session")

@@ -93,21 +93,21 @@ def test_covariance_against_the_jacobian(predator_prey, predator_prey_posterior)
 # ---- Shapes and grids
 
 
-def test_shapes(predator_prey_posterior):
-    data = predator_prey_posterior.problem.data
-    here = draw(predator_prey_posterior, data.ts)
-    assert here.ts.shape == (2, 9) and here.mean.shape == (2, 9, 2) and here.thetas.shape == (16, 4)
+def test_shapes(growth_posterior):
+    data = growth_posterior.problem.data
+    here = draw(growth_posterior, data.ts)
+    assert here.ts.shape == (2, 9) and here.mean.shape == (2, 9, 2) and here.thetas.shape == (16, 3)
     assert here.epistemic.shape == here.predictive.shape == (16, 2, 9, 2)
     assert here.covariance().shape == (2, 18, 18) and here.ok.shape == (16,) and np.all(here.ok)
     assert here.observed_grid and here.khat is None and here.log_weights is None
-    np.testing.assert_array_equal(draw(predator_prey_posterior, data.ts[0]).epistemic, here.epistemic)
+    np.testing.assert_array_equal(draw(growth_posterior, data.ts[0]).epistemic, here.epistemic)
 
 
 @pytest.mark.parametrize("method", ["linearized", "sampled"])
-def test_future_times_continue_the_observed_trajectories(predator_prey_posterior, method):
+def test_future_times_continue_the_observed_trajectories(growth_posterior, method):
     """A forecast that starts after the data equals the tail of one that starts with it."""
-    whole = draw(predator_prey_posterior, [0.0, 5.5, 6.0, 7.0], method=method, khat=False)
-    tail = draw(predator_prey_posterior, [5.5, 6.0, 7.0], method=method, khat=False)
+    whole = draw(growth_posterior, [0.0, 5.5, 6.0, 7.0], method=method, khat=False)
+    tail = draw(growth_posterior, [5.5, 6.0, 7.0], method=method, khat=False)
     assert tail.mean.shape == (2, 3, 2) and not tail.observed_grid
     np.testing.assert_allclose(tail.mean, whole.mean[:, 1:], rtol=1e-13)
     np.testing.assert_allclose(tail.epistemic, whole.epistemic[:, :, 1:], rtol=1e-12)
@@ -115,23 +115,26 @@ def test_future_times_continue_the_observed_trajectories(predator_prey_posterior
         np.testing.assert_allclose(tail.covariance(), whole.covariance()[:, 2:, 2:], rtol=1e-9, atol=1e-12)
 
 
-def test_a_single_future_time(predator_prey_posterior):
-    one = draw(predator_prey_posterior, [6.0])
-    two = draw(predator_prey_posterior, [6.0, 7.0])
+def test_a_single_future_time(growth_posterior):
+    one = draw(growth_posterior, [6.0])
+    two = draw(growth_posterior, [6.0, 7.0])
     assert one.mean.shape == (2, 1, 2)
     np.testing.assert_allclose(one.mean, two.mean[:, :1], rtol=1e-8)
 
 
 @pytest.mark.parametrize("method", ["linearized", "sampled"])
-def test_new_initial_states(predator_prey_posterior, method):
+def test_new_initial_states(growth_posterior, method):
     ts, y0 = np.linspace(1, 3, 4), np.array([[1.0, 1.0], [0.5, 2.0], [2.0, 0.5]])
-    many = draw(predator_prey_posterior, ts, y0, method=method, khat=False)
+    many = draw(growth_posterior, ts, y0, method=method, khat=False)
     assert many.mean.shape == (3, 4, 2) and many.epistemic.shape == (16, 3, 4, 2)
-    np.testing.assert_allclose(many.epistemic[:, :, 0], np.broadcast_to(y0, (16, 3, 2)), rtol=1e-12)
-    # An autonomous field does not know what time it is.
-    shifted = draw(predator_prey_posterior, np.stack([ts - i for i in range(3)]), y0, method=method, khat=False)
+    if method == "sampled":
+        rate, gain = many.thetas[:, None, None, :2], many.thetas[:, 2, None, None, None]
+        exact = gain * y0[:, None] * np.exp(rate * (ts - 1)[:, None])
+        np.testing.assert_allclose(many.epistemic, exact, rtol=1e-12)
+    # Only the time since the start matters.
+    shifted = draw(growth_posterior, np.stack([ts - i for i in range(3)]), y0, method=method, khat=False)
     np.testing.assert_allclose(shifted.epistemic, many.epistemic, rtol=1e-7)
-    one = draw(predator_prey_posterior, ts, y0[1], method=method, khat=False)
+    one = draw(growth_posterior, ts, y0[1], method=method, khat=False)
     np.testing.assert_allclose(one.epistemic[:, 0], many.epistemic[:, 1], rtol=1e-7)
 
 
@@ -148,29 +151,28 @@ def test_sampled_has_no_closed_form_covariance(linear, linear_posterior):
         predictions.covariance()
 
 
-class Forced(eqx.Module):
+class Dosed(eqx.Module):
     gain: jax.Array
 
-    def __call__(self, t, y, args):
-        return self.gain * args["dose"] * jnp.ones_like(y)
+    def __call__(self, ts, y0, args):
+        return y0 + self.gain * args["dose"] * (ts - ts[0])[:, None]
 
 
 @pytest.fixture(scope="module")
-def forced_posterior():
+def dosed_posterior():
     ts = np.linspace(0, 1, 4)
     args = {"dose": np.array([[1.0], [2.0]])}
     ys = ts[None, :, None] * args["dose"][:, None]
     data = lp.Trajectories(ts, ys, np.zeros((2, 1)), args)
-    return lp.laplace(lp.NeuralODE(Forced(jnp.array(1.0))), lp.Problem(data, lp.Gaussian(0.1), 1e-6), progress=False)
+    return lp.laplace(Dosed(jnp.array(1.0)), lp.Problem(data, lp.Gaussian(0.1), 1e-6), progress=False)
 
 
-def test_args_go_with_their_trajectories(forced_posterior):
-    predictions = draw(forced_posterior, [0.0, 2.0])
-    np.testing.assert_allclose(predictions.mean[:, 1, 0], [2.0, 4.0], rtol=1e-6)
-    gains = forced_posterior.mean + (predictions.thetas - forced_posterior.mean)
-    np.testing.assert_allclose(predictions.epistemic[:, :, 1, 0], gains * np.array([2.0, 4.0]), rtol=1e-6)
-    new = draw(forced_posterior, [0.0, 2.0], np.ones((1, 1)), {"dose": np.array([[3.0]])})
-    np.testing.assert_allclose(new.mean[0, :, 0], [1.0, 7.0], rtol=1e-6)
+def test_args_go_with_their_trajectories(dosed_posterior):
+    predictions = draw(dosed_posterior, [0.0, 2.0])
+    np.testing.assert_allclose(predictions.mean[:, 1, 0], [2.0, 4.0], rtol=1e-12)
+    np.testing.assert_allclose(predictions.epistemic[:, :, 1, 0], predictions.thetas * np.array([2.0, 4.0]), rtol=1e-12)
+    new = draw(dosed_posterior, [0.0, 2.0], np.ones((1, 1)), {"dose": np.array([[3.0]])})
+    np.testing.assert_allclose(new.mean[0, :, 0], [1.0, 7.0], rtol=1e-12)
 
 
 # ---- Draws that fail
@@ -212,14 +214,35 @@ def test_linearized_draws_do_not_fail(blow_up):
     assert np.all(predictions.ok) and np.all(np.isfinite(predictions.epistemic))
 
 
-def test_draws_that_fail_on_the_data_have_no_weight():
-    ts = np.array([0.0, 1.0])
-    data = lp.Trajectories(ts, np.array([[np.nan], [2.0]]), np.ones((1, 1)))
-    model = lp.NeuralODE(Square(jnp.array(0.5)), max_steps=256)
+class Pole(eqx.Module):
+    """The closed form of the same trajectories."""
+
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        left = 1 - self.rate * y0 * (ts - ts[0])[:, None]
+        return jnp.where(left > 0, y0 / jnp.where(left > 0, left, 1), jnp.inf)
+
+
+class Line(eqx.Module):
+    slope: jax.Array
+
+    def __call__(self, ts, y0):
+        return y0 + self.slope * (ts - ts[0])[:, None]
+
+
+def one_step(model, likelihood, target, precision):
+    """The posterior of a model that is seen once, at t = 1, having started from 1."""
+    data = lp.Trajectories([0.0, 1.0], [[np.nan], [target]], [1.0])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lp.LaplodeWarning)
-        posterior = lp.laplace(model, lp.Problem(data, lp.Gaussian(3.0), 2.0), curvature="ggn", progress=False)
-        predictions = draw(posterior, ts, method="sampled", num_samples=100)
+        return lp.laplace(model, lp.Problem(data, likelihood, precision), curvature="ggn", progress=False)
+
+
+@pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")
+def test_draws_that_fail_on_the_data_have_no_weight():
+    posterior = one_step(Pole(jnp.array(0.5)), lp.Gaussian(3.0), 2.0, 2.0)
+    predictions = draw(posterior, [0.0, 1.0], method="sampled", num_samples=100)
     assert 0 < predictions.ok.sum() < 100
     np.testing.assert_array_equal(predictions.log_weights == -np.inf, ~predictions.ok)
     np.testing.assert_allclose(np.sum(np.exp(predictions.log_weights)), 1, rtol=1e-12)
@@ -232,60 +255,38 @@ def test_a_solve_that_fails_at_the_mean_stops(blow_up):
 
 
 def test_a_foreign_model_that_raises_gets_advice():
-    class Throws(eqx.Module):
-        rate: jax.Array
-
+    class Strict(Line):
         def __call__(self, ts, y0):
-            term = diffrax.ODETerm(lambda t, y, args: self.rate * y**2)
-            controller = diffrax.PIDController(rtol=1e-6, atol=1e-8)
-            saveat = diffrax.SaveAt(ts=ts)
-            return diffrax.diffeqsolve(
-                term, diffrax.Tsit5(), ts[0], ts[-1], None, y0, saveat=saveat, stepsize_controller=controller, max_steps=64
-            ).ys
+            return eqx.error_if(super().__call__(ts, y0), self.slope > 1, "too steep")
 
-    ts = np.array([0.0, 0.5])
-    data = lp.Trajectories(ts, np.array([[np.nan], [1 / 0.75]]), np.ones((1, 1)))
-    problem = lp.Problem(data, lp.Gaussian(10.0), 2.0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", lp.LaplodeWarning)
-        posterior = lp.laplace(Throws(jnp.array(0.5)), problem, curvature="ggn", progress=False)
-    with pytest.raises(lp.LaplodeError, match="throw=False"):
-        draw(posterior, [0.0, 1.5], method="sampled", num_samples=50)
+    posterior = one_step(Strict(jnp.array(0.5)), lp.Gaussian(10.0), 1.5, 2.0)
+    with pytest.raises(lp.LaplodeError, match="(?s)throw=False.*too steep"):
+        draw(posterior, [0.0, 1.0], method="sampled", num_samples=50)
 
 
-def test_draws_outside_a_likelihoods_support_are_not_ok():
-    """A straight line that may turn negative has no LogNormal noise there."""
-
-    class Line(eqx.Module):
-        slope: jax.Array
-
-        def __call__(self, t, y, args):
-            return self.slope * jnp.ones_like(y)
-
-    ts = np.array([0.0, 1.0])
-    data = lp.Trajectories(ts, np.array([[1.0], [1.0]]), np.ones((1, 1)))
-    posterior = lp.laplace(
-        lp.NeuralODE(Line(jnp.array(0.0))), lp.Problem(data, lp.LogNormal(2.0), 1e-3), curvature="ggn", progress=False
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", lp.LaplodeWarning)
-        predictions = draw(posterior, ts, method="sampled", num_samples=100, khat=False)
+@pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")
+@pytest.mark.parametrize("likelihood", [lp.LogNormal(2.0), lp.Poisson()], ids=["lognormal", "poisson"])
+def test_draws_outside_a_likelihoods_support_are_not_ok(likelihood):
+    """A line that turns negative is no median of a LogNormal, and no rate of a Poisson distribution."""
+    posterior = one_step(Line(jnp.array(0.0)), likelihood, 1.0, 0.1)
+    predictions = draw(posterior, [0.0, 1.0], method="sampled", num_samples=100, khat=False)
     negative = np.asarray(predictions.thetas[:, 0]) < -1
     assert 0 < negative.sum() < 100
     np.testing.assert_array_equal(predictions.ok, ~negative)
+    assert np.all(np.isfinite(predictions.predictive[~negative])) and np.all(np.isnan(predictions.predictive[negative]))
 
 
 # ---- Importance weights
 
 
-def test_log_joint_and_khat_of_a_nonlinear_model(predator_prey, predator_prey_posterior):
-    posterior, data = predator_prey_posterior, predator_prey.problem.data
+def test_log_joint_and_khat_of_a_nonlinear_model(growth, growth_posterior):
+    posterior, data = growth_posterior, growth.problem.data
     thetas = posterior.sample(KEY, 3)
 
     @jax.jit
     def expected(theta):
-        solve = lambda y0: posterior.unravel(theta)(data.ts[0], y0, throw=False)
-        log_likelihood = predator_prey.problem.log_likelihood(jax.vmap(solve)(data.y0))
+        solve = lambda y0: posterior.unravel(theta)(data.ts[0], y0)
+        log_likelihood = growth.problem.log_likelihood(jax.vmap(solve)(data.y0))
         return log_likelihood + jnp.sum(jax.scipy.stats.norm.logpdf(theta))
 
     np.testing.assert_allclose(log_joint(posterior, thetas), [expected(theta) for theta in thetas], rtol=1e-10)
@@ -312,18 +313,24 @@ def test_khat_without_a_finite_draw():
     assert khat == np.inf and np.all(log_weights == -np.inf)
 
 
-def test_high_khat_is_reported(neural_posterior):
-    with pytest.warns(lp.LaplodeWarning, match="Pareto k̂ = .* is above 0.5"):
-        draw(neural_posterior, neural_posterior.problem.data.ts, method="sampled", num_samples=100)
+def test_high_khat_is_reported():
+    # A Cauchy-like trajectory: the posterior has far heavier tails than the Gaussian.
+    class Bounded(Line):
+        def __call__(self, ts, y0):
+            return y0 + jnp.tanh(3 * self.slope) * (ts - ts[0])[:, None]
+
+    posterior = one_step(Bounded(jnp.array(0.0)), lp.Gaussian(0.3), 1.0, 1e-3)
+    with pytest.warns(lp.LaplodeWarning, match=r"Pareto k̂ = .* is above 0.67"):
+        draw(posterior, [0.0, 1.0], khat=True, num_samples=1000)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 65])
 @pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")
-def test_any_number_of_draws(predator_prey_posterior, num_samples):
-    ts = predator_prey_posterior.problem.data.ts
-    predictions = draw(predator_prey_posterior, ts, method="sampled", num_samples=num_samples)
+def test_any_number_of_draws(growth_posterior, num_samples):
+    ts = growth_posterior.problem.data.ts
+    predictions = draw(growth_posterior, ts, method="sampled", num_samples=num_samples)
     assert predictions.epistemic.shape[0] == predictions.log_weights.shape[0] == num_samples
-    linearized = draw(predator_prey_posterior, ts, num_samples=num_samples)
+    linearized = draw(growth_posterior, ts, num_samples=num_samples)
     # Close to each other, draw by draw, so that batches kept their order.
     np.testing.assert_allclose(predictions.epistemic, linearized.epistemic, rtol=0.2)
 
@@ -350,20 +357,20 @@ def test_any_number_of_draws(predator_prey_posterior, num_samples):
         pytest.param(dict(num_samples=2.5), "`num_samples` must be a positive integer", id="fraction"),
     ],
 )
-def test_bad_input_is_refused_by_name(predator_prey_posterior, arguments, match):
+def test_bad_input_is_refused_by_name(growth_posterior, arguments, match):
     arguments = {"ts": [0.0, 1.0]} | arguments
     with pytest.raises(lp.LaplodeError, match=match):
-        draw(predator_prey_posterior, **arguments)
+        draw(growth_posterior, **arguments)
 
 
-def test_bad_posterior(predator_prey):
+def test_bad_posterior(growth):
     with pytest.raises(lp.LaplodeError, match="`posterior` must come from laplode.laplace, got NeuralODE"):
-        draw(predator_prey.model, [0.0, 1.0])
+        draw(growth.model, [0.0, 1.0])
 
 
-def test_args_are_missed(forced_posterior):
+def test_args_are_missed(dosed_posterior):
     with pytest.raises(lp.LaplodeError, match="`args` is missing"):
-        draw(forced_posterior, [0.0, 1.0], np.ones((1, 1)))
+        draw(dosed_posterior, [0.0, 1.0], np.ones((1, 1)))
 
 
 def test_new_states_of_another_size_for_a_learned_initial_state():
@@ -374,7 +381,8 @@ def test_new_states_of_another_size_for_a_learned_initial_state():
             return -self.rates * y
 
     ts = np.linspace(0, 1, 3)
-    model = lp.NeuralODE(Decay(jnp.array([1.0, 2.0])), y0=[1.0, 1.0])
+    fixed = dict(solver=diffrax.Heun(), stepsize_controller=diffrax.ConstantStepSize(), dt0=0.01, max_steps=256)
+    model = lp.NeuralODE(Decay(jnp.array([1.0, 2.0])), y0=[1.0, 1.0], **fixed)
     data = lp.Trajectories(ts, np.exp(-ts[:, None] * np.array([1.0, 2.0])))
     posterior = lp.laplace(model, lp.Problem(data, lp.Gaussian(0.1), 1e-6), curvature="ggn", progress=False)
     with pytest.raises(lp.LaplodeError, match="`y0`"):

@@ -68,8 +68,11 @@ def to_datatree(
         )
     if not predictions and key is None:
         raise LaplodeError("`key` is needed to draw from the posterior when no predictions are given.")
-    if len({item.thetas.shape[0] for item in predictions}) > 1:
-        raise LaplodeError("`predictions` differ in their number of draws: use the same num_samples and key for both.")
+    if any(not np.array_equal(item.thetas, predictions[0].thetas) for item in predictions[1:]):
+        raise LaplodeError(
+            "`predictions` differ in their draws of θ, so that one draw of the tree would mix two: use the same "
+            "key and num_samples for both."
+        )
     data = posterior.problem.data
     coords = _check_coords(coords or {}, data.ys.shape)
 
@@ -170,9 +173,8 @@ def _log_likelihood(posterior: Posterior, epistemic: Float[Array, "S N T K"], co
     values = np.asarray(posterior.problem.likelihood.log_prob(epistemic, jnp.asarray(data.ys)))
     # A missing value has no likelihood, and one that no parameter changes, as at the time of a given initial state,
     # says nothing about them: az.loo fails on the first as NaN and on the second for want of a tail to fit.
-    informative = data.observed & (np.ptp(values, axis=0) > 1e-12 * (1 + np.abs(values[0])))
-    if len(values) == 1:
-        informative = data.observed
+    varies = np.ptp(values, axis=0) > 1e-12 * (1 + np.abs(values[0]))
+    informative = data.observed & (varies | (len(values) == 1))
     if np.all(informative):
         return _dataset({"y": values}, coords, {"y": _CELLS}, attrs)
     where = np.nonzero(informative)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ._errors import LaplodeError
 from ._model import check_model
 from ._problem import Problem, check_problem
-from ._solve import AbstractFlow, check_second_order, flow, linearize
+from ._solve import AbstractFlow, check_second_order, flow, linearize, local_hessian, local_hessian_bytes
 from ._vector import Where, parameters
 
 # Tangents pushed through a solve at once: past a few dozen a processor gains nothing more.
@@ -125,20 +125,25 @@ def free_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-def negative_log_likelihood(flow: AbstractFlow, problem: Problem) -> Callable[[Float[Array, " P"]], Float[Array, ""]]:
+class NegativeLogLikelihood(eqx.Module):
     """θ ↦ −log p(Y | θ), in nats."""
-    return lambda theta: -problem.log_likelihood(flow(theta))
+
+    flow: AbstractFlow
+    problem: Problem
+
+    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
+        return -self.problem.log_likelihood(self.flow(theta))
 
 
 @eqx.filter_jit
 def value_and_gradient(flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"]):
     """−log p(Y | θ) and its gradient, shape (P,)."""
-    return jax.value_and_grad(negative_log_likelihood(flow, problem))(theta)
+    return jax.value_and_grad(NegativeLogLikelihood(flow, problem))(theta)
 
 
 def hessian_vector_product(flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"], vector: Float[Array, " P"]):
     """∇²(−log p(Y | θ)) · vector by forward over reverse differentiation, shape (P,)."""
-    gradient = jax.grad(negative_log_likelihood(flow, problem))
+    gradient = jax.grad(NegativeLogLikelihood(flow, problem))
     return jax.jvp(gradient, (theta,), (vector,))[1]
 
 
@@ -197,16 +202,16 @@ def curvature_products(model: Any, problem: Problem, *, where: Where = None) -> 
 
 
 @eqx.filter_jit
-def _hessian_rows(flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"], start: Array, num: int):
-    """Rows start … start + num of the Hessian."""
+def _hessian_rows(function: Callable[[Array], Array], theta: Float[Array, " P"], start: Array, num: int):
+    """Rows start … start + num of the Hessian of a scalar function, a pytree in its own right."""
+    gradient = jax.grad(function)
     tangent = lambda i: jnp.zeros_like(theta).at[i].set(1)
-    return jax.vmap(lambda i: hessian_vector_product(flow, problem, theta, tangent(i)))(start + jnp.arange(num))
+    return jax.vmap(lambda i: jax.jvp(gradient, (theta,), (tangent(i),))[1])(start + jnp.arange(num))
 
 
-def _chunk_size(flow: AbstractFlow, problem: Problem) -> int:
-    """Tangents to push at once: what reverse differentiation keeps of one solve, within a share of the free memory."""
-    theta = flow.parameters.vector
-    pull = jax.eval_shape(lambda: jax.vjp(negative_log_likelihood(flow, problem), theta)[1])
+def _chunk_size(function: Callable[[Array], Array], theta: Float[Array, " P"]) -> int:
+    """Tangents to push at once: what reverse differentiation keeps of one pass, within a share of the free memory."""
+    pull = jax.eval_shape(lambda: jax.vjp(function, theta)[1])
     kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
     # Each tangent keeps as much again for itself, and works on a copy.
     each = 3 * kept + 8 * theta.nbytes
@@ -215,39 +220,60 @@ def _chunk_size(flow: AbstractFlow, problem: Problem) -> int:
 
 
 def _row_chunks(
-    flow: AbstractFlow, problem: Problem, batch_size: int | None, progress: bool
+    function: Callable[[Array], Array], theta: Float[Array, " P"], batch_size: int | None, progress: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The rows of the Hessian, chunk after chunk, each with the index of its first row; chunks may overlap.
 
     `jax.hessian` pushes all P tangents at once, which takes P times the memory of a gradient; here only `batch_size`
     are under way (chosen from the free memory by default).
     """
-    check_second_order(flow)
-    theta = flow.parameters.vector
-    chunk = min(_chunk_size(flow, problem) if batch_size is None else batch_size, theta.size)
+    chunk = min(_chunk_size(function, theta) if batch_size is None else batch_size, theta.size)
     with tqdm(total=theta.size, desc="Hessian", unit="tangent", disable=not progress) as bar:
         for start in range(0, theta.size, chunk):
             first = min(start, theta.size - chunk)  # the last chunk overlaps its neighbor: one program serves all
-            yield first, np.asarray(_hessian_rows(flow, problem, theta, jnp.asarray(first), chunk))
+            yield first, np.asarray(_hessian_rows(function, theta, jnp.asarray(first), chunk))
             bar.update(first + chunk - start)
+
+
+# Below so many parameters, a few chunks of tangents pushed through the solve are done before the local way compiles.
+_FEW_PARAMETERS = 100
 
 
 def hessian(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool) -> DenseCurvature:
     """The exact Hessian of −log p(Y | θ) at the flow's parameters, by forward-over-reverse in chunks of tangents.
 
+    Where the solve can be taken apart into local pieces (see `local_hessian`), the tangents need not go through it.
+
     **Raises:** `LaplodeError` when the model has no second derivatives, with the line to change.
     """
-    size = flow.parameters.size
-    matrix = np.empty((size, size))
-    for first, rows in _row_chunks(flow, problem, batch_size, progress):
-        matrix[first : first + len(rows)] = rows
+    check_second_order(flow)
+    theta = flow.parameters.vector
+    function, matrix = NegativeLogLikelihood(flow, problem), np.zeros((theta.size, theta.size))
+    needed = local_hessian_bytes(flow)
+    if theta.size > _FEW_PARAMETERS and needed is not None and needed < free_bytes() // 4:
+        function, rest = local_hessian(flow, *_loss_derivatives(flow, problem))
+        matrix += np.asarray(rest)
+    done = 0
+    for first, rows in _row_chunks(function, theta, batch_size, progress):
+        matrix[done : first + len(rows)] += rows[done - first :]
+        done = first + len(rows)
     return symmetrized(matrix)
+
+
+@eqx.filter_jit
+def _loss_derivatives(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, "N T K"], Float[Array, "N T K"]]:
+    """First and second derivatives of −log p(y | f) in each prediction f."""
+    ys = jnp.asarray(problem.data.ys)
+    predictions = flow(flow.parameters.vector)
+    score, curvature = jax.jvp(lambda f: problem.likelihood.score(f, ys), (predictions,), (jnp.ones_like(predictions),))
+    return -score, -curvature
 
 
 def hessian_blocks(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool) -> BlockCurvature:
     """The blocks of the exact Hessian on its diagonal, one for each leaf of the model."""
+    check_second_order(flow)
     leaves = [(start, np.empty((stop - start, stop - start))) for _, _, start, stop in flow.parameters.leaves]
-    for first, rows in _row_chunks(flow, problem, batch_size, progress):
+    for first, rows in _row_chunks(NegativeLogLikelihood(flow, problem), flow.parameters.vector, batch_size, progress):
         for start, block in leaves:
             low, high = max(first, start), min(first + len(rows), start + len(block))
             if low < high:
@@ -259,8 +285,9 @@ def hessian_diagonal(
     flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool
 ) -> DiagonalCurvature:
     """The diagonal of the exact Hessian, at the cost of all of it but without its memory."""
+    check_second_order(flow)
     diagonal = np.empty(flow.parameters.size)
-    for first, rows in _row_chunks(flow, problem, batch_size, progress):
+    for first, rows in _row_chunks(NegativeLogLikelihood(flow, problem), flow.parameters.vector, batch_size, progress):
         diagonal[first : first + len(rows)] = np.diagonal(rows, offset=first)
     return DiagonalCurvature(jnp.asarray(diagonal))
 

@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
-from ._curvature import negative_log_likelihood
+from ._curvature import NegativeLogLikelihood
 from ._errors import FitError, LaplodeError, LaplodeWarning
 from ._model import check_model
 from ._problem import AbstractScaleLikelihood, Problem, check_problem
@@ -227,7 +227,7 @@ def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: 
         y0 = None if data.y0 is None else jnp.asarray(data.y0)
         flow = ForeignFlow(here, jnp.asarray(data.ts), y0, data.args)
         log_prior = 0.5 * jnp.sum(jnp.log(prior_precision / (2 * jnp.pi)) - prior_precision * (theta - prior_mean) ** 2)
-        return negative_log_likelihood(flow, scaled)(theta) - log_prior
+        return NegativeLogLikelihood(flow, scaled)(theta) - log_prior
 
     def step(i, state: _State) -> _State:
         value, gradient = jax.value_and_grad(loss)(state.trainable)

@@ -45,7 +45,7 @@ def plot_trajectories(
 
     **Returns:** the axes, shape (trajectories, channels).
 
-    **Raises:** `LaplodeError` when there is nothing to plot.
+    **Raises:** `LaplodeError` when there is nothing to plot, or a trajectory is unknown.
     """
     tree = to_datatree(source, *predictions) if isinstance(source, Posterior) else source
     if not isinstance(tree, xr.DataTree):
@@ -64,7 +64,10 @@ def plot_trajectories(
         segments = segments[1:]  # the new times cover the observed ones
     observed = tree["observed_data/y"]
     same = all(np.array_equal(s["trajectory"], observed["trajectory"]) for s in segments)
-    names = list(segments[0]["trajectory"].values[:4] if trajectories is None else trajectories)
+    known = list(segments[0]["trajectory"].values)
+    names = known[:4] if trajectories is None else list(trajectories)
+    if not names or any(name not in known for name in names):
+        raise LaplodeError(f"`trajectories` must be some of {known}, got {names}.")
     channels = segments[0]["channel"].values
     if axes is None:
         size = (4.8 * len(channels), 2.9 * len(names) + 0.4)
@@ -81,7 +84,7 @@ def plot_trajectories(
                 _ribbon(ax, segment.sel(trajectory=name).isel(channel=k), prob, num_draws, color, number == 0)
             ax.set_title(_title("channel", channels[k]) + (f", {_title('trajectory', name)}" if len(names) > 1 else ""))
             ax.ticklabel_format(useOffset=False)  # years are not offsets from 1900
-            if row is axes[-1]:
+            if name == names[-1]:
                 ax.set_xlabel(labels.get("time", "time"))
             if k == 0:
                 ax.set_ylabel(labels.get("y", "y"))

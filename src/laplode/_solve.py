@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._errors import LaplodeError
 from ._model import NeuralODE, predict_trajectory
@@ -183,20 +183,24 @@ def _locate(boundaries: Float[Array, " steps+1"], ts: Float[Array, " T"]) -> Int
     return jnp.clip(jnp.searchsorted(boundaries[1:], ts, side="left"), 0, boundaries.size - 2)
 
 
-def _replay_explicit(tableau: _Tableau, model: NeuralODE, boundaries, y0, args):
-    """States at the start of each step (steps, D), stages and increments (steps, stages, D)."""
+def _replay_explicit(tableau: _Tableau, model: NeuralODE, boundaries, y0, args, push=None):
+    """States at the start of each step (steps, D), stages and increments (steps, stages, D).
+
+    `push`, of the shape of the increments, is added to them.
+    """
 
     def step(y, interval):
-        t0, t1 = interval
+        t0, t1, push = interval
         h = t1 - t0
         stages, increments = [], []
         for i in range(tableau.num_stages):
             z = y + _combine(tableau.a[i], increments, y)
             stages.append(z)
-            increments.append(h * model.vector_field(t0 + tableau.c[i] * h, z, args))
+            increment = h * model.vector_field(t0 + tableau.c[i] * h, z, args)
+            increments.append(increment if push is None else increment + push[i])
         return y + _combine(tableau.b, increments, y), (y, jnp.stack(stages), jnp.stack(increments))
 
-    return jax.lax.scan(step, y0, (boundaries[:-1], boundaries[1:]))[1]
+    return jax.lax.scan(step, y0, (boundaries[:-1], boundaries[1:], push))[1]
 
 
 def _output_weights(model: NeuralODE, tableau: _Tableau, t0, t1, t) -> Float[Array, " stages"]:
@@ -213,8 +217,7 @@ def _output_weights(model: NeuralODE, tableau: _Tableau, t0, t1, t) -> Float[Arr
 
 def _states_explicit(tableau, model, boundaries, ts, y0, args):
     starts, _, increments = _replay_explicit(tableau, model, boundaries, y0, args)
-    step = _locate(boundaries, ts)
-    weights = jax.vmap(ft.partial(_output_weights, model, tableau))(boundaries[step], boundaries[step + 1], ts)
+    step, weights = _observed(tableau, model, boundaries, ts)
     return starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
 
 
@@ -271,17 +274,134 @@ def _replay(model: NeuralODE, boundaries, ts, y0, args) -> Float[Array, "T K"]:
 # ---- Its sensitivities
 
 
-def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, "N*T*K P"]:
-    """∂ predictions / ∂θ of explicit Runge-Kutta steps, by local vector-Jacobian products.
+class _Solved(eqx.Module):
+    """One trajectory replayed, with all that the tangents of its steps need.
 
-    The tangent of a step is linear in the sensitivity S = ∂y/∂θ (D×P) and in the local Jacobians G_i = ∂f/∂θ (D×P) at
-    its stages: whatever is read off at weights w is
+    The tangent of a step is linear in the sensitivity S = ∂y/∂θ (D×P) at its start and in the local Jacobians
+    G_i = ∂f/∂θ (D×P) at its stages: whatever is read off at weights w is
 
         y + Σ_i w_i k_i   with tangent   A_w S + Σ_i C_wi G_i,
 
-    with A_w and C_wi small D×D matrices of the tableau and ∂f/∂y. So each step and each observation costs D
-    vector-Jacobian products, summed over the stages inside the product, and S is touched once a step, not once a stage.
-    The matrix is filled row by row: beside it only S and a block of such products are held.
+    where A_w and C_wi are small D×D matrices of the tableau and ∂f/∂y. So each reading costs D vector-Jacobian
+    products, summed over the stages inside the product, and S is touched once a step, not once a stage.
+    """
+
+    starts: Float[Array, "steps D"]
+    stages: Float[Array, "steps stages D"]
+    increments: Float[Array, "steps stages D"]
+    h: Float[Array, " steps"]
+    times: Float[Array, "steps stages"]
+    through_y: Float[Array, "steps stages D D"]
+    through_f: Float[Array, "steps stages stages D D"]
+
+    def __init__(self, model: NeuralODE, tableau: _Tableau, boundaries, y0, args):
+        y0 = model.initial_state(y0)
+        self.starts, self.stages, self.increments = _replay_explicit(tableau, model, boundaries, y0, args)
+        self.h = jnp.diff(boundaries)
+        self.times = boundaries[:-1, None] + tableau.c * self.h[:, None]
+        field_y = jax.jacrev(lambda y, t: model.vector_field(t, y, args))
+        local = self.h[:, None, None, None] * jax.vmap(jax.vmap(field_y))(self.stages, self.times)
+        self.through_y, through_f = _stage_tangents(tableau, local)
+        self.through_f = through_f * self.h[:, None, None, None, None]
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.starts.shape[-1]
+
+    def state(self, step, weights) -> Float[Array, " D"]:
+        """What is read off at some weights."""
+        return self.starts[step] + weights @ self.increments[step]
+
+    def tangent(self, parameters: Parameters, args, step, weights) -> tuple[Float[Array, "D D"], PyTree]:
+        """A_w (D, D) and Σ_i C_wi G_i, its D rows as the parameters are."""
+
+        def field(selected):
+            f = eqx.combine(selected, parameters.rest).vector_field
+            return jax.vmap(lambda t, y: f(t, y, args))(self.times[step], self.stages[step])
+
+        cotangents = jnp.einsum("s,sjde->dje", weights, self.through_f[step])
+        (source,) = jax.vmap(jax.vjp(field, parameters.selected)[1])(cotangents)
+        transition = jnp.eye(self.dim) + jnp.einsum("s,sde->de", weights, self.through_y[step])
+        return transition, source
+
+
+class _Readings(eqx.Module):
+    """What to read off a solve, in the order of time: step, weights, the row to fill, whether to advance after it.
+
+    To the readings asked for come the ends of all steps, at which the sensitivity advances; these fill the row that the
+    next reading will overwrite. Split into blocks.
+    """
+
+    steps: Int[Array, "blocks block"]
+    weights: Float[Array, "blocks block stages"]
+    rows: Int[Array, "blocks block"]
+    advance: Bool[Array, "blocks block"]
+
+    def __init__(self, tableau: _Tableau, num_steps: int, steps, weights, row_bytes: int):
+        num = steps.size
+        all_steps = jnp.concatenate([steps, jnp.arange(num_steps)])
+        weights = jnp.concatenate([weights, jnp.broadcast_to(tableau.b, (num_steps, tableau.num_stages))])
+        advance = jnp.arange(num + num_steps) >= num
+        order = jnp.lexsort((advance, all_steps))
+        place = jnp.arange(order.size)
+        asked = order < num
+        last = jnp.max(jnp.where(asked, place, 0))
+        next_asked = jax.lax.cummin(jnp.where(asked, place, last), reverse=True)
+        block = max(1, min(_BLOCK_BYTES // row_bytes, order.size))
+        # Whatever comes after the last reading repeats it.
+        padded = jnp.minimum(jnp.arange(order.size + (-order.size) % block), last)
+        cut = lambda x: x.reshape(-1, block, *x.shape[1:])
+        self.steps, self.weights, self.advance = (cut(x[order][padded]) for x in (all_steps, weights, advance))
+        self.rows = cut(order[next_asked][padded])
+
+
+def _fill(parameters, model, solved: _Solved, readings: _Readings, y0, args, observe: bool, offset, buffer):
+    """Write the tangents of all readings, of the states or of what is seen of them, into rows offset … of `buffer`."""
+    pull = jax.vjp(lambda s: eqx.combine(s, parameters.rest).initial_state(y0), parameters.selected)[1]
+    (initial,) = jax.vmap(pull)(jnp.eye(solved.dim))
+    push = lambda matrix, tangents: jnp.tensordot(matrix, tangents, 1)
+
+    def read(step, weights):
+        seen = _observe_tangents(parameters, solved.state(step, weights), args) if observe else None
+        return solved.tangent(parameters, args, step, weights), seen
+
+    def one(carry, reading):
+        buffer, sensitivity = carry
+        row, advance, ((transition, source), seen) = reading
+        tangent = jax.tree.map(lambda s, b: push(transition, s) + b, sensitivity, source)
+        value = tangent if seen is None else jax.tree.map(lambda s, b: push(seen[1], s) + b, tangent, seen[0])
+        # Leaf by leaf: to join them into rows first would be to write everything twice.
+        for leaf, (_, _, start, _) in zip(jax.tree.leaves(value), parameters.leaves, strict=True):
+            rows = leaf.reshape(1, leaf.shape[0], -1)
+            buffer = jax.lax.dynamic_update_slice(buffer, rows, (offset + row, 0, start))
+        keep = lambda new, old: jnp.where(advance, new, old)
+        return (buffer, jax.tree.map(keep, tangent, sensitivity)), None
+
+    def block(carry, r: _Readings):
+        return jax.lax.scan(one, carry, (r.rows, r.advance, jax.vmap(read)(r.steps, r.weights)))
+
+    return jax.lax.scan(block, (buffer, initial), readings)[0][0]
+
+
+def _observe_tangents(parameters: Parameters, y, args):
+    """Of the observation function at a state: ∂/∂θ, K rows as the parameters are, and ∂/∂y (K, D)."""
+    observe = lambda selected, y: eqx.combine(selected, parameters.rest).observe_states(y[None], args)[0]
+    seen, pull = jax.vjp(observe, parameters.selected, y)
+    return jax.vmap(pull)(jnp.eye(seen.size))
+
+
+def _observed(tableau: _Tableau, model: NeuralODE, boundaries, ts):
+    """The step in which each observation falls, and the weights at which it is read off."""
+    step = _locate(boundaries, ts)
+    weights = jax.vmap(ft.partial(_output_weights, model, tableau))(boundaries[step], boundaries[step + 1], ts)
+    return step, weights
+
+
+def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, "N*T*K P"]:
+    """∂ predictions / ∂θ of explicit Runge-Kutta steps, by local vector-Jacobian products (see `_Solved`).
+
+    Filled row by row: beside the result only S and a block of products are held.
     """
     parameters = eqx.tree_at(lambda p: p.selected, flow.parameters, flow.parameters.with_vector(theta))
     model = parameters.model
@@ -289,81 +409,145 @@ def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, 
     assert tableau is not None
     num_times = flow.ts.shape[1]
 
-    def trajectory(i, jacobian):
+    def trajectory(i, buffer):
         boundaries, ts, y0, args = jax.tree.map(lambda x: x[i], (flow.boundaries, flow.ts, flow.y0, flow.args))
-        initial = lambda selected: eqx.combine(selected, parameters.rest).initial_state(y0)
-        y_start, pull_initial = jax.vjp(initial, parameters.selected)
-        dim = y_start.size
-        (sensitivity,) = jax.vmap(pull_initial)(jnp.eye(dim))
+        solved = _Solved(model, tableau, boundaries, y0, args)
+        step, weights = _observed(tableau, model, boundaries, ts)
+        readings = _Readings(tableau, boundaries.size - 1, step, weights, 8 * solved.dim * theta.size)
+        observe = model.observe is not None
+        return _fill(parameters, model, solved, readings, y0, args, observe, i * num_times, buffer)
 
-        num_steps = boundaries.size - 1
-        starts, stages, increments = _replay_explicit(tableau, model, boundaries, y_start, args)
-        h = jnp.diff(boundaries)
-        stage_times = boundaries[:-1, None] + tableau.c * h[:, None]
-        field_y = jax.jacrev(lambda y, t: model.vector_field(t, y, args))
-        local = h[:, None, None, None] * jax.vmap(jax.vmap(field_y))(stages, stage_times)
-        through_y, through_theta = _stage_tangents(tableau, local)
-        through_theta = through_theta * h[:, None, None, None, None]
-
-        def read_off(step, weights):
-            """A_w (D, D), Σ_i C_wi G_i (D, P) and, of the observation function, ∂/∂y (K, D) and ∂/∂θ (K, P)."""
-
-            def field(selected):
-                f = eqx.combine(selected, parameters.rest).vector_field
-                return jax.vmap(lambda t, y: f(t, y, args))(stage_times[step], stages[step])
-
-            cotangents = jnp.einsum("s,sjde->dje", weights, through_theta[step])
-            (source,) = jax.vmap(jax.vjp(field, parameters.selected)[1])(cotangents)
-            transition = jnp.eye(dim) + jnp.einsum("s,sde->de", weights, through_y[step])
-            if model.observe is None:
-                return transition, source, None
-            observe = lambda selected, y: eqx.combine(selected, parameters.rest).observe_states(y[None], args)[0]
-            seen, pull = jax.vjp(observe, parameters.selected, starts[step] + weights @ increments[step])
-            return transition, source, jax.vmap(pull)(jnp.eye(seen.size))
-
-        def one_read(carry, read):
-            jacobian, sensitivity = carry
-            row, advance, (transition, source, seen) = read
-            push = lambda matrix, tangents: jnp.tensordot(matrix, tangents, 1)
-            tangent = jax.tree.map(lambda s, b: push(transition, s) + b, sensitivity, source)
-            value = tangent if seen is None else jax.tree.map(lambda s, b: push(seen[1], s) + b, tangent, seen[0])
-            # Leaf by leaf: to join them into rows first would be to write everything twice.
-            for leaf, (_, _, start, _) in zip(jax.tree.leaves(value), parameters.leaves, strict=True):
-                rows = leaf.reshape(1, 1, leaf.shape[0], -1)
-                jacobian = jax.lax.dynamic_update_slice(jacobian, rows, (i, row, 0, start))
-            keep = lambda new, old: jnp.where(advance, new, old)
-            return (jacobian, jax.tree.map(keep, tangent, sensitivity)), None
-
-        def block_of_reads(carry, reads):
-            steps, weights, rows, advance = reads
-            return jax.lax.scan(one_read, carry, (rows, advance, jax.vmap(read_off)(steps, weights)))
-
-        block = max(1, min(_BLOCK_BYTES // (8 * dim * theta.size), num_times + num_steps))
-        reads = _reads(tableau, model, boundaries, ts, block)
-        return jax.lax.scan(block_of_reads, (jacobian, sensitivity), reads)[0][0]
-
-    empty = jnp.zeros((*jax.eval_shape(flow, theta).shape, theta.size))
-    return jax.lax.fori_loop(0, flow.num_trajectories, trajectory, empty).reshape(-1, theta.size)
+    num, _, channels = jax.eval_shape(flow, theta).shape
+    empty = jnp.zeros((num * num_times, channels, theta.size))
+    return jax.lax.fori_loop(0, num, trajectory, empty).reshape(-1, theta.size)
 
 
-def _reads(tableau: _Tableau, model: NeuralODE, boundaries, ts, block: int):
-    """All that is read off a solve, in the order of time: step, weights, row of the result, whether to advance.
+class LocalLagrangian(eqx.Module):
+    """θ ↦ Σ h ⟨λ, f(t, z; θ)⟩ + Σ ⟨c, observe(y; θ)⟩ at the frozen states of a solve.
 
-    It comes in blocks. These are the observations, each filling its row, and the ends of the steps, at which the
-    sensitivity advances; the latter write into the row that the next observation will overwrite.
+    z are the stages and λ their adjoints, y the states observed and c the cotangents of the predictions. Its Hessian is
+    the part of ⟨c, ∇² predictions⟩ in which θ enters directly on both sides; no solve is left in it.
     """
-    num_steps, num_times = boundaries.size - 1, ts.size
-    step = _locate(boundaries, ts)
-    weights = jax.vmap(ft.partial(_output_weights, model, tableau))(boundaries[step], boundaries[step + 1], ts)
-    ends = jnp.arange(num_steps)
-    steps = jnp.concatenate([step, ends])
-    weights = jnp.concatenate([weights, jnp.broadcast_to(tableau.b, (num_steps, tableau.num_stages))])
-    rows = jnp.concatenate([jnp.arange(num_times), jnp.searchsorted(step, ends, side="right")])
-    advance = jnp.arange(num_times + num_steps) >= num_times
-    order = jnp.lexsort((advance, steps))
-    # Whatever comes after the last observation repeats it.
-    order = order[jnp.minimum(jnp.arange(order.size + (-order.size) % block), jnp.argmax(order == num_times - 1))]
-    return jax.tree.map(lambda x: x[order].reshape(-1, block, *x.shape[1:]), (steps, weights, rows, advance))
+
+    parameters: Parameters
+    args: PyTree
+    times: Float[Array, "N steps stages"]
+    stages: Float[Array, "N steps stages D"]
+    adjoints: Float[Array, "N steps stages D"]
+    states: Float[Array, "N T D"]
+    cotangents: Float[Array, "N T K"]
+
+    def at_stage(self, theta, t, z, adjoint, args) -> Float[Array, ""]:
+        """One term of the first sum, h being part of the adjoint."""
+        return adjoint @ self.parameters.unravel(theta).vector_field(t, z, args)
+
+    def at_observation(self, theta, y, cotangent, args) -> Float[Array, ""]:
+        """One term of the second sum."""
+        return cotangent @ self.parameters.unravel(theta).observe_states(y[None], args)[0]
+
+    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
+        over_stages = jax.vmap(jax.vmap(self.at_stage, (None, 0, 0, 0, None)), (None, 0, 0, 0, None))
+        terms = jax.vmap(over_stages, (None, 0, 0, 0, 0))(theta, self.times, self.stages, self.adjoints, self.args)
+        total = jnp.sum(terms)
+        if self.parameters.model.observe is None:
+            return total
+        over_times = jax.vmap(self.at_observation, (None, 0, 0, None))
+        return total + jnp.sum(jax.vmap(over_times, (None, 0, 0, 0))(theta, self.states, self.cotangents, self.args))
+
+
+@eqx.filter_jit
+def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrangian, Float[Array, "P P"]]:
+    """Jᵀ diag(weights) J + ⟨cotangents, ∇² predictions⟩ in two parts: the Hessian of the first, plus the second.
+
+    With cotangents and weights the first and second derivatives of a loss in the predictions, that is the loss's
+    Hessian. A Runge-Kutta step is linear but for its vector field, so second derivatives arise only there: with the
+    local (D+P)×(D+P) Hessian M of h⟨λ, f(z; θ)⟩ at each stage and Z = ∂z/∂θ,
+
+        Zᵀ M_zz Z + Zᵀ M_zθ + M_θz Z + M_θθ,
+
+    of which the last is the Hessian of the Lagrangian and the others are one matrix product. Compared with pushing P
+    tangents through the solve and back, nothing is sequential any more.
+    """
+    view = flow.parameters
+    theta, model = view.vector, view.model
+    tableau = _explicit_tableau(model.solver)
+    assert tableau is not None
+    num_stages = tableau.num_stages
+    num_steps = flow.boundaries.shape[1] - 1
+
+    def adjoint(i):
+        boundaries, ts, y0, args = jax.tree.map(lambda x: x[i], (flow.boundaries, flow.ts, flow.y0, flow.args))
+        step, weights = _observed(tableau, model, boundaries, ts)
+
+        def seen(push):  # what is predicted when every increment is pushed a little
+            starts, stages, increments = _replay_explicit(
+                tableau, model, boundaries, model.initial_state(y0), args, push
+            )
+            states = starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
+            return jnp.sum(cotangents[i] * model.observe_states(states, args)), (stages, states)
+
+        dim = model.initial_state(y0).size
+        adjoints, (stages, states) = jax.grad(seen, has_aux=True)(jnp.zeros((num_steps, num_stages, dim)))
+        h = jnp.diff(boundaries)
+        times = boundaries[:-1, None] + tableau.c * h[:, None]
+        return times, stages, h[:, None, None] * adjoints, states
+
+    lagrangian = LocalLagrangian(view, flow.args, *jax.vmap(adjoint)(jnp.arange(flow.num_trajectories)), cotangents)
+
+    def trajectory(i, total):
+        boundaries, ts, y0, args = jax.tree.map(lambda x: x[i], (flow.boundaries, flow.ts, flow.y0, flow.args))
+        solved = _Solved(model, tableau, boundaries, y0, args)
+        step, read_weights = _observed(tableau, model, boundaries, ts)
+        # The stages of all steps, read off at the rows of the tableau, then the observations.
+        steps = jnp.concatenate([jnp.repeat(jnp.arange(num_steps), num_stages), step])
+        read_weights = jnp.concatenate([jnp.tile(tableau.a, (num_steps, 1)), read_weights])
+        readings = _Readings(tableau, num_steps, steps, read_weights, 8 * solved.dim * theta.size)
+        buffer = jnp.zeros((steps.size, solved.dim, theta.size))
+        tangents = _fill(view, model, solved, readings, y0, args, False, 0, buffer)
+        flat = lambda x: x.reshape(-1, x.shape[-1])
+        of_stages, of_states = tangents[: num_steps * num_stages], tangents[num_steps * num_stages :]
+
+        def mixed(function, point):
+            """M_zz (D, D) and M_zθ (D, P) of a scalar function of (θ, z)."""
+            gradient = jax.grad(function, (0, 1))
+            column = lambda e: jax.jvp(lambda z: gradient(theta, z), (point,), (e,))[1]
+            by_theta, by_point = jax.vmap(column)(jnp.eye(point.size))
+            return by_point, by_theta
+
+        def half(curvature, tangent):  # the other half comes by symmetry
+            by_point, by_theta = curvature
+            return 0.5 * by_point @ tangent + by_theta
+
+        at_stage = lambda t, z, a: mixed(lambda theta, z: lagrangian.at_stage(theta, t, z, a, args), z)
+        x = tuple(x[i].reshape(-1, *x.shape[3:]) for x in (lagrangian.times, lagrangian.stages, lagrangian.adjoints))
+        left, right = [flat(of_stages)], [flat(jax.vmap(half)(jax.vmap(at_stage)(*x), of_stages))]
+        if model.observe is None:
+            jacobian = of_states
+        else:
+            at_observation = lambda y, c: mixed(lambda theta, y: lagrangian.at_observation(theta, y, c, args), y)
+            curvature = jax.vmap(at_observation)(lagrangian.states[i], cotangents[i])
+            left.append(flat(of_states))
+            right.append(flat(jax.vmap(half)(curvature, of_states)))
+            observe = lambda theta, y: view.unravel(theta).observe_states(y[None], args)[0]
+            by_theta, by_state = jax.vmap(jax.jacrev(observe, (0, 1)), (None, 0))(theta, lagrangian.states[i])
+            jacobian = by_state @ of_states + by_theta
+        left.append(flat(jacobian))
+        right.append(0.5 * weights[i].reshape(-1, 1) * flat(jacobian))
+        return total + jnp.concatenate(left).T @ jnp.concatenate(right)
+
+    half = jax.lax.fori_loop(0, flow.num_trajectories, trajectory, jnp.zeros((theta.size, theta.size)))
+    return lagrangian, half + half.T
+
+
+def local_hessian_bytes(flow: AbstractFlow) -> int | None:
+    """The memory that `local_hessian` takes beside its result; None where it does not apply."""
+    if not isinstance(flow, ReplayedFlow):
+        return None
+    tableau = _explicit_tableau(flow.parameters.model.solver)
+    if tableau is None:
+        return None
+    rows = (flow.boundaries.shape[1] - 1) * tableau.num_stages + 2 * flow.ts.shape[1]
+    return 4 * 8 * rows * flow.num_states * flow.parameters.size
 
 
 def _stage_tangents(tableau: _Tableau, local: Float[Array, "steps stages D D"]):
