@@ -62,14 +62,15 @@ fit = laplode.fit(
     model,
     problem,
     optimizer,
-    steps=100 if options.quick else 3000,
+    steps=100 if options.quick else 5000,
     key=key_fit,
     horizons=(0.4, 1.0),
     restarts=2 if options.quick else 4,
 )
 
-# The exact Hessian, for this is a minimum: see the Newton decrement that is printed. The likelihood alone is slightly
-# concave in some directions that the data leave open; clipping leaves those to the prior.
+# The Newton decrement that is printed is far below a nat, so that the exact Hessian may be trusted. The likelihood's is
+# slightly negative in directions that the data leave open (down to about -1, where the prior adds 1); clipped at zero,
+# these are left to the prior.
 posterior = laplode.laplace(fit.model, problem, curvature="hessian")
 print(posterior.diagnostics)
 

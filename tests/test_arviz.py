@@ -147,15 +147,19 @@ def test_summary_of_predictions(reopened):
     assert "f[south, 7.0, lynx]" in summary.index
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")  # few observations
 def test_loo(reopened):
     found = az.loo(reopened)
     assert np.isfinite(found.elpd) and found.n_data_points == 36
 
 
+@pytest.mark.filterwarnings("ignore:Deleting a single level of a MultiIndex:FutureWarning")  # inside arviz-plots
 def test_plot_ppc_dist(reopened):
     az.plot_ppc_dist(reopened, num_samples=20, backend="matplotlib")
 
 
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")  # few observations
+@pytest.mark.filterwarnings("ignore:Deleting a single level of a MultiIndex:FutureWarning")  # inside arviz-plots
 def test_missing_values(growth, here, quiet, tmp_path):
     data = growth.problem.data
     ys = data.ys.copy()
@@ -172,7 +176,7 @@ def test_missing_values(growth, here, quiet, tmp_path):
     at = (found["trajectory"] == 1) & (found["time"] == data.ts[0, 1]) & (found["channel"] == 1)
     assert at.sum() == 1
     np.testing.assert_allclose(found[0, :, np.flatnonzero(at)[0]], expected[:, 1, 1, 1], rtol=1e-14)
-    assert az.loo(tree).n_data_points == 33
+    assert az.loo(tree, var_name="y").n_data_points == 33
     assert np.isnan(tree["observed_data"]["y"].values).sum() == 3
     az.plot_ppc_dist(tree, num_samples=20, backend="matplotlib")
 

@@ -16,6 +16,7 @@ ORDER = [
     "_vector",
     "_solve",
     "_curvature",
+    "_structure",
     "_posterior",
     "_laplace",
     "_evidence",

@@ -231,9 +231,10 @@ class Line(eqx.Module):
         return y0 + self.slope * (ts - ts[0])[:, None]
 
 
-def one_step(model, likelihood, target, precision):
+def one_step(model, likelihood, target, precision, channels=1):
     """The posterior of a model that is seen once, at t = 1, having started from 1."""
-    data = lp.Trajectories([0.0, 1.0], [[np.nan], [target]], [1.0])
+    ones = np.ones(channels)
+    data = lp.Trajectories([0.0, 1.0], [np.nan * ones, target * ones], ones)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lp.LaplodeWarning)
         return lp.laplace(model, lp.Problem(data, likelihood, precision), curvature="ggn", progress=False)
@@ -314,12 +315,12 @@ def test_khat_without_a_finite_draw():
 
 
 def test_high_khat_is_reported():
-    # A Cauchy-like trajectory: the posterior has far heavier tails than the Gaussian.
-    class Bounded(Line):
+    # θ is the sinh of a normal variable, whose tails are far heavier than those of the Gaussian at the mode.
+    class Compressed(Line):
         def __call__(self, ts, y0):
-            return y0 + jnp.tanh(3 * self.slope) * (ts - ts[0])[:, None]
+            return y0 + jnp.arcsinh(10 * self.slope) * (ts - ts[0])[:, None]
 
-    posterior = one_step(Bounded(jnp.array(0.0)), lp.Gaussian(0.3), 1.0, 1e-3)
+    posterior = one_step(Compressed(jnp.zeros(6)), lp.Gaussian(4.0), 1.0, 1e-6, channels=6)
     with pytest.warns(lp.LaplodeWarning, match=r"Pareto k̂ = .* is above 0.67"):
         draw(posterior, [0.0, 1.0], khat=True, num_samples=1000)
 
@@ -364,7 +365,7 @@ def test_bad_input_is_refused_by_name(growth_posterior, arguments, match):
 
 
 def test_bad_posterior(growth):
-    with pytest.raises(lp.LaplodeError, match="`posterior` must come from laplode.laplace, got NeuralODE"):
+    with pytest.raises(lp.LaplodeError, match="`posterior` must come from laplode.laplace, got Growth"):
         draw(growth.model, [0.0, 1.0])
 
 

@@ -25,8 +25,11 @@ from ._problem import Problem, check_problem
 from ._solve import AbstractFlow, check_second_order, flow, linearize, local_hessian, local_hessian_bytes
 from ._vector import Where, parameters
 
-# Tangents pushed through a solve at once: past a few dozen a processor gains nothing more.
-_MAX_CHUNK = 64
+# Tangents between two looks at the progress bar; more at once gain a processor nothing.
+_CHUNK = 64
+
+# What one batch of tangents may keep where nothing is sequential: a processor's cache, roughly.
+_CACHE_BYTES = 2**24
 
 
 class AbstractCurvature(eqx.Module):
@@ -202,37 +205,45 @@ def curvature_products(model: Any, problem: Problem, *, where: Where = None) -> 
 
 
 @eqx.filter_jit
-def _hessian_rows(function: Callable[[Array], Array], theta: Float[Array, " P"], start: Array, num: int):
-    """Rows start … start + num of the Hessian of a scalar function, a pytree in its own right."""
+def _hessian_rows(function: Callable[[Array], Array], theta: Float[Array, " P"], start: Array, num: int, batch: int):
+    """Rows start … start + num of the Hessian of a scalar function (a pytree), `batch` tangents at a time."""
     gradient = jax.grad(function)
     tangent = lambda i: jnp.zeros_like(theta).at[i].set(1)
-    return jax.vmap(lambda i: jax.jvp(gradient, (theta,), (tangent(i),))[1])(start + jnp.arange(num))
+    row = lambda i: jax.jvp(gradient, (theta,), (tangent(i),))[1]
+    return jax.lax.map(row, start + jnp.arange(num), batch_size=batch)
 
 
-def _chunk_size(function: Callable[[Array], Array], theta: Float[Array, " P"]) -> int:
-    """Tangents to push at once: what reverse differentiation keeps of one pass, within a share of the free memory."""
+def _batch_size(function: Callable[[Array], Array], theta: Float[Array, " P"], budget: int) -> int:
+    """Tangents to push at once, so that what reverse differentiation keeps of them stays within `budget` bytes."""
     pull = jax.eval_shape(lambda: jax.vjp(function, theta)[1])
     kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
     # Each tangent keeps as much again for itself, and works on a copy.
-    each = 3 * kept + 8 * theta.nbytes
-    budget = min(free_bytes() // 4, 2**29)
-    return int(min(max(budget // each, 1), _MAX_CHUNK, theta.size))
+    return int(min(max(budget // (3 * kept + 8 * theta.nbytes), 1), _CHUNK))
 
 
 def _row_chunks(
-    function: Callable[[Array], Array], theta: Float[Array, " P"], batch_size: int | None, progress: bool
+    function: Callable[[Array], Array], theta: Float[Array, " P"], batch_size: int, progress: bool
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The rows of the Hessian, chunk after chunk, each with the index of its first row; chunks may overlap.
 
     `jax.hessian` pushes all P tangents at once, which takes P times the memory of a gradient; here only `batch_size`
-    are under way (chosen from the free memory by default).
+    are under way.
     """
-    chunk = min(_chunk_size(function, theta) if batch_size is None else batch_size, theta.size)
+    chunk = min(max(_CHUNK, batch_size), theta.size)
     with tqdm(total=theta.size, desc="Hessian", unit="tangent", disable=not progress) as bar:
         for start in range(0, theta.size, chunk):
             first = min(start, theta.size - chunk)  # the last chunk overlaps its neighbor: one program serves all
-            yield first, np.asarray(_hessian_rows(function, theta, jnp.asarray(first), chunk))
+            yield first, np.asarray(_hessian_rows(function, theta, jnp.asarray(first), chunk, min(batch_size, chunk)))
             bar.update(first + chunk - start)
+
+
+def _solve_row_chunks(flow: AbstractFlow, problem: Problem, batch_size: int | None, progress: bool):
+    """`_row_chunks` of the negative log-likelihood, each tangent pushed through the solve and back."""
+    check_second_order(flow)
+    function, theta = NegativeLogLikelihood(flow, problem), flow.parameters.vector
+    if batch_size is None:
+        batch_size = _batch_size(function, theta, min(free_bytes() // 4, 2**29))
+    return _row_chunks(function, theta, batch_size, progress)
 
 
 # Below so many parameters, a few chunks of tangents pushed through the solve are done before the local way compiles.
@@ -246,15 +257,18 @@ def hessian(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, pro
 
     **Raises:** `LaplodeError` when the model has no second derivatives, with the line to change.
     """
-    check_second_order(flow)
     theta = flow.parameters.vector
-    function, matrix = NegativeLogLikelihood(flow, problem), np.zeros((theta.size, theta.size))
+    matrix = np.zeros((theta.size, theta.size))
     needed = local_hessian_bytes(flow)
     if theta.size > _FEW_PARAMETERS and needed is not None and needed < free_bytes() // 4:
-        function, rest = local_hessian(flow, *_loss_derivatives(flow, problem))
+        lagrangian, rest = local_hessian(flow, *_loss_derivatives(flow, problem))  # pyright: ignore[reportArgumentType]
         matrix += np.asarray(rest)
+        batch = _batch_size(lagrangian, theta, _CACHE_BYTES) if batch_size is None else batch_size
+        chunks = _row_chunks(lagrangian, theta, batch, progress)
+    else:
+        chunks = _solve_row_chunks(flow, problem, batch_size, progress)
     done = 0
-    for first, rows in _row_chunks(function, theta, batch_size, progress):
+    for first, rows in chunks:
         matrix[done : first + len(rows)] += rows[done - first :]
         done = first + len(rows)
     return symmetrized(matrix)
@@ -271,9 +285,8 @@ def _loss_derivatives(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array
 
 def hessian_blocks(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool) -> BlockCurvature:
     """The blocks of the exact Hessian on its diagonal, one for each leaf of the model."""
-    check_second_order(flow)
     leaves = [(start, np.empty((stop - start, stop - start))) for _, _, start, stop in flow.parameters.leaves]
-    for first, rows in _row_chunks(NegativeLogLikelihood(flow, problem), flow.parameters.vector, batch_size, progress):
+    for first, rows in _solve_row_chunks(flow, problem, batch_size, progress):
         for start, block in leaves:
             low, high = max(first, start), min(first + len(rows), start + len(block))
             if low < high:
@@ -285,9 +298,8 @@ def hessian_diagonal(
     flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool
 ) -> DiagonalCurvature:
     """The diagonal of the exact Hessian, at the cost of all of it but without its memory."""
-    check_second_order(flow)
     diagonal = np.empty(flow.parameters.size)
-    for first, rows in _row_chunks(NegativeLogLikelihood(flow, problem), flow.parameters.vector, batch_size, progress):
+    for first, rows in _solve_row_chunks(flow, problem, batch_size, progress):
         diagonal[first : first + len(rows)] = np.diagonal(rows, offset=first)
     return DiagonalCurvature(jnp.asarray(diagonal))
 

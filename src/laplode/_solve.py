@@ -138,7 +138,7 @@ def flow(view: Parameters, ts: Array | np.ndarray, y0: Array | np.ndarray | None
         )
     # A little padding lets a compiled function serve again where the number of steps has changed a little.
     num_steps = int(np.max(np.asarray(accepted)))
-    padded = min(num_steps + (-num_steps) % 8, model.max_steps)
+    padded = min(num_steps + (-num_steps) % 4, model.max_steps)
     return ReplayedFlow(view, ts, y0, args, boundaries[:, : padded + 1])
 
 
@@ -423,39 +423,53 @@ def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, 
 
 
 class LocalLagrangian(eqx.Module):
-    """θ ↦ Σ h ⟨λ, f(t, z; θ)⟩ + Σ ⟨c, observe(y; θ)⟩ at the frozen states of a solve.
+    """θ ↦ Σ ⟨λ, f(t, z; θ)⟩ + Σ ⟨c, observe(y; θ)⟩ at the frozen states of a solve.
 
-    z are the stages and λ their adjoints, y the states observed and c the cotangents of the predictions. Its Hessian is
-    the part of ⟨c, ∇² predictions⟩ in which θ enters directly on both sides; no solve is left in it.
+    z are the stages and λ their adjoints times the step size, y the states observed and c the cotangents of the
+    predictions. Its Hessian is the part of ⟨c, ∇² predictions⟩ in which θ enters directly on both sides; no solve is
+    left in it.
     """
 
     parameters: Parameters
-    args: PyTree
-    times: Float[Array, "N steps stages"]
-    stages: Float[Array, "N steps stages D"]
-    adjoints: Float[Array, "N steps stages D"]
-    states: Float[Array, "N T D"]
-    cotangents: Float[Array, "N T K"]
+    times: Float[Array, " points"]
+    stages: Float[Array, "points D"]
+    adjoints: Float[Array, "points D"]
+    stage_args: PyTree
+    states: Float[Array, "N*T D"]
+    cotangents: Float[Array, "N*T K"]
+    state_args: PyTree
 
-    def at_stage(self, theta, t, z, adjoint, args) -> Float[Array, ""]:
-        """One term of the first sum, h being part of the adjoint."""
-        return adjoint @ self.parameters.unravel(theta).vector_field(t, z, args)
-
-    def at_observation(self, theta, y, cotangent, args) -> Float[Array, ""]:
-        """One term of the second sum."""
-        return cotangent @ self.parameters.unravel(theta).observe_states(y[None], args)[0]
+    def __init__(self, flow: "ReplayedFlow", times, stages, adjoints, states, cotangents):
+        self.parameters = flow.parameters
+        # Steps of length zero and stages that nothing is made of have no adjoint: they are left out.
+        used = np.nonzero(np.any(np.asarray(adjoints) != 0, axis=-1))
+        spare = (-len(used[0])) % 64  # a little padding lets a compiled function serve again
+        padded = tuple(np.concatenate([index, np.zeros(spare, int)]) for index in used)
+        self.times, self.stages = times[padded], stages[padded]
+        self.adjoints = jnp.concatenate([adjoints[used], jnp.zeros((spare, adjoints.shape[-1]))])
+        self.stage_args = jax.tree.map(lambda x: x[padded[0]], flow.args)
+        self.states = states.reshape(-1, states.shape[-1])
+        self.cotangents = cotangents.reshape(-1, cotangents.shape[-1])
+        self.state_args = jax.tree.map(lambda x: jnp.repeat(x, states.shape[1], axis=0), flow.args)
 
     def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
-        over_stages = jax.vmap(jax.vmap(self.at_stage, (None, 0, 0, 0, None)), (None, 0, 0, 0, None))
-        terms = jax.vmap(over_stages, (None, 0, 0, 0, 0))(theta, self.times, self.stages, self.adjoints, self.args)
-        total = jnp.sum(terms)
-        if self.parameters.model.observe is None:
+        model = self.parameters.unravel(theta)
+        at_stage = jax.vmap(ft.partial(_at_stage, model))
+        total = jnp.sum(at_stage(self.times, self.stages, self.adjoints, self.stage_args))
+        if model.observe is None:
             return total
-        over_times = jax.vmap(self.at_observation, (None, 0, 0, None))
-        return total + jnp.sum(jax.vmap(over_times, (None, 0, 0, 0))(theta, self.states, self.cotangents, self.args))
+        at_observation = jax.vmap(ft.partial(_at_observation, model))
+        return total + jnp.sum(at_observation(self.states, self.cotangents, self.state_args))
 
 
-@eqx.filter_jit
+def _at_stage(model: NeuralODE, t, z, adjoint, args) -> Float[Array, ""]:
+    return adjoint @ model.vector_field(t, z, args)
+
+
+def _at_observation(model: NeuralODE, y, cotangent, args) -> Float[Array, ""]:
+    return cotangent @ model.observe_states(y[None], args)[0]
+
+
 def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrangian, Float[Array, "P P"]]:
     """Jᵀ diag(weights) J + ⟨cotangents, ∇² predictions⟩ in two parts: the Hessian of the first, plus the second.
 
@@ -468,6 +482,13 @@ def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrang
     of which the last is the Hessian of the Lagrangian and the others are one matrix product. Compared with pushing P
     tangents through the solve and back, nothing is sequential any more.
     """
+    points, rest = _cross_terms(flow, cotangents, weights)
+    return LocalLagrangian(flow, *points, cotangents), rest
+
+
+@eqx.filter_jit
+def _cross_terms(flow: ReplayedFlow, cotangents, weights):
+    """All but M_θθ, and what the Lagrangian is made of: times, stages, adjoints, observed states."""
     view = flow.parameters
     theta, model = view.vector, view.model
     tableau = _explicit_tableau(model.solver)
@@ -480,9 +501,8 @@ def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrang
         step, weights = _observed(tableau, model, boundaries, ts)
 
         def seen(push):  # what is predicted when every increment is pushed a little
-            starts, stages, increments = _replay_explicit(
-                tableau, model, boundaries, model.initial_state(y0), args, push
-            )
+            y_start = model.initial_state(y0)
+            starts, stages, increments = _replay_explicit(tableau, model, boundaries, y_start, args, push)
             states = starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
             return jnp.sum(cotangents[i] * model.observe_states(states, args)), (stages, states)
 
@@ -492,7 +512,7 @@ def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrang
         times = boundaries[:-1, None] + tableau.c * h[:, None]
         return times, stages, h[:, None, None] * adjoints, states
 
-    lagrangian = LocalLagrangian(view, flow.args, *jax.vmap(adjoint)(jnp.arange(flow.num_trajectories)), cotangents)
+    points = jax.vmap(adjoint)(jnp.arange(flow.num_trajectories))
 
     def trajectory(i, total):
         boundaries, ts, y0, args = jax.tree.map(lambda x: x[i], (flow.boundaries, flow.ts, flow.y0, flow.args))
@@ -518,25 +538,26 @@ def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrang
             by_point, by_theta = curvature
             return 0.5 * by_point @ tangent + by_theta
 
-        at_stage = lambda t, z, a: mixed(lambda theta, z: lagrangian.at_stage(theta, t, z, a, args), z)
-        x = tuple(x[i].reshape(-1, *x.shape[3:]) for x in (lagrangian.times, lagrangian.stages, lagrangian.adjoints))
+        at_stage = lambda t, z, a: mixed(lambda theta, z: _at_stage(view.unravel(theta), t, z, a, args), z)
+        x = tuple(x[i].reshape(-1, *x.shape[3:]) for x in points[:3])
         left, right = [flat(of_stages)], [flat(jax.vmap(half)(jax.vmap(at_stage)(*x), of_stages))]
+        states = points[3][i]
         if model.observe is None:
             jacobian = of_states
         else:
-            at_observation = lambda y, c: mixed(lambda theta, y: lagrangian.at_observation(theta, y, c, args), y)
-            curvature = jax.vmap(at_observation)(lagrangian.states[i], cotangents[i])
+            at_observation = lambda y, c: mixed(lambda theta, y: _at_observation(view.unravel(theta), y, c, args), y)
+            curvature = jax.vmap(at_observation)(states, cotangents[i])
             left.append(flat(of_states))
             right.append(flat(jax.vmap(half)(curvature, of_states)))
             observe = lambda theta, y: view.unravel(theta).observe_states(y[None], args)[0]
-            by_theta, by_state = jax.vmap(jax.jacrev(observe, (0, 1)), (None, 0))(theta, lagrangian.states[i])
+            by_theta, by_state = jax.vmap(jax.jacrev(observe, (0, 1)), (None, 0))(theta, states)
             jacobian = by_state @ of_states + by_theta
         left.append(flat(jacobian))
         right.append(0.5 * weights[i].reshape(-1, 1) * flat(jacobian))
         return total + jnp.concatenate(left).T @ jnp.concatenate(right)
 
     half = jax.lax.fori_loop(0, flow.num_trajectories, trajectory, jnp.zeros((theta.size, theta.size)))
-    return lagrangian, half + half.T
+    return points, half + half.T
 
 
 def local_hessian_bytes(flow: AbstractFlow) -> int | None:
