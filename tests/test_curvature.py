@@ -80,7 +80,9 @@ def test_hessian_against_direct_adjoint(solved):
     assert relative(posterior.curvature.matrix, direct_hessian(case)) < 1e-6
 
 
-def test_the_wrong_order_of_combine_gives_a_zero_hessian_and_laplode_the_right_one(predator_prey, predator_prey_posterior):
+def test_the_wrong_order_of_combine_gives_a_zero_hessian_and_laplode_the_right_one(
+    predator_prey, predator_prey_posterior
+):
     """eqx.combine keeps the first leaf that is not None: with the template first, θ has no influence."""
     np.testing.assert_array_equal(direct_hessian(predator_prey, wrong=True), 0)
     # And right it is, as the test above has it.
@@ -118,9 +120,9 @@ def jacobian(case):
 
     def predictions(theta):
         model = unravel(theta)
-        solve = lambda ts, y0: model.solve(
-            ts, y0, None, saveat=diffrax.SaveAt(ts=ts), adjoint=diffrax.ForwardMode(), throw=False
-        ).ys
+        solve = lambda ts, y0: (
+            model.solve(ts, y0, None, saveat=diffrax.SaveAt(ts=ts), adjoint=diffrax.ForwardMode(), throw=False).ys
+        )
         return jax.vmap(solve)(data.ts, data.y0).ravel()
 
     return jax.jit(lambda theta: (predictions(theta), jax.jacfwd(predictions)(theta)))(theta)

@@ -145,7 +145,9 @@ def test_default_restarts_shuffle_matrices_and_leave_the_first_start_alone():
     np.testing.assert_array_equal(np.sort(np.abs(other["weight"]).ravel()), np.arange(1.0, 13.0))
     assert np.any(other["weight"] < 0) and np.any(np.abs(other["weight"]) != tree["weight"])
     fit = run(decay(), decay_problem(), steps=2, restarts=2)
-    np.testing.assert_allclose(fit.stats["restart_losses"][0], run(decay(), decay_problem(), steps=2).stats["loss"], rtol=1e-12)
+    np.testing.assert_allclose(
+        fit.stats["restart_losses"][0], run(decay(), decay_problem(), steps=2).stats["loss"], rtol=1e-12
+    )
 
 
 def test_where_leaves_the_rest_fixed():
@@ -287,5 +289,7 @@ except lp.LaplodeError as error:
     print("done")
 """
     environment = {name: value for name, value in os.environ.items() if name != "JAX_ENABLE_X64"}
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, env=environment
+    )
     assert done.stdout.strip() == "done", done.stderr

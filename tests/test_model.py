@@ -39,7 +39,9 @@ def test_learned_initial_state_is_used_where_none_is_given():
     assert model.y0.dtype == jnp.float64
     np.testing.assert_array_equal(model.initial_state(None), [1.0, 3.0])
     np.testing.assert_array_equal(model.initial_state(np.array([5.0, 6.0])), [5.0, 6.0])
-    with pytest.raises(lp.LaplodeError, match=r"`y0` is missing.*Trajectories\(ts, ys, y0=.*NeuralODE\(vector_field, y0="):
+    with pytest.raises(
+        lp.LaplodeError, match=r"`y0` is missing.*Trajectories\(ts, ys, y0=.*NeuralODE\(vector_field, y0="
+    ):
         decay().initial_state(None)
 
 

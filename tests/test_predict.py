@@ -31,7 +31,9 @@ def test_covariance_of_a_linear_model(linear, linear_posterior, future):
     ts = np.linspace(3.5, 5, 4) if future else grid(linear)
     predictions = draw(linear_posterior, ts)
     design = linear.design(ts)
-    np.testing.assert_allclose(predictions.mean[0].ravel(), linear.problem.data.y0[0].tolist() * len(ts) + design @ linear.mean, rtol=1e-8)
+    np.testing.assert_allclose(
+        predictions.mean[0].ravel(), linear.problem.data.y0[0].tolist() * len(ts) + design @ linear.mean, rtol=1e-8
+    )
     covariance = design @ np.linalg.inv(linear.precision) @ design.T
     np.testing.assert_allclose(predictions.covariance()[0], covariance, rtol=1e-8, atol=1e-8 * covariance.max())
     assert predictions.observed_grid is not future
@@ -350,7 +352,9 @@ def test_any_number_of_draws(growth_posterior, num_samples):
         pytest.param(dict(y0=np.ones((1, 3))), "`y0` has D = 3 states", id="states"),
         pytest.param(dict(y0=[[np.nan, 1.0]]), "`y0` must be finite", id="y0 nan"),
         pytest.param(dict(y0=1.0), "`y0`", id="y0 scalar"),
-        pytest.param(dict(ts=np.ones((2, 2)).cumsum(1), y0=np.ones((3, 2))), "`y0` must have shape.*N = 2", id="y0 rows"),
+        pytest.param(
+            dict(ts=np.ones((2, 2)).cumsum(1), y0=np.ones((3, 2))), "`y0` must have shape.*N = 2", id="y0 rows"
+        ),
         pytest.param(dict(args=np.ones((2, 1))), "`args` is for new initial states", id="args alone"),
         pytest.param(dict(y0=np.ones((2, 2)), args=np.ones((3, 1))), "`args` must be.*N = 2", id="args rows"),
         pytest.param(dict(method="exact"), '`method` must be one of "linearized", "sampled"', id="method"),

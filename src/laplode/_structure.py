@@ -3,15 +3,15 @@
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
+import matfree.decomp
+import matfree.eig
 import numpy as np
 from jaxtyping import Array, Float
-from scipy.sparse.linalg import LinearOperator, eigsh
 
 from ._curvature import (
     AbstractCurvature,
@@ -328,13 +328,8 @@ def _not_positive_definite(low: float, num_negative: int) -> LaplodeError:
 
 def _from_factor(matrix: Float[Array, "P P"], prior_precision: Float[Array, " P"]) -> Built:
     """From a positive semidefinite curvature."""
-    precision = matrix + jnp.diag(prior_precision)
-    structure = Full(_factored(precision))
-    if len(precision) <= 200:
-        spectrum = np.linalg.eigvalsh(np.asarray(precision))
-        low, high = float(spectrum[0]), float(spectrum[-1])
-    else:
-        low, high = _extreme_eigenvalues(structure, len(precision))
+    structure = Full(_factored(matrix + jnp.diag(prior_precision)))
+    low, high = _extreme_eigenvalues(structure, prior_precision.size)
     return Built(structure, low, high, high / low, 0, None)
 
 
@@ -377,18 +372,25 @@ def build_full(found: AbstractCurvature, prior_precision, regularize: Regularize
     return _from_dense(np.asarray(found.matrix), prior_precision, regularize)
 
 
+# Up to so many parameters all eigenvalues are computed where the extreme ones are wanted.
+_DENSE_SPECTRUM = 1000
+
+
 def _extreme_eigenvalues(structure: AbstractStructure, size: int) -> tuple[float, float]:
-    """The smallest and the largest eigenvalue of Λ, by Lanczos on Λ⁻¹ and on Λ."""
-    start = np.random.default_rng(0).normal(size=size)
+    """The smallest and the largest eigenvalue of Λ; of many parameters, from Lanczos runs on Λ⁻¹ and on Λ."""
+    if size <= _DENSE_SPECTRUM:
+        spectrum = np.linalg.eigvalsh(np.asarray(structure.precision_product(jnp.eye(size))))
+        return float(spectrum[0]), float(spectrum[-1])
+    low, high = _lanczos_extremes(structure, size)
+    return float(low), float(high)
 
-    def largest(product) -> float:
-        matvec = lambda v: np.asarray(product(v.ravel()))
-        operator = LinearOperator((size, size), matvec=matvec, dtype=float)  # pyright: ignore[reportCallIssue]
-        tolerance: Any = 1e-8
-        return float(eigsh(operator, k=1, v0=start, tol=tolerance, return_eigenvectors=False)[0])
 
-    inverse, product = eqx.filter_jit(structure.covariance_product), eqx.filter_jit(structure.precision_product)
-    return 1 / largest(inverse), largest(product)
+@eqx.filter_jit
+def _lanczos_extremes(structure: AbstractStructure, size: int):
+    eigenpairs = matfree.eig.eigh_partial(matfree.decomp.tridiag_sym(40, reortho="full", custom_vjp=False))
+    start = jax.random.normal(jax.random.key(0), (size,))  # any start with a part in every direction
+    largest = lambda product: jnp.max(eigenpairs(product, start)[0])
+    return 1 / largest(structure.covariance_product), largest(structure.precision_product)
 
 
 def build_block_diagonal(found: AbstractCurvature, prior_precision, regularize: Regularize, sizes: Sizes) -> Built:
