@@ -40,6 +40,7 @@ parser.add_argument("--out", type=Path, default=Path("."), help="folder for hare
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--quick", action="store_true", help="a poor fit in less time, to see that everything runs")
 options = parser.parse_args()
+options.out.mkdir(parents=True, exist_ok=True)
 key_model, key_fit, key_predict, key_prior = jax.random.split(jax.random.key(options.seed), 4)
 
 table = np.genfromtxt(Path(__file__).with_suffix(".csv"), delimiter=",", skip_header=4)

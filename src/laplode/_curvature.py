@@ -309,14 +309,18 @@ def hessian_diagonal_stochastic(
 ) -> DiagonalCurvature:
     """The diagonal of the exact Hessian as the mean of v ∘ H v over random signs v (Bekas et al., 2007)."""
     check_second_order(flow)
+    return DiagonalCurvature(_hutchinson(flow, problem, num_probes, key))
+
+
+@eqx.filter_jit
+def _hutchinson(flow: AbstractFlow, problem: Problem, num_probes: int, key: PRNGKeyArray) -> Float[Array, " P"]:
     theta = flow.parameters.vector
-    sampler = matfree.stochtrace.sampler_signs(theta, num=num_probes)
-    integrand = matfree.stochtrace.monte_carlo_diagonal()
-    estimator = matfree.stochtrace.estimator_monte_carlo(integrand, sampler=sampler)
-    product = eqx.filter_jit(
-        lambda f, p, key: estimator(lambda v: hessian_vector_product(f, p, f.parameters.vector, v), key)
-    )
-    return DiagonalCurvature(product(flow, problem, key))
+    probe = matfree.stochtrace.sampler_signs(theta, num=1)
+    estimate = matfree.stochtrace.estimator_monte_carlo(matfree.stochtrace.monte_carlo_diagonal(), sampler=probe)
+    product = lambda v: hessian_vector_product(flow, problem, theta, v)
+    keys = jax.random.split(key, num_probes)
+    # A few probes at a time: all at once would hold as many solves.
+    return jnp.mean(jax.lax.map(lambda key: estimate(product, key), keys, batch_size=8), axis=0)
 
 
 @eqx.filter_jit

@@ -114,7 +114,7 @@ def fit(
         log_scale = jnp.broadcast_to(jnp.log(jnp.asarray(scale, dtype=float)), (restarts, *np.shape(scale)))
         trainable = (trainable, log_scale)
 
-    infinite = jnp.full(restarts, jnp.inf)
+    infinite = jnp.full(restarts, jnp.inf, dtype=float)
     state = _State(
         trainable=trainable,
         optimizer_state=jax.vmap(optimizer.init)(trainable),

@@ -198,10 +198,11 @@ class Estimate:
     seconds: float
 
     def __str__(self) -> str:
+        states = f" of D = {self.num_states} states" if self.num_states else ""
         steps = f", at most {self.num_steps} steps" if self.num_steps else ""
         return (
             f"{self.curvature} by {self.route}, {self.structure}: P = {self.num_parameters}, M = "
-            f"{self.num_observations}, D = {self.num_states or '?'}, {self.num_trajectories} trajectories{steps}; "
+            f"{self.num_observations}, {self.num_trajectories} trajectories{states}{steps}; "
             f"about {_in_units(self.num_bytes)} of {_in_units(self.free_bytes)} free, roughly {self.seconds:.1g} "
             "s and compilation"
         )
@@ -350,9 +351,15 @@ def _inert(found: AbstractCurvature, gradient: Array, view: Parameters) -> tuple
 def _warn(diagnostics: Diagnostics) -> None:
     problems = []
     if diagnostics.regularized is not None:
+        verdict = (
+            "The prior makes up for them, so that the model is at a minimum all the same, where "
+            'regularization="none" leaves the exact Laplace approximation.'
+            if diagnostics.eigenvalue_min > 0
+            else 'The model is not at a minimum: fit further, or take curvature="ggn".'
+        )
         problems.append(
-            f"The exact Hessian has {diagnostics.num_negative} negative eigenvalues (regularized by "
-            f'{diagnostics.regularized}): the model is not at a minimum. Fit further, or take curvature="ggn".'
+            f"The likelihood's exact Hessian has {diagnostics.num_negative} negative eigenvalues, regularized by "
+            f"{diagnostics.regularized}. {verdict}"
         )
     if diagnostics.newton_decrement > 0.1:
         problems.append(

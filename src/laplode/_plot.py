@@ -62,7 +62,7 @@ def plot_trajectories(
         and segments[1].ts.max() >= segments[0].ts.max()
     ):
         segments = segments[1:]  # the new times cover the observed ones
-    observed = tree["observed_data/y"]
+    observed = tree["observed_data"].to_dataset()["y"]
     same = all(np.array_equal(s["trajectory"], observed["trajectory"]) for s in segments)
     known = list(segments[0]["trajectory"].values)
     names = known[:4] if trajectories is None else list(trajectories)
@@ -91,7 +91,7 @@ def plot_trajectories(
             if not same:
                 continue
             values = observed.sel(trajectory=name).values
-            times = tree["constant_data/ts"].sel(trajectory=name).values
+            times = tree["constant_data"].to_dataset()["ts"].sel(trajectory=name).values
             ax.plot(times, values[:, k], "o", color="black", ms=4, label="data", zorder=5)
             # One horizon a trajectory: the last time at which anything was seen of it.
             horizon = times[np.any(np.isfinite(values), axis=1)].max()
