@@ -202,7 +202,7 @@ def test_a_gradient_that_is_not_finite_is_told_apart_from_the_loss():
         def __call__(self, ts, y0):
             return y0 * jnp.exp(-jnp.sqrt(self.rate) * (ts - ts[0])[:, None])
 
-    with pytest.raises(lp.FitError, match="at the first guess: the gradient is no longer finite .the loss is"):
+    with pytest.raises(lp.FitError, match=r"at the first guess: the gradient is no longer finite .the loss is"):
         run(Root(jnp.array(0.0)), decay_problem())
 
 
@@ -247,7 +247,7 @@ def test_interruption_returns_the_best_so_far(monkeypatch):
         pytest.param(dict(optimizer=optax.adam), "`optimizer` must be an Optax optimizer", id="factory"),
         pytest.param(dict(steps=0), "`steps` must be a positive integer", id="no steps"),
         pytest.param(dict(steps=1.5), "`steps` must be a positive integer", id="half a step"),
-        pytest.param(dict(steps=2, horizons=(0.2, 0.5, 1.0)), "`steps` = 2 is fewer than the 3 horizons", id="few steps"),
+        pytest.param(dict(steps=2, horizons=(0.2, 0.5, 1.0)), "`steps` = 2 is fewer than the 3 horizons", id="few"),
         pytest.param(dict(restarts=0), "`restarts` must be a positive integer", id="restarts"),
         pytest.param(dict(horizons=(0.5, 0.25, 1.0)), "`horizons` must be increasing", id="decreasing"),
         pytest.param(dict(horizons=(0.5,)), "`horizons` must be .* end with 1", id="short"),
@@ -277,7 +277,8 @@ class Decay(eqx.Module):
     def __call__(self, t, y, args):
         return -self.rate * y
 ts = np.linspace(0, 2, 9)
-model = lp.NeuralODE(Decay(jnp.array(0.3)), solver=diffrax.Heun(), stepsize_controller=diffrax.ConstantStepSize(), dt0=0.1)
+constant = diffrax.ConstantStepSize()
+model = lp.NeuralODE(Decay(jnp.array(0.3)), solver=diffrax.Heun(), stepsize_controller=constant, dt0=0.1)
 problem = lp.Problem(lp.Trajectories(ts, np.exp(-ts)[:, None], [1.0]), lp.Gaussian(0.1), 1e-3)
 fit = lp.fit(model, problem, optax.adam(0.1), steps=60, key=jax.random.key(0), horizons=(1.0,), progress=False)
 assert fit.model.vector_field.rate.dtype == jnp.float32

@@ -22,7 +22,15 @@ from tqdm.auto import tqdm
 from ._errors import LaplodeError
 from ._model import check_model
 from ._problem import Problem, check_problem
-from ._solve import AbstractFlow, check_second_order, flow, linearize, local_hessian, local_hessian_bytes
+from ._solve import (
+    AbstractFlow,
+    check_second_order,
+    flow,
+    has_reverse,
+    linearize,
+    local_hessian,
+    local_hessian_bytes,
+)
 from ._vector import Where, parameters
 
 # Tangents between two looks at the progress bar; more at once gain a processor nothing.
@@ -138,10 +146,23 @@ class NegativeLogLikelihood(eqx.Module):
         return -self.problem.log_likelihood(self.flow(theta))
 
 
+def value_and_gradient(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, ""], Float[Array, " P"]]:
+    """−log p(Y | θ) and its gradient, shape (P,), at the flow's parameters."""
+    if has_reverse(flow):
+        return _value_and_gradient(flow, problem)
+    predictions, jacobian = linearize(flow)
+    return _value_and_score(problem, predictions, jacobian)
+
+
 @eqx.filter_jit
-def value_and_gradient(flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"]):
-    """−log p(Y | θ) and its gradient, shape (P,)."""
-    return jax.value_and_grad(NegativeLogLikelihood(flow, problem))(theta)
+def _value_and_gradient(flow: AbstractFlow, problem: Problem):
+    return jax.value_and_grad(NegativeLogLikelihood(flow, problem))(flow.parameters.vector)
+
+
+@eqx.filter_jit
+def _value_and_score(problem: Problem, predictions: Float[Array, "N T K"], jacobian: Float[Array, "N*T*K P"]):
+    score = problem.likelihood.score(predictions, jnp.asarray(problem.data.ys))
+    return -problem.log_likelihood(predictions), -score.ravel() @ jacobian
 
 
 def hessian_vector_product(flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"], vector: Float[Array, " P"]):

@@ -31,7 +31,8 @@ class Fit(eqx.Module):
     - `losses`: −log p(Y | θ) − log p(θ) in nats before each step, (steps,). While the horizon grows, Y is the prefix of
         the data that was fitted at the time.
     - `problem`: the problem, with the noise scale found where it was learned.
-    - `stats`: "loss" (of `model`, on all data), "restart_losses" (the best of each restart, NaN where it failed),
+    - `stats`: "loss" (of `model`, on all data unless interrupted before), "restart_losses" (the best of each restart,
+        NaN where it failed),
         "horizons" (number of times, and of steps, of each stage) and "interrupted".
     """
 
@@ -42,11 +43,14 @@ class Fit(eqx.Module):
 
 
 class _State(eqx.Module):
-    """One restart. `losses` is a buffer of one chunk; `alive` turns false at the first step that is not finite."""
+    """One restart. `losses` is a buffer of one chunk; `alive` turns false at the first step that is not finite, and
+    `gradient_failed` says that the loss still was.
+    """
 
     trainable: PyTree
     optimizer_state: PyTree
     alive: Array
+    gradient_failed: Array
     best: PyTree
     best_loss: Array
     losses: Array
@@ -119,6 +123,7 @@ def fit(
         trainable=trainable,
         optimizer_state=jax.vmap(optimizer.init)(trainable),
         alive=jnp.ones(restarts, bool),
+        gradient_failed=jnp.zeros(restarts, bool),
         best=trainable,
         best_loss=infinite,
         losses=jnp.zeros((restarts, _CHUNK)),
@@ -127,9 +132,13 @@ def fit(
     share[-1] += steps - sum(share)
     losses: list[np.ndarray] = []
     interrupted = False
+    shorter: Fit | None = None
 
-    def result() -> Fit:
+    def result() -> Fit | None:
+        """The best so far: on this horizon, or else on the one before."""
         every = np.asarray(state.best_loss)
+        if not np.any(np.isfinite(every)):
+            return shorter
         best = int(np.nanargmin(np.where(np.isfinite(every), every, np.inf)))
         selected, found = _split(problem, jax.tree.map(lambda x: x[best], state.best))
         stats = {
@@ -145,6 +154,7 @@ def fit(
         try:
             for length, share_of_steps in zip(lengths, share, strict=True):
                 # What was best on a shorter series is not comparable.
+                shorter = result()
                 state = eqx.tree_at(lambda s: (s.best, s.best_loss), state, (state.trainable, infinite))
                 stage = eqx.tree_at(lambda p: p.data, problem, problem.data.until(length))
                 for done in range(0, share_of_steps, _CHUNK):
@@ -152,21 +162,26 @@ def fit(
                     state = _advance(view, stage, optimizer, state, jnp.asarray(num))
                     losses.append(np.asarray(state.losses)[:, :num])
                     if not np.any(state.alive):
-                        raise _diverged(losses, steps, result() if np.any(np.isfinite(state.best_loss)) else None)
+                        raise _diverged(losses, steps, np.asarray(state.gradient_failed), result())
                     bar.update(num)
                     bar.set_postfix(loss=f"{float(np.min(state.best_loss)):.4g}", times=length)
         except KeyboardInterrupt:
             interrupted = True
-            if not np.any(np.isfinite(state.best_loss)):
+            if result() is None:
                 raise
             warnings.warn("The fit was interrupted; this is the best so far.", LaplodeWarning, stacklevel=2)
-    return result()
+    best = result()
+    assert best is not None
+    return best
 
 
 def _stage_lengths(horizons: Sequence[float], num_times: int) -> list[int]:
-    fractions = np.atleast_1d(np.asarray(horizons, dtype=float))
-    wrong = fractions.ndim != 1 or np.any(fractions <= 0) or fractions[-1] != 1 or np.any(np.diff(fractions) <= 0)
-    if wrong:
+    try:
+        fractions = np.atleast_1d(np.asarray(horizons, dtype=float))
+    except (TypeError, ValueError):
+        fractions = np.zeros(0)
+    right = fractions.ndim == 1 and fractions.size and fractions[0] > 0 and fractions[-1] == 1
+    if not right or not np.all(np.diff(fractions) > 0):
         raise LaplodeError(f"`horizons` must be increasing fractions of the data that end with 1, got {horizons!r}.")
     lengths = [min(max(2, math.ceil(fraction * num_times)), num_times) for fraction in fractions]
     return sorted(set(lengths))
@@ -242,6 +257,7 @@ def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: 
             trainable=keep(alive, optax.apply_updates(state.trainable, updates), state.trainable),
             optimizer_state=keep(alive, optimizer_state, state.optimizer_state),
             alive=alive,
+            gradient_failed=state.gradient_failed | (state.alive & ~finite & jnp.isfinite(value)),
             best=keep(better, state.trainable, state.best),
             best_loss=jnp.where(better, value, state.best_loss),
             losses=state.losses.at[i].set(jnp.where(state.alive, value, jnp.nan)),
@@ -250,13 +266,13 @@ def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: 
     return jax.vmap(lambda state: jax.lax.fori_loop(0, num, step, state))(state)
 
 
-def _diverged(losses: list[np.ndarray], steps: int, best: Fit | None) -> FitError:
+def _diverged(losses: list[np.ndarray], steps: int, gradient_failed: np.ndarray, best: Fit | None) -> FitError:
     history = np.concatenate(losses, axis=1)
-    ran = np.sum(np.cumsum(~np.isfinite(history), axis=1) == 0, axis=1)
+    ran = np.sum(np.cumsum(~np.isfinite(history), axis=1) == 0, axis=1) - gradient_failed
     last = int(np.argmax(ran))
     step = int(ran[last])
-    value = history[last, step] if step < history.shape[1] else history[last, -1]
-    if np.isfinite(value):
+    value = history[last, step]
+    if gradient_failed[last]:
         what = f"the gradient is no longer finite (the loss is {value:.4g})"
     else:
         before = f" after {history[last, step - 1]:.4g} at the step before" if step else ""

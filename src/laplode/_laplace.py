@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,7 +33,7 @@ from ._errors import LaplodeError, LaplodeWarning, choose
 from ._model import check_model
 from ._posterior import Diagnostics, Posterior
 from ._problem import Problem, check_problem
-from ._solve import AbstractFlow, ReplayedFlow, flow, jacobian_route
+from ._solve import AbstractFlow, ReplayedFlow, evaluate, flow, jacobian_route
 from ._structure import (
     Built,
     Regularize,
@@ -111,7 +112,7 @@ def laplace(
     prior_mean, prior_precision = prior_vectors(problem.prior, plan.view)
     around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
     theta = plan.view.vector
-    nll, nll_gradient = value_and_gradient(around, problem, theta)
+    nll, nll_gradient = value_and_gradient(around, problem)
     _check_finite(nll, nll_gradient, around, problem)
     offset = theta - prior_mean
     gradient = nll_gradient + prior_precision * offset
@@ -273,9 +274,9 @@ def _estimate(plan: _Plan, around: AbstractFlow, problem: Problem) -> Estimate:
     replayed = isinstance(around, ReplayedFlow)
     steps = around.boundaries.shape[1] - 1 if replayed else 0
     states = around.num_states if replayed else 0
-    jax.block_until_ready(value_and_gradient(around, problem, theta))
+    jax.block_until_ready(value_and_gradient(around, problem))
     start = time.perf_counter()
-    jax.block_until_ready(value_and_gradient(around, problem, theta))
+    jax.block_until_ready(value_and_gradient(around, problem))
     gradient_seconds = time.perf_counter() - start
     if plan.curvature_name == "hessian":
         route = "forward over reverse"
@@ -320,8 +321,9 @@ def _in_units(num_bytes: float) -> str:
 def _check_finite(nll: Array, gradient: Array, around: AbstractFlow, problem: Problem) -> None:
     if np.isfinite(nll) and np.all(np.isfinite(gradient)):
         return
-    predictions = around(around.parameters.vector)
-    log_prob = problem.likelihood.log_prob(predictions, jnp.asarray(problem.data.ys))
+    predictions = evaluate(around, around.parameters.vector)
+    # Traced, a distribution does not refuse what is looked for here.
+    log_prob = eqx.filter_jit(problem.likelihood.log_prob)(predictions, jnp.asarray(problem.data.ys))
     bad = np.argwhere(~np.isfinite(log_prob))
     if bad.size:
         i, t, k = (int(j) for j in bad[0])

@@ -135,6 +135,22 @@ def predict_trajectory(model: Callable, ts, y0, args) -> Float[Array, "T K"]:
     return model(ts, y0, args)
 
 
+def is_real_array(leaf: Any) -> bool:
+    """Whether a leaf is an array of real floating point numbers."""
+    return eqx.is_inexact_array(leaf) and not np.iscomplexobj(leaf)
+
+
+def in_float(tree: PyTree) -> PyTree:
+    """Every real inexact array in JAX's default float type: one float32 leaf would bring its rounding to all."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype=float) if is_real_array(leaf) else leaf, tree)
+
+
+def predicted_shape(model: Any, ts, y0, args) -> tuple[int, ...]:
+    """The shape of a model's predictions of the first trajectory, without a solve; raises what the model raises."""
+    first = jax.tree.map(lambda x: x[0], (ts, y0, args))
+    return eqx.filter_eval_shape(predict_trajectory, in_float(model), *first).shape
+
+
 def check_model(model: Any, data) -> None:
     """Raise `LaplodeError` unless `model` is an `eqx.Module` whose predictions fit the data's shapes."""
     if not isinstance(model, eqx.Module) or not callable(model):
@@ -142,12 +158,9 @@ def check_model(model: Any, data) -> None:
             f"`model` must be a callable eqx.Module, (ts, y0, args) -> (T, K); got {type(model).__name__}. Wrap a "
             "vector field as laplode.NeuralODE(vector_field)."
         )
-    if not isinstance(model, NeuralODE) and data.y0 is None:
-        # A foreign model may have its own initial state; if it hasn't, its first use of None shows below.
-        pass
-    first = jax.tree.map(lambda x: x[0], (data.ts, data.y0, data.args))
     try:
-        shape = eqx.filter_eval_shape(predict_trajectory, model, *first).shape
+        # A foreign model may have its own initial state; if it hasn't, its first use of None shows here.
+        shape = predicted_shape(model, data.ts, data.y0, data.args)
     except LaplodeError:
         raise
     except Exception as error:

@@ -1,6 +1,7 @@
 """Trajectories from a posterior: linearized, or by solving again."""
 
 import functools as ft
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,9 @@ from tqdm.auto import tqdm
 
 from ._curvature import check_x64
 from ._errors import LaplodeError, LaplodeWarning, choose
-from ._model import predict_trajectory
+from ._model import predict_trajectory, predicted_shape
 from ._posterior import Posterior
-from ._problem import check_args, check_initial_state, check_times
+from ._problem import AbstractLikelihood, check_args, check_initial_state, check_solvable, check_times
 from ._solve import flow, linearize
 from ._vector import prior_vectors
 
@@ -30,10 +31,10 @@ class Predictions(eqx.Module):
 
     - `ts`: times, (N, T).
     - `mean`: the prediction at the posterior mean θ*, (N, T, K).
-    - `epistemic`: draws of the noise-free prediction, (S, N, T, K); NaN where a solve failed.
+    - `epistemic`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
     - `predictive`: the same with observation noise, (S, N, T, K).
     - `thetas`: the parameter vectors of the draws, (S, P).
-    - `ok`: False for draws whose solve failed, (S,).
+    - `ok`: False for draws whose solve failed, or that the likelihood can't have (negative under LogNormal), (S,).
     - `log_p`, `log_q`: of each draw, the log joint density log p(Y, θ) and the log density it was drawn from, (S,);
         None unless importance weights were asked for.
     - `log_weights`, `khat`: Pareto smoothed log importance weights (S,), normalized, and their Pareto k̂ (Vehtari et
@@ -119,10 +120,7 @@ def predict(
     key_theta, key_noise = jax.random.split(key)
     thetas = posterior.sample(key_theta, num_samples)
     mean, epistemic, root = draw(posterior, grid, thetas, progress)
-    ok = jnp.all(jnp.isfinite(epistemic), axis=(1, 2, 3))
-    epistemic = jnp.where(ok[:, None, None, None], epistemic, jnp.nan)
-    predictive = posterior.problem.likelihood.distribution(epistemic).sample(key_noise)
-    predictive = jnp.where(jnp.isfinite(epistemic), jnp.asarray(predictive, dtype=float), jnp.nan)
+    ok, epistemic, predictive = _with_noise(posterior.problem.likelihood, epistemic, key_noise)
 
     log_p = log_q = log_weights = pareto_k = None
     if khat if khat is not None else method == "sampled":
@@ -148,6 +146,16 @@ def predict(
     return result
 
 
+@eqx.filter_jit
+def _with_noise(likelihood: AbstractLikelihood, epistemic: Float[Array, "S N T K"], key: PRNGKeyArray):
+    """Which draws are trajectories that the likelihood allows, the draws, and the draws with noise."""
+    # Where the prediction lies outside of what a likelihood allows, a LogNormal's is negative, its stable form is NaN.
+    allowed = jnp.isfinite(epistemic) & ~jnp.isnan(likelihood.stabilize(epistemic))
+    ok = jnp.all(allowed, axis=(1, 2, 3))
+    keep = lambda x: jnp.where(ok[:, None, None, None], jnp.asarray(x, dtype=float), jnp.nan)
+    return ok, keep(epistemic), keep(likelihood.distribution(epistemic).sample(key))
+
+
 class _Grid(eqx.Module):
     """Where to predict. `skip` leading times only carry the solve from the initial state to the first time wanted."""
 
@@ -163,14 +171,22 @@ class _Grid(eqx.Module):
         data = posterior.problem.data
         ts = check_times("ts", ts)
         if y0 is not None:
-            num = ts.shape[0] if ts.ndim == 2 else (1 if np.ndim(y0) == 1 else len(y0))
+            check_solvable("ts", ts)
+            num = ts.shape[0] if ts.ndim == 2 else (np.shape(y0)[0] if np.ndim(y0) > 1 else 1)
             y0 = check_initial_state("y0", y0, num)
             if data.y0 is not None and y0.shape[1] != data.y0.shape[1]:
                 raise LaplodeError(f"`y0` has D = {y0.shape[1]} states, but the data's y0 has {data.y0.shape[1]}.")
             if args is None and data.args is not None:
                 raise LaplodeError("`args` is missing: the data came with args, so new initial states need theirs.")
-            ts = np.broadcast_to(ts, (num, ts.shape[-1])).copy()
-            return cls(ts, ts, y0, check_args("args", args, num), 0, False)
+            ts, args = np.broadcast_to(ts, (num, ts.shape[-1])).copy(), check_args("args", args, num)
+            try:
+                predicted_shape(posterior.parameters.model, ts, y0, args)
+            except Exception as error:
+                raise LaplodeError(
+                    f"`y0` with D = {y0.shape[1]} states, or the `args` that go with it, do not fit the model: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            return cls(ts, ts, y0, args, 0, False)
         if args is not None:
             raise LaplodeError(
                 "`args` is for new initial states: give `y0` with it, or leave both to continue the data."
@@ -191,6 +207,7 @@ class _Grid(eqx.Module):
             )
         observed = ts.shape == data.ts.shape and bool(np.all(ts == data.ts))
         if np.all(ts[:, :1] == start):
+            check_solvable("ts", ts)
             return cls(ts, ts, data.y0, data.args, 0, observed)
         if np.any(ts[:, :1] == start):
             raise LaplodeError(
@@ -233,9 +250,9 @@ def _covariance_root(posterior: Posterior, jacobian, shape: tuple[int, ...], ski
 
 def _sampled(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
     solve = ft.partial(_solve_at, posterior, grid.solve_ts, grid.y0, grid.args)
-    mean = solve(posterior.mean[None])[0]
-    epistemic = _in_batches(solve, thetas, "Solving at draws" if progress else None)
-    return mean[:, grid.skip :], epistemic[:, :, grid.skip :], None
+    rows = jnp.concatenate([posterior.mean[None], thetas])  # one program for the mean and the draws
+    solved = _in_batches(solve, rows, "Solving at draws" if progress else None)[:, :, grid.skip :]
+    return solved[0], solved[1:], None
 
 
 _METHODS = {"linearized": _linearized, "sampled": _sampled}
@@ -263,11 +280,13 @@ def _in_batches(function: Callable[[Array], Array], rows: Float[Array, "S P"], l
                 results.append(function(rows[first : first + batch])[start - first :])
                 bar.update(first + batch - start)
     except eqx.EquinoxRuntimeError as error:
+        said = re.search(r"EquinoxRuntimeError: (.*)", str(error))
         raise LaplodeError(
             "`model` raised while solving at a draw from the posterior, which wanders further than a fit does. Let it "
             "return what it has instead, diffrax.diffeqsolve(..., throw=False), so that failed draws can be "
             "counted; or "
-            f'use method="linearized", which solves at the posterior mean only. It said: {str(error).splitlines()[0]}'
+            'use method="linearized", which solves at the posterior mean only. It said: '
+            f"{said.group(1) if said else error}"
         ) from error
     return jnp.concatenate(results)
 
@@ -288,15 +307,21 @@ def log_joint(posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bo
     return _in_batches(at, thetas, "Weighing draws" if progress else None)
 
 
+# Fewer draws than these have no tail to which a Pareto distribution could be fitted.
+_FEWEST_TO_SMOOTH = 25
+
+
 def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> tuple[Float[Array, " S"], float]:
     """Pareto smoothed log weights of draws from q under p, normalized to sum to 1, and their Pareto k̂.
 
-    A draw whose solve failed has weight 0: it is known to be no trajectory of the model.
+    A draw whose solve failed has weight 0: it is known to be no trajectory of the model. Of fewer than 25 draws the
+    weights are not smoothed, and k̂ is infinite.
     """
     ratios = np.asarray(log_p - log_q, dtype=float)
     finite = np.isfinite(ratios)
     weights = np.full(ratios.shape, -np.inf)
-    if not np.any(finite):
+    if np.sum(finite) < _FEWEST_TO_SMOOTH:
+        weights[finite] = ratios[finite] - np.logaddexp.reduce(ratios[finite], initial=-np.inf)
         return jnp.asarray(weights), float("inf")
     # Weights equal to rounding have no tail to fit: they are as good as they can be.
     if np.ptp(ratios[finite]) < 1e-6:

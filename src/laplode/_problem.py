@@ -27,11 +27,8 @@ def _real_array(name: str, value: Any, unit: str = "numbers") -> np.ndarray:
 def check_times(name: str, ts: Any) -> np.ndarray:
     """Return `ts` as a float64 array of shape (T,) or (N, T), or say what is wrong with it."""
     ts = _real_array(name, ts, "times")
-    if ts.ndim not in (1, 2) or ts.shape[-1] < 2:
-        raise LaplodeError(
-            f"`{name}` must have shape (T,) or (N, T) with at least two times, the first of them "
-            f"the time of y0; got shape {ts.shape}."
-        )
+    if ts.ndim not in (1, 2) or ts.shape[-1] < 1:
+        raise LaplodeError(f"`{name}` must have shape (T,) or (N, T), got shape {ts.shape}.")
     if not np.all(np.isfinite(ts)):
         raise LaplodeError(f"`{name}` must be finite, got {int(np.sum(~np.isfinite(ts)))} NaN or infinite times.")
     decreasing = np.argwhere(np.diff(ts, axis=-1) <= 0)
@@ -43,6 +40,15 @@ def check_times(name: str, ts: Any) -> np.ndarray:
             f"{ts[index]:g} is followed by {ts[later]:g}. Sort the times, and merge observations made at the same time."
         )
     return ts
+
+
+def check_solvable(name: str, ts: np.ndarray) -> None:
+    """Raise `LaplodeError` unless there is a time after the first."""
+    if ts.shape[-1] < 2:
+        raise LaplodeError(
+            f"`{name}` must have at least two times, the first of them the time of the initial state; got shape "
+            f"{ts.shape}."
+        )
 
 
 def check_initial_state(name: str, y0: Any, num_trajectories: int) -> np.ndarray:
@@ -101,6 +107,7 @@ class Trajectories(eqx.Module):
 
     def __init__(self, ts: Any, ys: Any, y0: Any = None, args: PyTree = None):
         ts = check_times("ts", ts)
+        check_solvable("ts", ts)
         ys = _real_array("ys", ys, "observations")
         if ys.ndim == 2:
             ys = ys[None]
@@ -133,6 +140,13 @@ class Trajectories(eqx.Module):
         return eqx.tree_at(lambda t: (t.ts, t.ys), self, (self.ts[:, :length], self.ys[:, :length]))
 
 
+def _an_observed_value(ys: Float[Array, "... K"]) -> Float[Array, " K"]:
+    """Of each channel; of any channel where it has none; else 1."""
+    largest = lambda x, axis: jnp.max(jnp.where(jnp.isnan(x), -jnp.inf, x), axis=axis)
+    first = lambda x, otherwise: jnp.where(jnp.isfinite(x), x, otherwise)
+    return first(largest(ys, tuple(range(ys.ndim - 1))), first(largest(ys, None), 1.0))
+
+
 class AbstractLikelihood(eqx.Module):
     """p(y | prediction), independent over observations given the prediction."""
 
@@ -143,8 +157,8 @@ class AbstractLikelihood(eqx.Module):
     def log_prob(self, prediction: Float[Array, "... K"], ys: Float[Array, "... K"]) -> Float[Array, "... K"]:
         """log p(y | prediction) of each observation, in nats; 0 where `ys` is NaN."""
         observed = ~jnp.isnan(ys)
-        # 1 lies in the support of every likelihood here, so that no NaN enters a gradient through the unused branch.
-        log_prob = self.distribution(prediction).log_prob(jnp.where(observed, ys, 1.0))
+        # An observed value lies in the support, so that no NaN enters a gradient through the unused branch.
+        log_prob = self.distribution(prediction).log_prob(jnp.where(observed, ys, _an_observed_value(ys)))
         return jnp.where(observed, log_prob, 0.0)
 
     def score(self, prediction: Float[Array, "... K"], ys: Float[Array, "... K"]) -> Float[Array, "... K"]:
@@ -211,7 +225,7 @@ class Gaussian(AbstractScaleLikelihood):
         self.learned = learned
 
     def distribution(self, prediction):
-        return dist.Normal(prediction, self.scale)
+        return dist.Normal(prediction, self.scale, validate_args=False)
 
     def fisher(self, prediction, ys):
         return jnp.broadcast_to(1 / jnp.asarray(self.scale) ** 2, prediction.shape)
@@ -237,7 +251,7 @@ class LogNormal(AbstractScaleLikelihood):
         self.learned = learned
 
     def distribution(self, prediction):
-        return dist.LogNormal(jnp.log(prediction), self.scale)
+        return dist.LogNormal(jnp.log(prediction), self.scale, validate_args=False)
 
     def fisher(self, prediction, ys):
         return 1 / (self.scale * prediction) ** 2
@@ -280,7 +294,7 @@ class StudentT(AbstractScaleLikelihood):
         self.learned = learned
 
     def distribution(self, prediction):
-        return dist.StudentT(self.df, prediction, self.scale)
+        return dist.StudentT(self.df, prediction, self.scale, validate_args=False)
 
     def fisher(self, prediction, ys):
         information = (self.df + 1) / ((self.df + 3) * jnp.asarray(self.scale) ** 2)
@@ -291,7 +305,7 @@ class Poisson(AbstractLikelihood):
     """y ~ Poisson(prediction): counts, with a positive prediction."""
 
     def distribution(self, prediction):
-        return dist.Poisson(prediction)
+        return dist.Poisson(prediction, validate_args=False)
 
     def fisher(self, prediction, ys):
         return 1 / prediction
@@ -345,14 +359,20 @@ class GaussianPrior(eqx.Module):
     mean: PyTree
 
     def __init__(self, precision: PyTree, mean: PyTree = 0.0):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(precision):
-            _check_positive(f"precision{jax.tree_util.keystr(path)}", leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(mean):
-            name = f"mean{jax.tree_util.keystr(path)}"
-            if not np.all(np.isfinite(_real_array(name, leaf))):
+        def finite(name, leaf):
+            array = _real_array(name, leaf)
+            if not np.all(np.isfinite(array)):
                 raise LaplodeError(f"`{name}` must be finite, got {leaf}.")
-        self.precision = precision
-        self.mean = mean
+            return array
+
+        def each(check, name, tree):
+            if not jax.tree.leaves(tree):
+                raise LaplodeError(f"`{name}` of the prior is missing: it must be a number, an array, or a pytree.")
+            # Arrays, not Python floats: with these, each new value would be compiled anew.
+            return jax.tree_util.tree_map_with_path(lambda p, x: check(name + jax.tree_util.keystr(p), x), tree)
+
+        self.precision = each(_check_positive, "precision", precision)
+        self.mean = each(finite, "mean", mean)
 
 
 class Problem(eqx.Module):
@@ -385,6 +405,10 @@ class Problem(eqx.Module):
                     f"function `prediction -> numpyro distribution`; got {type(likelihood).__name__}."
                 )
             likelihood = FromDistribution(likelihood)  # pyright: ignore[reportArgumentType]
+        if isinstance(prior, AbstractLikelihood | Trajectories):
+            raise LaplodeError(
+                f"`prior` must be laplode.GaussianPrior(precision) or a precision, got {type(prior).__name__}."
+            )
         if not isinstance(prior, GaussianPrior):
             prior = GaussianPrior(prior)
         channels = data.ys.shape[-1]
@@ -398,12 +422,7 @@ class Problem(eqx.Module):
                 scale = np.broadcast_to(likelihood.scale, (channels,)).copy()
                 likelihood = eqx.tree_at(lambda l: l.scale, likelihood, scale)
         likelihood.check(data.ys)
-        shape = jax.eval_shape(lambda f: likelihood.log_prob(f, f), jax.ShapeDtypeStruct(data.ys.shape, float)).shape
-        if shape != data.ys.shape:
-            raise LaplodeError(
-                f"`likelihood` must treat observations one by one: for predictions of shape {data.ys.shape} its "
-                f"log_prob has shape {shape}. Drop event dimensions (no `.to_event`)."
-            )
+        _check_distribution(likelihood, data.ys.shape)
         self.data = data
         self.likelihood = likelihood
         self.prior = prior
@@ -411,6 +430,32 @@ class Problem(eqx.Module):
     def log_likelihood(self, predictions: Float[Array, "N T K"]) -> Float[Array, ""]:
         """log p(Y | predictions) in nats, summed over all observations."""
         return jnp.sum(self.likelihood.log_prob(predictions, jnp.asarray(self.data.ys)))
+
+
+def _check_distribution(likelihood: AbstractLikelihood, shape: tuple[int, ...]) -> None:
+    def batch_shape(prediction):
+        found = likelihood.distribution(prediction)
+        if not isinstance(found, dist.Distribution):
+            raise LaplodeError(
+                f"`likelihood` must return a NumPyro distribution, got {type(found).__name__}: write, for example, "
+                "lambda prediction: numpyro.distributions.Laplace(prediction, 0.1)."
+            )
+        if found.event_shape or found.batch_shape != shape:
+            raise LaplodeError(
+                f"`likelihood` must treat observations one by one: for predictions of shape {shape} its batch shape "
+                f"is {found.batch_shape} and its event shape {found.event_shape}. Drop event dimensions (no "
+                "`.to_event`)."
+            )
+        return prediction
+
+    try:
+        jax.eval_shape(batch_shape, jax.ShapeDtypeStruct(shape, float))
+    except LaplodeError:
+        raise
+    except Exception as error:
+        raise LaplodeError(
+            f"`likelihood` can't be evaluated on predictions of shape {shape}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def check_problem(problem: Any) -> None:

@@ -622,6 +622,15 @@ def _has(trace: Callable[[], Any]) -> bool:
     return True
 
 
+def has_reverse(flow: AbstractFlow) -> bool:
+    """Whether `flow` can be differentiated in reverse, as foreign models solved with `ForwardMode` can't."""
+    if isinstance(flow, ReplayedFlow):
+        return True
+    theta = flow.parameters.vector
+    predictions = jax.eval_shape(flow, theta)
+    return _has(lambda: jax.vjp(flow, theta)[1](jnp.zeros(predictions.shape)))
+
+
 def jacobian_route(flow: AbstractFlow) -> str:
     """How `flow.jacobian` is cheapest: "sensitivity", "jvp" (P tangents) or "vjp" (one pull a prediction)."""
     theta = flow.parameters.vector
@@ -634,7 +643,7 @@ def jacobian_route(flow: AbstractFlow) -> str:
     # A pull costs about as much as two pushes, and holds the whole solve in memory.
     if by_jvp and theta.size <= 2 * predictions.size:
         return "jvp"
-    if _has(lambda: jax.vjp(flow, theta)[1](jnp.zeros(predictions.shape))):
+    if has_reverse(flow):
         return "vjp"
     if by_jvp:
         return "jvp"
@@ -649,7 +658,8 @@ def _first(tree: PyTree) -> PyTree:
 
 
 @eqx.filter_jit
-def _evaluate(flow: AbstractFlow, theta):
+def evaluate(flow: AbstractFlow, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
+    """The predictions at `theta`, compiled."""
     return flow(theta)
 
 
@@ -664,7 +674,7 @@ def linearize(flow: AbstractFlow) -> tuple[Float[Array, "N T K"], Float[Array, "
     The Jacobian may be as large as memory allows: outside of `jit`, even a reshape would copy it.
     """
     theta = flow.parameters.vector
-    return _evaluate(flow, theta), _evaluate_jacobian(flow, theta, jacobian_route(flow))
+    return evaluate(flow, theta), _evaluate_jacobian(flow, theta, jacobian_route(flow))
 
 
 def check_second_order(flow: AbstractFlow) -> None:

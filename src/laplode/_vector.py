@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from ._errors import LaplodeError
+from ._model import in_float, is_real_array
 from ._problem import GaussianPrior
 
 Where = Callable[[Any], Any] | PyTree[bool] | None
@@ -49,6 +50,8 @@ def _selected(model: PyTree, where: Where) -> PyTree[bool]:
             ) from error
         return jax.tree.map(lambda a, b: a and b, spec, chosen)
     try:
+        if not all(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(where)):
+            raise TypeError(f"it holds {jax.tree.leaves(where)[0]!r}.")
         return jax.tree.map(lambda w, sub: jax.tree.map(lambda s: bool(w) and s, sub), where, spec)
     except (ValueError, TypeError) as error:
         raise LaplodeError(
@@ -133,9 +136,7 @@ def parameters(model: Any, where: Where = None) -> Parameters:
     **Raises:** `LaplodeError` when nothing is selected, or a parameter is complex or not finite.
     """
     spec = _selected(model, where)
-    # Every inexact array is cast, not only the selected ones: one float32 leaf would bring its rounding to all.
-    cast = lambda leaf: jnp.asarray(leaf, dtype=float) if _is_real_array(leaf) else leaf
-    selected, rest = eqx.partition(jax.tree.map(cast, model), spec)
+    selected, rest = eqx.partition(in_float(model), spec)
     named = [
         (jax.tree_util.keystr(path).lstrip("."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(selected)
     ]
@@ -156,10 +157,6 @@ def parameters(model: Any, where: Where = None) -> Parameters:
     return Parameters(selected, rest)
 
 
-def _is_real_array(leaf: Any) -> bool:
-    return eqx.is_inexact_array(leaf) and not np.iscomplexobj(leaf)
-
-
 def prior_vectors(prior: GaussianPrior, view: Parameters) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
     """Mean and precision of the prior for each entry of θ, both of shape (P,).
 
@@ -175,7 +172,7 @@ def _broadcast(name: str, prefix: PyTree, view: Parameters) -> Float[Array, " P"
             return jnp.broadcast_to(values, (view.size,))
         everything = eqx.combine(
             jax.tree.map(lambda x: np.ones(x.shape, bool), view.selected),
-            jax.tree.map(lambda x: np.zeros(x.shape, bool), eqx.filter(view.rest, _is_real_array)),
+            jax.tree.map(lambda x: np.zeros(x.shape, bool), eqx.filter(view.rest, is_real_array)),
         )
         everything = eqx.filter(everything, _all_parameters(eqx.combine(view.selected, view.rest)))
         chosen = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(everything)])

@@ -162,7 +162,7 @@ def run_scaling():
     for width in (16, 32, 64, 128, 256):
         model, problem = case(width=width, depth=2)
         around = flow_of(model, problem)
-        _, first, seconds = clock(lambda around=around: linearize(around), 5)
+        _, _, seconds = clock(lambda around=around: linearize(around), 5)
         size = around.parameters.size
         steps = around.boundaries.shape[1] - 1
         print(f"P = {size:7d}  steps {steps:4d}  {seconds:8.4f} s  {1e9 * seconds / size / steps:8.1f} ns/(P·step)")
@@ -170,7 +170,7 @@ def run_scaling():
     for end in (10.0, 40.0, 160.0, 640.0):
         model, problem = case(width=32, depth=2, end=end)
         around = flow_of(model, problem)
-        _, first, seconds = clock(lambda around=around: linearize(around), 5)
+        _, _, seconds = clock(lambda around=around: linearize(around), 5)
         size = around.parameters.size
         steps = around.boundaries.shape[1] - 1
         print(f"P = {size:7d}  steps {steps:4d}  {seconds:8.4f} s  {1e9 * seconds / size / steps:8.1f} ns/(P·step)")
