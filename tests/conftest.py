@@ -25,6 +25,8 @@ def pytest_configure(config):
     directory = tempfile.mkdtemp() if cache is None else cache.mkdir("jax")
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Compiling takes most of the time of the tests.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)

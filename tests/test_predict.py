@@ -147,7 +147,7 @@ def test_the_key_decides(linear, linear_posterior):
 
 
 def test_sampled_has_no_closed_form_covariance(linear, linear_posterior):
-    predictions = draw(linear_posterior, grid(linear), method="sampled")
+    predictions = draw(linear_posterior, grid(linear), method="sampled", khat=False)
     with pytest.raises(lp.LaplodeError, match=r'`covariance\(\)`.*method="linearized".*method="sampled"'):
         predictions.covariance()
 
@@ -206,7 +206,7 @@ def test_failed_solves_are_counted_and_marked(blow_up):
     assert any(str(w.message).startswith(f"{explodes.sum()} of 200") for w in caught)
     assert np.all(np.isnan(predictions.epistemic[explodes])) and np.all(np.isnan(predictions.predictive[explodes]))
     fine = np.asarray(predictions.epistemic)[~explodes, 0, 1, 0]
-    np.testing.assert_allclose(1 / fine, 1 - np.asarray(predictions.thetas)[~explodes, 0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(1 / fine, 1 - np.asarray(predictions.thetas)[~explodes, 0], rtol=0, atol=5e-5)
     assert np.all(np.isfinite(predictions.predictive[~explodes]))
 
 

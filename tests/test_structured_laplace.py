@@ -1,5 +1,6 @@
 """laplace() in every structure, against the dense algebra of the same curvature; the estimate that comes before it."""
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,10 @@ import laplode
 import laplode._curvature as lc
 from laplode._solve import flow
 from laplode._vector import parameters
+
+
+# Few stages and few steps: what is compared here shares its grid.
+COARSE = {"solver": diffrax.Bosh3(), "stepsize_controller": diffrax.PIDController(rtol=1e-3, atol=1e-4)}
 
 
 class Field(eqx.Module):
@@ -41,7 +46,7 @@ def _problem(model, trajectories, times, likelihood, args=None, missing=False):
 
 @pytest.fixture(scope="module")
 def plain():
-    model = laplode.NeuralODE(Field(eqx.nn.MLP(3, 2, 5, 1, jnp.tanh, key=jax.random.key(0))))
+    model = laplode.NeuralODE(Field(eqx.nn.MLP(3, 2, 5, 1, jnp.tanh, key=jax.random.key(0))), **COARSE)
     return model, _problem(model, 2, 8, laplode.StudentT(4.0, 0.2), missing=True)
 
 
@@ -51,6 +56,7 @@ def observed():
         Field(eqx.nn.MLP(3, 2, 4, 1, jnp.tanh, key=jax.random.key(1))),
         y0=[0.3, -0.2],
         observe=Observe(jnp.array([[1.0, 0.5], [0.2, -0.3], [0.7, 0.1]])),
+        **COARSE,
     )
     args = jnp.array([1.0, 2.5])
     return model, _problem(model, 2, 8, laplode.LogNormal(0.2), args, missing=True)
@@ -113,7 +119,7 @@ def test_structures_are_parts_of_the_full_matrix(plain, curvature, where):
 @pytest.mark.parametrize("trajectories", [4, 20], ids=["M = 200", "M = 1000"])
 @pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")
 def test_low_rank_equals_full(trajectories):
-    model = laplode.NeuralODE(Field(eqx.nn.MLP(3, 2, 17, 2, jnp.tanh, key=jax.random.key(2))))
+    model = laplode.NeuralODE(Field(eqx.nn.MLP(3, 2, 17, 2, jnp.tanh, key=jax.random.key(2))), **COARSE)
     problem = _problem(model, trajectories, 25, laplode.Gaussian(0.1))
     full = laplode.laplace(model, problem, curvature="ggn", progress=False)
     low_rank = laplode.laplace(model, problem, curvature="ggn", structure="low_rank", progress=False)
