@@ -12,7 +12,6 @@ import laplode._curvature as lc
 from laplode._solve import flow
 from laplode._vector import parameters
 
-
 # Few stages and few steps: what is compared here shares its grid.
 COARSE = {"solver": diffrax.Bosh3(), "stepsize_controller": diffrax.PIDController(rtol=1e-3, atol=1e-4)}
 

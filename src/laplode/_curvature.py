@@ -100,13 +100,13 @@ class FactoredCurvature(AbstractCurvature):
 
     @eqx.filter_jit
     def influence(self):
-        return jnp.max(jnp.abs(self.factor), axis=0)
+        # Row after row: a reduction over the first axis would copy the whole matrix.
+        largest = lambda i, most: jnp.maximum(most, jnp.abs(self.factor[i]))
+        return jax.lax.fori_loop(0, self.factor.shape[0], largest, jnp.zeros(self.factor.shape[1]))
 
-    @eqx.filter_jit
     def matrix(self) -> Float[Array, "P P"]:
         """Fᵀ W F."""
-        half = jnp.sqrt(self.weights)[:, None] * self.factor
-        return half.T @ half
+        return gram(_weighted(self.factor, self.weights))
 
     @eqx.filter_jit
     def diagonal(self) -> Float[Array, " P"]:
@@ -116,6 +116,20 @@ class FactoredCurvature(AbstractCurvature):
     def block(self, start: int, stop: int) -> Float[Array, "B B"]:
         """Rows and columns start … stop of Fᵀ W F."""
         return FactoredCurvature(self.factor[:, start:stop], self.weights).matrix()
+
+
+@jax.jit
+def _weighted(factor: Float[Array, "M P"], weights: Float[Array, " M"]) -> Float[Array, "M P"]:
+    return jnp.sqrt(weights)[:, None] * factor
+
+
+def gram(rows: Float[Array, "M P"]) -> Float[Array, "P P"]:
+    """Xᵀ X."""
+    if isinstance(rows, jax.core.Tracer) or rows.device.platform != "cpu":
+        return rows.T @ rows
+    # NumPy's BLAS uses that the result is symmetric, for half of the work; XLA does not.
+    host = np.asarray(rows)
+    return jnp.asarray(host.T @ host)
 
 
 def check_x64() -> None:

@@ -85,15 +85,26 @@ class AbstractPosterior(eqx.Module):
         return self.parameters.unravel(theta)
 
 
-# Bytes of random numbers turned into draws at once.
-_DRAW_BYTES = 2**28
+# Bytes of normal random numbers made at once: several times as much goes into their making.
+_NORMAL_BYTES = 2**24
+
+
+def _normals(keys: PRNGKeyArray, size: int) -> Float[Array, "n P"]:
+    num = len(keys)
+    block = min(max(_NORMAL_BYTES // (8 * size), 1), num)
+
+    def fill(i, normals):
+        start = jnp.minimum(i * block, num - block)  # the last block overlaps its neighbor
+        some = jax.lax.dynamic_slice_in_dim(keys, start, block)
+        rows = jax.vmap(lambda key: jax.random.normal(key, (size,)))(some)
+        return jax.lax.dynamic_update_slice(normals, rows, (start, 0))
+
+    return jax.lax.fori_loop(0, -(-num // block), fill, jnp.zeros((num, size)))
 
 
 @eqx.filter_jit
 def _draw(mean: Float[Array, " P"], structure: AbstractStructure, keys: PRNGKeyArray) -> Float[Array, "n P"]:
-    draw = lambda key: mean + structure.root_product(jax.random.normal(key, mean.shape))
-    batch = min(max(_DRAW_BYTES // mean.nbytes, 1), len(keys))
-    return jax.lax.map(draw, keys, batch_size=batch)
+    return mean + structure.root_product(_normals(keys, mean.size))
 
 
 class Posterior(AbstractPosterior):

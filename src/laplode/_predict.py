@@ -20,10 +20,14 @@ from ._model import predict_trajectory, predicted_shape
 from ._posterior import Posterior
 from ._problem import AbstractLikelihood, check_args, check_initial_state, check_solvable, check_times
 from ._solve import flow, linearize
+from ._structure import over_columns
 from ._vector import prior_vectors
 
 # Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
 _BATCH = 64
+
+# Bytes of Jacobian held at once: that of a few trajectories, where parameters are many.
+_JACOBIAN_BYTES = 2**28
 
 
 class Predictions(eqx.Module):
@@ -219,10 +223,20 @@ class _Grid(eqx.Module):
 
 def _linearized(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
     around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
-    mean, jacobian = linearize(around)
-    epistemic = _linear_draws(posterior, mean, jacobian, thetas)
-    root = _covariance_root(posterior, jacobian, mean.shape, grid.skip)
-    return mean[:, grid.skip :], epistemic[:, :, grid.skip :], root
+    num = around.num_trajectories
+    row_bytes = 8 * posterior.size * grid.ts.shape[1] * posterior.problem.data.ys.shape[2]
+    together = min(max(_JACOBIAN_BYTES // row_bytes, 1), num)
+    parts = []
+    for start in range(0, num, together):
+        first = min(start, num - together)  # one compiled shape for all
+        mean, jacobian = linearize(around.part(slice(first, first + together)))
+        epistemic = _linear_draws(posterior, mean, jacobian, thetas)
+        root = _covariance_root(posterior, jacobian, mean.shape, grid.skip)
+        new = start - first
+        parts.append((mean[new:, grid.skip :], epistemic[:, new:, grid.skip :], root[new:]))
+        del jacobian
+    means, draws, roots = zip(*parts, strict=True)
+    return jnp.concatenate(means), jnp.concatenate(draws, axis=1), jnp.concatenate(roots)
 
 
 @eqx.filter_jit
@@ -230,7 +244,8 @@ def _linear_draws(posterior: Posterior, mean, jacobian: Float[Array, "N*T*K P"],
     likelihood = posterior.problem.likelihood
     # stabilize is elementwise, so its derivative is a scale.
     stabilized, scale = jax.jvp(likelihood.stabilize, (mean,), (jnp.ones_like(mean),))
-    change = jax.lax.map(lambda theta: jacobian @ (theta - posterior.mean), thetas, batch_size=_BATCH)
+    add = lambda total, take: total + (take(thetas) - take(posterior.mean)) @ take(jacobian).T
+    change = over_columns(add, jnp.zeros((len(thetas), len(jacobian))), posterior.size)
     return likelihood.unstabilize(stabilized + scale * change.reshape(-1, *mean.shape))
 
 

@@ -48,6 +48,11 @@ class AbstractFlow(eqx.Module):
         """N."""
         return self.ts.shape[0]
 
+    def part(self, chosen: slice) -> "AbstractFlow":
+        """The flow of some of the trajectories."""
+        ts, y0, args = jax.tree.map(lambda x: x[chosen], (self.ts, self.y0, self.args))
+        return dataclasses.replace(self, ts=ts, y0=y0, args=args)
+
 
 class ForeignFlow(AbstractFlow):
     """Any model, differentiated automatically."""
@@ -87,11 +92,14 @@ class ReplayedFlow(AbstractFlow):
             return _sensitivity(self, theta)
         return _AUTODIFF[route](self, theta)
 
+    def part(self, chosen):
+        return dataclasses.replace(super().part(chosen), boundaries=self.boundaries[chosen])
+
     @property
     def num_states(self) -> int:
         """D."""
-        model = self.parameters.unravel(self.parameters.vector)
-        return jax.eval_shape(model.initial_state, _first(self.y0)).size
+        states = self.parameters.model.y0 if self.y0 is None else self.y0
+        return states.shape[-1]
 
 
 # ---- From an adaptive solve to a frozen grid
@@ -633,12 +641,11 @@ def has_reverse(flow: AbstractFlow) -> bool:
 
 def jacobian_route(flow: AbstractFlow) -> str:
     """How `flow.jacobian` is cheapest: "sensitivity", "jvp" (P tangents) or "vjp" (one pull a prediction)."""
+    if isinstance(flow, ReplayedFlow) and flow.num_states <= flow.parameters.size:
+        if _explicit_tableau(flow.parameters.model.solver) is not None:
+            return "sensitivity"
     theta = flow.parameters.vector
     predictions = jax.eval_shape(flow, theta)
-    if isinstance(flow, ReplayedFlow):
-        model = flow.parameters.unravel(theta)
-        if _explicit_tableau(model.solver) is not None and flow.num_states <= theta.size:
-            return "sensitivity"
     by_jvp = _has(lambda: jax.jvp(flow, (theta,), (theta,)))
     # A pull costs about as much as two pushes, and holds the whole solve in memory.
     if by_jvp and theta.size <= 2 * predictions.size:
@@ -651,10 +658,6 @@ def jacobian_route(flow: AbstractFlow) -> str:
         "`model` can be differentiated neither forward nor in reverse. Inside it, solve with "
         "diffrax.diffeqsolve(..., adjoint=diffrax.DirectAdjoint()), or build it as laplode.NeuralODE(vector_field)."
     )
-
-
-def _first(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: x[0], tree)
 
 
 @eqx.filter_jit

@@ -205,7 +205,10 @@ class LowRank(AbstractStructure):
 
     @eqx.filter_jit
     def root_product(self, z):
-        return (z - self._lift(self._project(z) * self._shrinkage())) / jnp.sqrt(self.prior_precision)
+        inverse = 1 / jnp.sqrt(self.prior_precision)
+        rows = z.reshape(-1, z.shape[-1])
+        seen = ((_cross_gram(rows, self.factor, inverse) * self.scale) @ self.modes) * self._shrinkage()
+        return _minus_product(rows, (seen @ self.modes.T) * self.scale, self.factor, inverse).reshape(z.shape)
 
     @eqx.filter_jit
     def variance(self):
@@ -229,7 +232,7 @@ class LowRank(AbstractStructure):
 _COLUMNS = 2**15
 
 
-def _over_columns(add: Callable[[Array, Callable[[Array], Array]], Array], total: Array, size: int) -> Array:
+def over_columns(add: Callable[[Array, Callable[[Array], Array]], Array], total: Array, size: int) -> Array:
     """Accumulate over blocks of columns: `add(total, take)`, where `take` cuts a block from a (..., P) array."""
     block = min(_COLUMNS, size)
     whole = size // block
@@ -246,7 +249,25 @@ def _over_columns(add: Callable[[Array, Callable[[Array], Array]], Array], total
 def _cross_gram(left: Float[Array, "A P"], right: Float[Array, "B P"], columns: Float[Array, " P"]):
     """left · diag(columns) · rightᵀ."""
     add = lambda total, take: total + (take(left) * take(columns)) @ take(right).T
-    return _over_columns(add, jnp.zeros((left.shape[0], right.shape[0])), left.shape[1])
+    return over_columns(add, jnp.zeros((left.shape[0], right.shape[0])), left.shape[1])
+
+
+@eqx.filter_jit
+def _minus_product(rows: Float[Array, "A P"], left: Float[Array, "A B"], right: Float[Array, "B P"], columns: Array):
+    """(rows − left · right · diag(columns)) · diag(columns), in the place of `rows` where it can be had."""
+    size = rows.shape[1]
+    block = min(_COLUMNS, size)
+
+    # The last block overlaps its neighbor, and leaves alone what that has done.
+    def put(i, result):
+        start = jnp.minimum(i * block, size - block)
+        take = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block, axis=-1)
+        fresh = start + jnp.arange(block) >= i * block
+        old, scale = take(result), take(columns)
+        new = jnp.where(fresh, (old - (left @ take(right)) * scale) * scale, old)
+        return jax.lax.dynamic_update_slice(result, new, (0, start))
+
+    return jax.lax.fori_loop(0, -(-size // block), put, rows)
 
 
 @eqx.filter_jit
@@ -260,7 +281,7 @@ def _scaled_gram(matrix: Float[Array, "A P"], columns: Float[Array, " P"], minus
         rows = rows * jnp.sqrt(take(columns))
         return total + rows @ rows.T
 
-    return _over_columns(add, jnp.zeros((matrix.shape[0],) * 2), matrix.shape[1])
+    return over_columns(add, jnp.zeros((matrix.shape[0],) * 2), matrix.shape[1])
 
 
 # ---- From a curvature and a prior

@@ -103,11 +103,23 @@ def run_ggn():
         )
     )
     by_jvp, first, seconds_jvp = clock(lambda: push(theta), 2)
+    by_jvp = by_jvp.reshape(-1, theta.size)
     report("chunked jvp: J", first, seconds_jvp, seconds, difference(jacobian, by_jvp))
-    factor = by_jvp.reshape(-1, theta.size) / 0.1
+    factor = by_jvp / 0.1
     gram = jax.jit(lambda f: f.T @ f)
     by_hand, first_gram, seconds_gram = clock(lambda: gram(factor), 5)
     report("    and its GGN", first + first_gram, seconds_jvp + seconds_gram, seconds_ggn, difference(matrix, by_hand))
+
+    reverse = plain(view, problem.data, diffrax.RecursiveCheckpointAdjoint())
+    unit = lambda i: jnp.zeros(problem.data.ys.size).at[i].set(1).reshape(problem.data.ys.shape)
+
+    @jax.jit
+    def pull(theta):
+        _, back = jax.vjp(reverse, theta)
+        return jax.lax.map(lambda i: back(unit(i))[0], jnp.arange(problem.data.ys.size), batch_size=64)
+
+    by_vjp, first, seconds_vjp = clock(lambda: pull(theta), 1)
+    report("chunked vjp: J", first, seconds_vjp, seconds, difference(jacobian, by_vjp))
 
     try:
         from laplax.curv.full import create_full_curvature
