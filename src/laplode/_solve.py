@@ -641,9 +641,10 @@ def has_reverse(flow: AbstractFlow) -> bool:
 
 def jacobian_route(flow: AbstractFlow) -> str:
     """How `flow.jacobian` is cheapest: "sensitivity", "jvp" (P tangents) or "vjp" (one pull a prediction)."""
-    if isinstance(flow, ReplayedFlow) and flow.num_states <= flow.parameters.size:
-        if _explicit_tableau(flow.parameters.model.solver) is not None:
-            return "sensitivity"
+    replayed = isinstance(flow, ReplayedFlow)
+    # Local pulls cost one for each state, pushes one for each parameter.
+    if replayed and flow.num_states <= flow.parameters.size and _explicit_tableau(flow.parameters.model.solver):
+        return "sensitivity"
     theta = flow.parameters.vector
     predictions = jax.eval_shape(flow, theta)
     by_jvp = _has(lambda: jax.jvp(flow, (theta,), (theta,)))

@@ -1,6 +1,6 @@
 """How long curvature takes, next to what one would write by hand and to laplax. Run by hand, on a quiet machine:
 
-    python tests/benchmarks/curvature.py ggn|hessian|scaling|wide
+    python tests/benchmarks/curvature.py ggn|hessian|scaling|wide|share
 
 Times are of compiled calls, the fastest of a few taken in turn with their rivals; the first call, which compiles, is
 listed beside them. `ggn` compares with laplax where it is installed (pip install laplax). Peak memory is that of the
@@ -10,12 +10,14 @@ process, so run one command a time.
 import resource
 import sys
 import time
+import warnings
 
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import laplode
 from laplode._curvature import ggn, hessian
@@ -32,12 +34,12 @@ class Field(eqx.Module):
         return 2 * self.mlp(y)
 
 
-def case(width=32, depth=4, trajectories=16, times=50, end=10.0, scale=0.1):
-    """MLP field 2 → width^depth → 2, on data near its own trajectories."""
-    field = Field(eqx.nn.MLP(2, 2, width, depth, jnp.tanh, key=jax.random.key(0)))
+def case(width=32, depth=4, trajectories=16, times=50, end=10.0, scale=0.1, dim=2):
+    """MLP field dim → width^depth → dim, on data near its own trajectories."""
+    field = Field(eqx.nn.MLP(dim, dim, width, depth, jnp.tanh, key=jax.random.key(0)))
     model = laplode.NeuralODE(field)
     ts = np.linspace(0, end, times)
-    y0 = np.asarray(jax.random.normal(jax.random.key(1), (trajectories, 2)))
+    y0 = np.asarray(jax.random.normal(jax.random.key(1), (trajectories, dim)))
     exact = jax.jit(jax.vmap(lambda y0: model(jnp.asarray(ts), y0)))(jnp.asarray(y0))
     ys = np.asarray(exact + scale * jax.random.normal(jax.random.key(2), exact.shape))
     return model, laplode.Problem(laplode.Trajectories(ts, ys, y0), laplode.Gaussian(scale), 1.0)
@@ -170,22 +172,51 @@ def run_hessian():
 
 
 def run_scaling():
-    print("J against P, the steps nearly constant")
-    for width in (16, 32, 64, 128, 256):
-        model, problem = case(width=width, depth=2)
-        around = flow_of(model, problem)
-        _, _, seconds = clock(lambda around=around: linearize(around), 5)
+    def row(name, **arguments):
+        around = flow_of(*case(**arguments))
+        _, first, seconds = clock(lambda: linearize(around), 5)
         size = around.parameters.size
         steps = around.boundaries.shape[1] - 1
-        print(f"P = {size:7d}  steps {steps:4d}  {seconds:8.4f} s  {1e9 * seconds / size / steps:8.1f} ns/(P·step)")
-    print("J against the number of steps, P constant")
+        each = 1e9 * seconds / size / steps / around.num_trajectories
+        print(f"{name:10s} P = {size:7d}  steps {steps:4d}   first {first:6.2f} s   then {seconds:8.4f} s   "
+              f"{each:8.1f} ns per parameter, step and trajectory", flush=True)  # fmt: skip
+
+    print("The Jacobian J against the number of parameters,")
+    for width in (5, 16, 32, 64, 128, 256, 512):
+        row(f"width {width}", width=width, depth=2)
+    print("of steps,")
     for end in (10.0, 40.0, 160.0, 640.0):
-        model, problem = case(width=32, depth=2, end=end)
-        around = flow_of(model, problem)
-        _, _, seconds = clock(lambda around=around: linearize(around), 5)
-        size = around.parameters.size
-        steps = around.boundaries.shape[1] - 1
-        print(f"P = {size:7d}  steps {steps:4d}  {seconds:8.4f} s  {1e9 * seconds / size / steps:8.1f} ns/(P·step)")
+        row(f"to {end:g}", width=32, depth=2, end=end)
+    print("of times,")
+    for times in (25, 50, 100, 200, 400):
+        row(f"T = {times}", width=32, depth=2, times=times)
+    print("of trajectories,")
+    for trajectories in (1, 4, 16, 64):
+        row(f"N = {trajectories}", width=32, depth=2, trajectories=trajectories)
+    print("of states")
+    for dim in (2, 4, 8, 16):
+        row(f"D = {dim}", width=32, depth=2, dim=dim)
+
+
+def run_share():
+    """The whole Laplace step, from the first call, next to the fit that came before it."""
+    model, problem = case(width=16, depth=2, trajectories=4)
+    start = time.perf_counter()
+    fit = laplode.fit(
+        model, problem, optax.adam(1e-2), steps=3000, key=jax.random.key(0), horizons=(1.0,), progress=False
+    )
+    fitted = time.perf_counter() - start
+    print(
+        f"P = {parameters(model).size}, M = {problem.data.ys.size}; 3000 steps of Adam: {fitted:.1f} s with compilation"
+    )
+    warnings.simplefilter("ignore", laplode.LaplodeWarning)
+    for curvature in ("ggn", "hessian"):
+        for call in ("first", "again"):
+            start = time.perf_counter()
+            posterior = laplode.laplace(fit.model, problem, curvature=curvature, progress=False)
+            jax.block_until_ready(laplode.predict(posterior, problem.data.ts, key=jax.random.key(0)).predictive)
+            seconds = time.perf_counter() - start
+            print(f"laplace and predict, {curvature:8s} {call}: {seconds:6.2f} s, {seconds / fitted:.3f} of the fit")
 
 
 def run_wide():
@@ -206,4 +237,6 @@ def run_wide():
 
 
 if __name__ == "__main__":
-    {"ggn": run_ggn, "hessian": run_hessian, "scaling": run_scaling, "wide": run_wide}[sys.argv[1]]()
+    {"ggn": run_ggn, "hessian": run_hessian, "scaling": run_scaling, "wide": run_wide, "share": run_share}[
+        sys.argv[1]
+    ]()
