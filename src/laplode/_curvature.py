@@ -16,6 +16,7 @@ import matfree.eig
 import matfree.stochtrace
 import numpy as np
 import psutil
+from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm.auto import tqdm
 
@@ -125,7 +126,7 @@ def _weighted(factor: Float[Array, "M P"], weights: Float[Array, " M"]) -> Float
 
 def gram(rows: Float[Array, "M P"]) -> Float[Array, "P P"]:
     """Xᵀ X."""
-    if isinstance(rows, jax.core.Tracer) or rows.device.platform != "cpu":
+    if isinstance(rows, Tracer) or {device.platform for device in rows.devices()} != {"cpu"}:
         return rows.T @ rows
     # NumPy's BLAS uses that the result is symmetric, for half of the work; XLA does not.
     host = np.asarray(rows)

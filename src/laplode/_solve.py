@@ -96,6 +96,12 @@ class ReplayedFlow(AbstractFlow):
         return dataclasses.replace(super().part(chosen), boundaries=self.boundaries[chosen])
 
     @property
+    def has_sensitivity(self) -> bool:
+        """Whether `_sensitivity` applies and pays: it pulls once for each state, where others push for each θ."""
+        explicit = _explicit_tableau(self.parameters.model.solver) is not None
+        return explicit and self.num_states <= self.parameters.size
+
+    @property
     def num_states(self) -> int:
         """D."""
         states = self.parameters.model.y0 if self.y0 is None else self.y0
@@ -120,8 +126,17 @@ def _record(model: NeuralODE, ts, y0, args):
     return jax.vmap(one)(ts, y0, args)
 
 
-def flow(view: Parameters, ts: Array | np.ndarray, y0: Array | np.ndarray | None, args: PyTree) -> AbstractFlow:
+def flow(
+    view: Parameters,
+    ts: Array | np.ndarray,
+    y0: Array | np.ndarray | None,
+    args: PyTree,
+    *,
+    like: AbstractFlow | None = None,
+) -> AbstractFlow:
     """The solution map of a model around its present parameters.
+
+    Where its steps are no more than those of `like`, it has the same shapes, and what was compiled for that serves it.
 
     **Raises:** `LaplodeError` when the solve fails there, naming the trajectory and the time.
     """
@@ -146,7 +161,8 @@ def flow(view: Parameters, ts: Array | np.ndarray, y0: Array | np.ndarray | None
         )
     # A little padding lets a compiled function serve again where the number of steps has changed a little.
     num_steps = int(np.max(np.asarray(accepted)))
-    padded = min(num_steps + (-num_steps) % 4, model.max_steps)
+    least = like.boundaries.shape[1] - 1 if isinstance(like, ReplayedFlow) else 0
+    padded = min(max(num_steps + (-num_steps) % 4, least), model.max_steps)
     return ReplayedFlow(view, ts, y0, args, boundaries[:, : padded + 1])
 
 
@@ -639,11 +655,18 @@ def has_reverse(flow: AbstractFlow) -> bool:
     return _has(lambda: jax.vjp(flow, theta)[1](jnp.zeros(predictions.shape)))
 
 
+def has_second_pushforward(flow: AbstractFlow) -> bool:
+    """Whether `flow` can be differentiated forward twice."""
+    if isinstance(flow, ReplayedFlow):
+        return True
+    theta = flow.parameters.vector
+    once = lambda at: jax.jvp(flow, (at,), (theta,))[1]
+    return _has(lambda: jax.jvp(once, (theta,), (theta,)))
+
+
 def jacobian_route(flow: AbstractFlow) -> str:
     """How `flow.jacobian` is cheapest: "sensitivity", "jvp" (P tangents) or "vjp" (one pull a prediction)."""
-    replayed = isinstance(flow, ReplayedFlow)
-    # Local pulls cost one for each state, pushes one for each parameter.
-    if replayed and flow.num_states <= flow.parameters.size and _explicit_tableau(flow.parameters.model.solver):
+    if isinstance(flow, ReplayedFlow) and flow.has_sensitivity:
         return "sensitivity"
     theta = flow.parameters.vector
     predictions = jax.eval_shape(flow, theta)
