@@ -449,7 +449,7 @@ def _check_distribution(likelihood: AbstractLikelihood, shape: tuple[int, ...]) 
         return prediction
 
     try:
-        jax.eval_shape(batch_shape, jax.ShapeDtypeStruct(shape, float))
+        jax.eval_shape(batch_shape, jax.ShapeDtypeStruct(shape, jnp.result_type(float)))
     except LaplodeError:
         raise
     except Exception as error:
