@@ -21,6 +21,7 @@ ORDER = [
     "_laplace",
     "_evidence",
     "_fit",
+    "_refine",
     "_predict",
     "_arviz",
     "_plot",

@@ -297,7 +297,7 @@ def gradient_of(posterior):
 
 
 def test_no_regularization_raises_where_the_precision_is_indefinite(curve):
-    with pytest.raises(lp.LaplodeError, match=r'not positive definite.*fit further.*"clip".*"ggn"'):
+    with pytest.raises(lp.LaplodeError, match=r'not positive definite.*laplode.refine.*"clip".*"ggn"'):
         silent(*curve, regularization="none")
 
 

@@ -18,3 +18,4 @@ from ._problem import (
     StudentT as StudentT,
     Trajectories as Trajectories,
 )
+from ._refine import refine as refine

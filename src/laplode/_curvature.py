@@ -273,10 +273,11 @@ def _row_chunks(
             bar.update(first + chunk - start)
 
 
-def _solve_row_chunks(flow: AbstractFlow, problem: Problem, batch_size: int | None, progress: bool):
+def _solve_row_chunks(flow: AbstractFlow, problem: Problem, batch_size: int | None, progress: bool, tilt=None):
     """`_row_chunks` of the negative log-likelihood, each tangent pushed through the solve and back."""
     check_second_order(flow)
-    function, theta = NegativeLogLikelihood(flow, problem), flow.parameters.vector
+    function = NegativeLogLikelihood(flow, problem) if tilt is None else _Tilted(flow, problem, tilt)
+    theta = flow.parameters.vector
     if batch_size is None:
         batch_size = _batch_size(function, theta, min(free_bytes() // 4, 2**29))
     return _row_chunks(function, theta, batch_size, progress)
@@ -286,10 +287,30 @@ def _solve_row_chunks(flow: AbstractFlow, problem: Problem, batch_size: int | No
 _FEW_PARAMETERS = 100
 
 
-def hessian(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool) -> DenseCurvature:
+class _Tilted(eqx.Module):
+    """θ ↦ −log p(Y | θ) + ⟨tilt, f(θ)⟩, f the predictions."""
+
+    flow: AbstractFlow
+    problem: Problem
+    tilt: Float[Array, "N T K"]
+
+    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
+        predictions = self.flow(theta)
+        return jnp.sum(self.tilt * predictions) - self.problem.log_likelihood(predictions)
+
+
+def hessian(
+    flow: AbstractFlow,
+    problem: Problem,
+    *,
+    batch_size: int | None,
+    progress: bool,
+    tilt: Float[Array, "N T K"] | None = None,
+) -> DenseCurvature:
     """The exact Hessian of −log p(Y | θ) at the flow's parameters, by forward-over-reverse in chunks of tangents.
 
     Where the solve can be taken apart into local pieces (see `local_hessian`), the tangents need not go through it.
+    With a `tilt`, that of −log p(Y | θ) + ⟨tilt, f(θ)⟩.
 
     **Raises:** `LaplodeError` when the model has no second derivatives, with the line to change.
     """
@@ -297,12 +318,14 @@ def hessian(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, pro
     matrix = np.zeros((theta.size, theta.size))
     needed = local_hessian_bytes(flow)
     if theta.size > _FEW_PARAMETERS and needed is not None and needed < free_bytes() // 4:
-        lagrangian, rest = local_hessian(flow, *_loss_derivatives(flow, problem))  # pyright: ignore[reportArgumentType]
+        cotangents, weights = _loss_derivatives(flow, problem)
+        cotangents = cotangents if tilt is None else cotangents + tilt
+        lagrangian, rest = local_hessian(flow, cotangents, weights)  # pyright: ignore[reportArgumentType]
         matrix += np.asarray(rest)
         batch = _batch_size(lagrangian, theta, _CACHE_BYTES) if batch_size is None else batch_size
         chunks = _row_chunks(lagrangian, theta, batch, progress)
     else:
-        chunks = _solve_row_chunks(flow, problem, batch_size, progress)
+        chunks = _solve_row_chunks(flow, problem, batch_size, progress, tilt)
     done = 0
     for first, rows in chunks:
         matrix[done : first + len(rows)] += rows[done - first :]

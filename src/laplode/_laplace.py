@@ -357,7 +357,7 @@ def _warn(diagnostics: Diagnostics) -> None:
             "The prior makes up for them, so that the model is at a minimum all the same, where "
             'regularization="none" leaves the exact Laplace approximation.'
             if diagnostics.eigenvalue_min > 0
-            else 'The model is not at a minimum: fit further, or take curvature="ggn".'
+            else 'The model is not at a minimum: call laplode.refine(model, problem) first, or take curvature="ggn".'
         )
         problems.append(
             f"The likelihood's exact Hessian has {diagnostics.num_negative} negative eigenvalues, regularized by "
@@ -366,7 +366,7 @@ def _warn(diagnostics: Diagnostics) -> None:
     if diagnostics.newton_decrement > 0.1:
         problems.append(
             f"The Newton decrement is {diagnostics.newton_decrement:.3g} nats, so about that much remains to be "
-            "gained: the Gaussian sits beside the mode. Fit further, with a smaller learning rate."
+            "gained: the Gaussian sits beside the mode. Call laplode.refine(model, problem) first, and take its model."
         )
     if diagnostics.symmetry_defect > 1e-8:
         problems.append(

@@ -695,13 +695,15 @@ def _evaluate_jacobian(flow: AbstractFlow, theta, route: str):
     return flow.jacobian(theta, route)
 
 
-def linearize(flow: AbstractFlow) -> tuple[Float[Array, "N T K"], Float[Array, "N*T*K P"]]:
+def linearize(flow: AbstractFlow, route: str | None = None) -> tuple[Float[Array, "N T K"], Float[Array, "N*T*K P"]]:
     """Predictions at the present parameters, and their Jacobian with a row for each of them in order.
+
+    To find the `route` takes traces of the model; who comes often hands it over.
 
     The Jacobian may be as large as memory allows: outside of `jit`, even a reshape would copy it.
     """
     theta = flow.parameters.vector
-    return evaluate(flow, theta), _evaluate_jacobian(flow, theta, jacobian_route(flow))
+    return evaluate(flow, theta), _evaluate_jacobian(flow, theta, route or jacobian_route(flow))
 
 
 def check_second_order(flow: AbstractFlow) -> None:

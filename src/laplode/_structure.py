@@ -341,9 +341,8 @@ class Built:
 def _not_positive_definite(low: float, num_negative: int) -> LaplodeError:
     return LaplodeError(
         f"The precision is not positive definite: its smallest eigenvalue is {low:.3g}, and {num_negative} "
-        "eigenvalues of "
-        'the Hessian are negative. The model is not at a minimum: fit further, or take `regularization`="clip" or '
-        '`curvature`="ggn".'
+        "eigenvalues of the Hessian are negative. The model is not at a minimum: call laplode.refine(model, problem) "
+        'first, or take `regularization`="clip" or `curvature`="ggn".'
     )
 
 
