@@ -24,6 +24,9 @@ from ._vector import Parameters, Where, parameters, prior_vectors
 _SMALL_GAIN = 0.1
 _MOST_MOVES = 50
 
+# Room for more steps of the solve, as a part of those at the start: without it, each point that takes more compiles anew.
+_SPARE = 0.3
+
 # A Levenberg-Marquardt step is bent by at most this part of its length (Transtrum and Sethna, 2012).
 _MOST_BENT = 0.75
 
@@ -179,7 +182,7 @@ class _Point(NamedTuple):
     def at(cls, view: Parameters, problem: Problem, like: AbstractFlow | None = None) -> "_Point":
         """The point on a grid of its own."""
         data = problem.data
-        around = flow(view, data.ts, data.y0, data.args, like=like)
+        around = flow(view, data.ts, data.y0, data.args, like=like, spare=_SPARE)
         return cls(around, float(_loss(around, problem, view.vector)), 0)
 
     def moved(self, theta: Float[Array, " P"], loss: float, problem: Problem) -> "_Point | None":

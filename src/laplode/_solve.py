@@ -133,10 +133,12 @@ def flow(
     args: PyTree,
     *,
     like: AbstractFlow | None = None,
+    spare: float = 0.0,
 ) -> AbstractFlow:
     """The solution map of a model around its present parameters.
 
     Where its steps are no more than those of `like`, it has the same shapes, and what was compiled for that serves it.
+    Else it has room for `spare` times as many steps more, for others to be like it.
 
     **Raises:** `LaplodeError` when the solve fails there, naming the trajectory and the time.
     """
@@ -162,7 +164,9 @@ def flow(
     # A little padding lets a compiled function serve again where the number of steps has changed a little.
     num_steps = int(np.max(np.asarray(accepted)))
     least = like.boundaries.shape[1] - 1 if isinstance(like, ReplayedFlow) else 0
-    padded = min(max(num_steps + (-num_steps) % 4, least), model.max_steps)
+    if num_steps > least:
+        least = num_steps + int(spare * num_steps)
+    padded = min(least + (-least) % 4, model.max_steps)
     return ReplayedFlow(view, ts, y0, args, boundaries[:, : padded + 1])
 
 
