@@ -3,6 +3,13 @@
 from ._arviz import to_datatree as to_datatree
 from ._curvature import CurvatureProducts as CurvatureProducts, curvature_products as curvature_products
 from ._errors import FitError as FitError, LaplodeError as LaplodeError, LaplodeWarning as LaplodeWarning
+from ._evidence import (
+    Evidence as Evidence,
+    Hyperparameters as Hyperparameters,
+    compare_evidence as compare_evidence,
+    evidence as evidence,
+    maximize_evidence as maximize_evidence,
+)
 from ._fit import Fit as Fit, fit as fit
 from ._laplace import Estimate as Estimate, estimate as estimate, laplace as laplace
 from ._model import NeuralODE as NeuralODE

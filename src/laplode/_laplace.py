@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm.auto import tqdm
 
 from ._curvature import (
@@ -31,7 +31,7 @@ from ._curvature import (
 )
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._model import check_model
-from ._posterior import Diagnostics, Posterior
+from ._posterior import Diagnostics, Method, Posterior
 from ._problem import Problem, check_problem
 from ._solve import AbstractFlow, ReplayedFlow, evaluate, flow, jacobian_route
 from ._structure import (
@@ -101,30 +101,57 @@ def laplace(
 
     MacKay (1992), "A practical Bayesian framework for backpropagation networks".
     """
-    options = _Options(rank=rank, num_probes=num_probes, key=key, batch_size=batch_size, progress=progress)
-    plan = _plan(model, problem, curvature, structure, where, options)
-    regularize = choose("regularization", regularization, _REGULARIZATIONS)
+    method = Method(curvature, structure, regularization, rank, num_probes, batch_size, key)
+    plan = _plan(model, problem, method, where)
+    choose("regularization", regularization, _REGULARIZATIONS)
     if regularization == "jitter" and plan.structure is _LOW_RANK and curvature == "hessian":
         raise LaplodeError(
             '`regularization`="jitter" raises the whole spectrum, and structure="low_rank" has a part of it: '
             'take "clip".'
         )
-    prior_mean, prior_precision = prior_vectors(problem.prior, plan.view)
     around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
-    theta = plan.view.vector
     nll, nll_gradient = value_and_gradient(around, problem)
     _check_finite(nll, nll_gradient, around, problem)
-    offset = theta - prior_mean
-    gradient = nll_gradient + prior_precision * offset
-
     if progress:
         tqdm.write(str(_estimate(plan, around, problem)))
-    found = plan.curvature(around, problem, options)
-    inert = _inert(found, nll_gradient, plan.view)
-    built = plan.structure.build(found, prior_precision, Regularize(regularization, regularize), plan.sizes)
+    found = plan.curvature(around, problem, method, progress)
+    posterior = _assembled(around, problem, method, found, nll, nll_gradient)
+    _warn(posterior.diagnostics)
+    return posterior
 
+
+def reassembled(posterior: Posterior, problem: Problem, curvature: AbstractCurvature) -> Posterior:
+    """The same posterior of another likelihood or prior, with the curvature that goes with it."""
+    return _assembled(
+        posterior.flow, problem, posterior.method, curvature, *value_and_gradient(posterior.flow, problem)
+    )
+
+
+def curvature_again(posterior: Posterior, problem: Problem) -> AbstractCurvature:
+    """The curvature of another problem at the posterior's mean, of the same kind as the posterior's own."""
+    method = posterior.method
+    structure = choose("structure", method.structure, {s.name: s for s in _STRUCTURES})
+    return _curvature(method.curvature, structure)(posterior.flow, problem, method, False)
+
+
+def _assembled(
+    around: AbstractFlow,
+    problem: Problem,
+    method: Method,
+    found: AbstractCurvature,
+    nll: Float[Array, ""],
+    nll_gradient: Float[Array, " P"],
+) -> Posterior:
+    view = around.parameters
+    prior_mean, prior_precision = prior_vectors(problem.prior, view)
+    offset = view.vector - prior_mean
+    gradient = nll_gradient + prior_precision * offset
+    regularize = Regularize(method.regularization, _REGULARIZATIONS[method.regularization])
+    structure = choose("structure", method.structure, {s.name: s for s in _STRUCTURES})
+    inert = _inert(found, nll_gradient, view)
+    built = structure.build(found, prior_precision, regularize, _sizes(view, problem, method.rank))
     diagnostics = Diagnostics(
-        num_parameters=plan.view.size,
+        num_parameters=view.size,
         num_observations=int(np.sum(problem.data.observed)),
         symmetry_defect=_symmetry_defect(found),
         eigenvalue_min=built.eigenvalue_min,
@@ -137,21 +164,11 @@ def laplace(
         effective_dof=float(built.structure.effective_dof(prior_precision)),
         inert=inert,
     )
-    _warn(diagnostics)
     log_prior = 0.5 * jnp.sum(jnp.log(prior_precision / (2 * math.pi)) - prior_precision * offset**2)
-    return Posterior(plan.view, problem, around, found, built.structure, log_prior - nll, diagnostics)
+    return Posterior(view, problem, around, found, built.structure, log_prior - nll, diagnostics, method)
 
 
 # ---- Before anything long is done
-
-
-@dataclasses.dataclass(frozen=True)
-class _Options:
-    rank: int | None = None
-    num_probes: int | None = None
-    key: PRNGKeyArray | None = None
-    batch_size: int | None = None
-    progress: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +176,7 @@ class _Structure:
     """A structure of Λ: its name, the form in which it wants the exact Hessian, the bytes it takes, how it is built."""
 
     name: str
-    hessian: Callable[[AbstractFlow, Problem, _Options], AbstractCurvature]
+    hessian: Callable[[AbstractFlow, Problem, Method, bool], AbstractCurvature]
     num_bytes: Callable[[Sizes, bool], int]
     build: Callable[[AbstractCurvature, Array, Regularize, Sizes], Built]
 
@@ -167,7 +184,7 @@ class _Structure:
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     view: Parameters
-    curvature: Callable[[AbstractFlow, Problem, _Options], AbstractCurvature]
+    curvature: Callable[[AbstractFlow, Problem, Method, bool], AbstractCurvature]
     curvature_name: str
     structure: _Structure
     sizes: Sizes
@@ -224,32 +241,32 @@ def estimate(
 
     **Raises:** `LaplodeError` as `laplace` does, also when the result would not fit in memory.
     """
-    options = _Options(rank=rank, num_probes=num_probes, key=key)
-    plan = _plan(model, problem, curvature, structure, where, options)
+    method = Method(curvature, structure, "none", rank, num_probes, None, key)
+    plan = _plan(model, problem, method, where)
     around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
     return _estimate(plan, around, problem)
 
 
-def _plan(model: Any, problem: Any, curvature: str, structure: str, where: Where, options: _Options) -> _Plan:
+def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
     check_x64()
+    curvature, structure = method.curvature, method.structure
     factored = choose("curvature", curvature, _CURVATURES)
     chosen: _Structure = choose("structure", structure, {s.name: s for s in _STRUCTURES})
     check_problem(problem)
     for name in ("rank", "num_probes", "batch_size"):
-        value = getattr(options, name)
+        value = getattr(method, name)
         if value is not None and (not isinstance(value, int | np.integer) or value < 1):
             raise LaplodeError(f"`{name}` must be a positive integer or None, got {value!r}.")
-    if options.rank is not None and chosen is not _LOW_RANK:
+    if method.rank is not None and chosen is not _LOW_RANK:
         raise LaplodeError(f'`rank` goes with structure="low_rank", not with structure="{structure}".')
-    if options.num_probes is not None and (chosen is not _DIAGONAL or factored is not None):
+    if method.num_probes is not None and (chosen is not _DIAGONAL or factored is not None):
         raise LaplodeError('`num_probes` goes with curvature="hessian" and structure="diagonal".')
-    if options.num_probes is not None and options.key is None:
+    if method.num_probes is not None and method.key is None:
         raise LaplodeError("`key` is needed for random probes: key=jax.random.key(0).")
     view = parameters(model, where)
     check_model(model, problem.data)
     prior_vectors(problem.prior, view)
-    leaves = tuple(stop - start for _, _, start, stop in view.leaves)
-    sizes = Sizes(view.size, int(np.sum(problem.data.observed)), leaves, options.rank)
+    sizes = _sizes(view, problem, method.rank)
     needed, free = chosen.num_bytes(sizes, factored is not None), free_bytes()
     if needed > free:
         fits = lambda s, is_factored: s.num_bytes(sizes, is_factored) <= free
@@ -264,8 +281,17 @@ def _plan(model: Any, problem: Any, curvature: str, structure: str, where: Where
             f"parameters and M = {sizes.observations} observations{matrix}, and {_in_units(free)} are free. Take "
             f"{remedy + ', or ' if remedy else ''}a part of the parameters with `where` (the last layer, say)."
         )
-    compute = chosen.hessian if factored is None else lambda flow, problem, options: factored(flow, problem)
-    return _Plan(view, compute, curvature, chosen, sizes, needed)
+    return _Plan(view, _curvature(curvature, chosen), curvature, chosen, sizes, needed)
+
+
+def _sizes(view: Parameters, problem: Problem, rank: int | None) -> Sizes:
+    leaves = tuple(stop - start for _, _, start, stop in view.leaves)
+    return Sizes(view.size, int(np.sum(problem.data.observed)), leaves, rank)
+
+
+def _curvature(name: str, structure: _Structure) -> Callable[[AbstractFlow, Problem, Method, bool], AbstractCurvature]:
+    factored = _CURVATURES[name]
+    return structure.hessian if factored is None else lambda flow, problem, method, progress: factored(flow, problem)
 
 
 def _estimate(plan: _Plan, around: AbstractFlow, problem: Problem) -> Estimate:
@@ -390,15 +416,15 @@ def _symmetry_defect(found: AbstractCurvature) -> float:
 # ---- What each structure is made of
 
 
-def _leading(around: AbstractFlow, problem: Problem, options: _Options) -> AbstractCurvature:
-    return hessian_leading(around, problem, rank=min(options.rank or _DEFAULT_RANK, around.parameters.size))
+def _leading(around: AbstractFlow, problem: Problem, method: Method, progress: bool) -> AbstractCurvature:
+    return hessian_leading(around, problem, rank=min(method.rank or _DEFAULT_RANK, around.parameters.size))
 
 
-def _diagonal(around: AbstractFlow, problem: Problem, options: _Options) -> AbstractCurvature:
-    if options.num_probes is None:
-        return hessian_diagonal(around, problem, batch_size=options.batch_size, progress=options.progress)
-    assert options.key is not None
-    return hessian_diagonal_stochastic(around, problem, num_probes=options.num_probes, key=options.key)
+def _diagonal(around: AbstractFlow, problem: Problem, method: Method, progress: bool) -> AbstractCurvature:
+    if method.num_probes is None:
+        return hessian_diagonal(around, problem, batch_size=method.batch_size, progress=progress)
+    assert method.key is not None
+    return hessian_diagonal_stochastic(around, problem, num_probes=method.num_probes, key=method.key)
 
 
 # Leading eigenpairs of the exact Hessian that structure="low_rank" keeps by default.
@@ -406,7 +432,9 @@ _DEFAULT_RANK = 100
 
 _FULL = _Structure(
     name="full",
-    hessian=lambda flow, problem, o: hessian(flow, problem, batch_size=o.batch_size, progress=o.progress),
+    hessian=lambda flow, problem, method, progress: hessian(
+        flow, problem, batch_size=method.batch_size, progress=progress
+    ),
     # The curvature, its eigenvectors, the precision and its factor.
     num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 4 * 8 * sizes.parameters**2,
     build=build_full,
@@ -419,7 +447,9 @@ _LOW_RANK = _Structure(
 )
 _BLOCK_DIAGONAL = _Structure(
     name="block_diagonal",
-    hessian=lambda flow, problem, o: hessian_blocks(flow, problem, batch_size=o.batch_size, progress=o.progress),
+    hessian=lambda flow, problem, method, progress: hessian_blocks(
+        flow, problem, batch_size=method.batch_size, progress=progress
+    ),
     num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 4 * 8 * sum(size**2 for size in sizes.leaves),
     build=build_block_diagonal,
 )

@@ -61,6 +61,18 @@ class Diagnostics(eqx.Module):
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
 
 
+class Method(eqx.Module):
+    """What was asked of `laplace`, for the same to be done again."""
+
+    curvature: str = eqx.field(static=True)
+    structure: str = eqx.field(static=True)
+    regularization: str = eqx.field(static=True)
+    rank: int | None = eqx.field(static=True, default=None)
+    num_probes: int | None = eqx.field(static=True, default=None)
+    batch_size: int | None = eqx.field(static=True, default=None)
+    key: PRNGKeyArray | None = None
+
+
 class AbstractPosterior(eqx.Module):
     """A distribution over the parameters θ of a model, given a `Problem`."""
 
@@ -120,6 +132,7 @@ class Posterior(AbstractPosterior):
     structure: AbstractStructure
     log_joint: Float[Array, ""]
     diagnostics: Diagnostics
+    method: Method
 
     @property
     def mean(self) -> Float[Array, " P"]:

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -192,10 +192,14 @@ def _check_positive(name: str, value: Any) -> np.ndarray:
 
 
 class AbstractScaleLikelihood(AbstractLikelihood):
-    """A likelihood with a noise scale, one for all channels or one each."""
+    """A likelihood with a noise scale, one for all channels or one each; its Fisher information falls as scale⁻².
+
+    `quadratic` says whether −log p is a square over scale², so that all of its derivatives fall like that.
+    """
 
     scale: eqx.AbstractVar[Array | np.ndarray]
     learned: eqx.AbstractVar[bool]
+    quadratic: ClassVar[bool]
 
 
 def _check_scale(scale: Any) -> np.ndarray:
@@ -219,6 +223,7 @@ class Gaussian(AbstractScaleLikelihood):
 
     scale: Array | np.ndarray
     learned: bool = eqx.field(static=True)
+    quadratic: ClassVar[bool] = True
 
     def __init__(self, scale: Any, *, learned: bool = False):
         self.scale = _check_scale(scale)
@@ -245,6 +250,7 @@ class LogNormal(AbstractScaleLikelihood):
 
     scale: Array | np.ndarray
     learned: bool = eqx.field(static=True)
+    quadratic: ClassVar[bool] = True
 
     def __init__(self, scale: Any, *, learned: bool = False):
         self.scale = _check_scale(scale)
@@ -287,6 +293,7 @@ class StudentT(AbstractScaleLikelihood):
     df: Array | np.ndarray
     scale: Array | np.ndarray
     learned: bool = eqx.field(static=True)
+    quadratic: ClassVar[bool] = False
 
     def __init__(self, df: Any, scale: Any, *, learned: bool = False):
         self.df = _check_positive("df", df)

@@ -24,7 +24,7 @@ from ._vector import Parameters, Where, parameters, prior_vectors
 _SMALL_GAIN = 0.1
 _MOST_MOVES = 50
 
-# Room for more steps of the solve, as a part of those at the start: without it, each point that takes more compiles anew.
+# Room for more steps of the solve, as a part of those at the start: without it, a point that takes more compiles anew.
 _SPARE = 0.3
 
 # A Levenberg-Marquardt step is bent by at most this part of its length (Transtrum and Sethna, 2012).

@@ -89,6 +89,11 @@ class Parameters(eqx.Module):
             start += leaf.size
         return tuple(leaves)
 
+    @property
+    def where(self) -> PyTree[bool]:
+        """The selection itself, as `parameters` takes it."""
+        return jax.tree.map(lambda leaf: leaf is not None, self.selected, is_leaf=lambda leaf: leaf is None)
+
     def unravel(self, theta: Float[Array, " P"]) -> Any:
         """The model with its selected parameters set to `theta`."""
         # The parameters come first: `eqx.combine` keeps the first leaf that is not None, so that with the template
