@@ -1,6 +1,7 @@
 """Hyperparameters by the evidence: prior precisions and noise scales, without a solve for each of their values."""
 
 import abc
+import functools as ft
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -58,27 +59,62 @@ class _LogDet(eqx.Module):
 
 
 class _ByBlocks(_LogDet):
-    """Blocks on the diagonal, each the sum of its parts (B, n, n)."""
+    """Blocks on the diagonal, each the sum of its parts (B, n, n); `regularize` changes the eigenvalues of the sum."""
 
     blocks: tuple[Float[Array, "B n n"], ...]
+    regularize: Callable[[Array], Array] | None = eqx.field(static=True)
 
     def __call__(self, precision, shrink):
         total, start = jnp.zeros(()), 0
         for parts in self.blocks:
             stop = start + parts.shape[-1]
-            matrix = jnp.tensordot(shrink, parts, 1) + jnp.diag(precision[start:stop])
-            total += 2 * jnp.sum(jnp.log(jnp.diagonal(jnp.linalg.cholesky(matrix))))
+            matrix: Any = jnp.tensordot(shrink, parts, 1)
+            if self.regularize is not None:
+                matrix = _with_eigenvalues(self.regularize, matrix)
+            total += _log_det_dense(matrix + jnp.diag(precision[start:stop]))
             start = stop
         return total
+
+
+def _log_det_dense(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
+    return 2 * jnp.sum(jnp.log(jnp.diagonal(jnp.linalg.cholesky(matrix))))
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_eigenvalues(function: Callable[[Array], Array], matrix: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    """A symmetric matrix with its eigenvalues changed; differentiable also where eigenvalues coincide."""
+    return _with_eigenvalues_forward(function, matrix)[0]
+
+
+def _with_eigenvalues_forward(function, matrix):
+    eigenvalues, vectors = jnp.linalg.eigh(matrix)
+    return (vectors * function(eigenvalues)) @ vectors.T, (eigenvalues, vectors)
+
+
+def _with_eigenvalues_backward(function, kept, cotangent):
+    # Daleckii and Krein (1965): in the eigenvectors, the derivative is a product with divided differences.
+    eigenvalues, vectors = kept
+    changed = function(eigenvalues)
+    gap = eigenvalues[:, None] - eigenvalues
+    apart = jnp.abs(gap) > 1e-9 * jnp.max(jnp.abs(eigenvalues))
+    slope = jax.vmap(jax.grad(function))(eigenvalues)
+    divided = jnp.where(apart, (changed[:, None] - changed) / jnp.where(apart, gap, 1), slope[:, None])
+    inner = vectors.T @ (cotangent + cotangent.T) @ vectors / 2
+    return (vectors @ (divided * inner) @ vectors.T,)
+
+
+_with_eigenvalues.defvjp(_with_eigenvalues_forward, _with_eigenvalues_backward)
 
 
 class _ByDiagonal(_LogDet):
     """The sum of diagonal parts (B, P)."""
 
     diagonals: Float[Array, "B P"]
+    regularize: Callable[[Array], Array] | None = eqx.field(static=True)
 
     def __call__(self, precision, shrink):
-        return jnp.sum(jnp.log(shrink @ self.diagonals + precision))
+        diagonal = shrink @ self.diagonals
+        return jnp.sum(jnp.log((diagonal if self.regularize is None else self.regularize(diagonal)) + precision))
 
 
 class _ByGram(_LogDet):
@@ -107,8 +143,7 @@ class _ByGram(_LogDet):
             strengths = jnp.linalg.eigvalsh(inner)[-self.rank :]
             data_part = jnp.sum(jnp.log1p(jnp.maximum(strengths, 0)))
         else:
-            cholesky = jnp.linalg.cholesky(jnp.eye(len(root)) + inner)
-            data_part = 2 * jnp.sum(jnp.log(jnp.diagonal(cholesky)))
+            data_part = _log_det_dense(jnp.eye(len(root)) + inner)
         return jnp.sum(jnp.log(precision)) + data_part
 
 
@@ -126,25 +161,30 @@ def _log_det(posterior: Posterior, groups: Int[np.ndarray, " P"], by_channel: bo
         rows = [np.flatnonzero(part == k) for k in range(num_parts)]
         each = [FactoredCurvature(found.factor[r], found.weights[r]) for r in rows]
         if isinstance(structure, Diagonal):
-            return _ByDiagonal(jnp.stack([e.diagonal() for e in each]))
+            return _ByDiagonal(jnp.stack([e.diagonal() for e in each]), None)
         if isinstance(structure, BlockDiagonal):
             leaves = [(start, stop) for _, _, start, stop in posterior.parameters.leaves]
-            return _ByBlocks(tuple(jnp.stack([e.block(*leaf) for e in each]) for leaf in leaves))
-        return _ByBlocks((jnp.stack([e.matrix() for e in each]),))
+            return _ByBlocks(tuple(jnp.stack([e.block(*leaf) for e in each]) for leaf in leaves), None)
+        return _ByBlocks((jnp.stack([e.matrix() for e in each]),), None)
     if isinstance(found, EigenCurvature):
         assert isinstance(structure, LowRank)
         part = np.zeros(found.eigenvalues.size, int)
         # As regularized, which a structure built of it has kept.
         return _gram_parts(structure.factor, structure.scale**2, part, groups, None)
-    used = _as_used(posterior)
-    if not by_channel or num_parts == 1:
-        parts = [used]
-    else:
-        parts = [_matrices(curvature_again(posterior, _channel(posterior.problem, k))) for k in range(num_parts)]
-        # What regularization added belongs to no channel; it shrinks as they do in the mean (see `_shrink`).
-        parts.append([u - sum(p[i] for p in parts) for i, u in enumerate(used)])
-    stacked = tuple(jnp.stack([p[i] for p in parts]) for i in range(len(used)))
-    return _ByDiagonal(stacked[0]) if isinstance(structure, Diagonal) else _ByBlocks(stacked)
+    if by_channel and num_parts > 1:
+        again = [curvature_again(posterior, _channel(posterior.problem, k)) for k in range(num_parts)]
+        parts = [_matrices(found) for found in again]
+        changed = posterior.diagnostics.regularized is not None
+        regularize = _REGULARIZATIONS[posterior.method.regularization] if changed else None
+    else:  # what changes the eigenvalues is a matter of their signs, and does so at all scales alike
+        parts, regularize = [_as_used(posterior)], None
+    stacked = tuple(jnp.stack([p[i] for p in parts]) for i in range(len(parts[0])))
+    if isinstance(structure, Diagonal):
+        return _ByDiagonal(stacked[0], regularize)
+    return _ByBlocks(stacked, regularize)
+
+
+_REGULARIZATIONS: dict[str, Callable[[Array], Array]] = {"clip": jax.nn.relu, "abs": jnp.abs}
 
 
 def _gram_parts(factor, weights, part, groups: Int[np.ndarray, " P"], rank: int | None) -> _ByGram:
@@ -210,7 +250,6 @@ class Evidence(eqx.Module):
     log_det: _LogDet
     groups: Int[np.ndarray, " P"]
     by_channel: bool = eqx.field(static=True)
-    num_parts: int = eqx.field(static=True)
 
     def __call__(self, hyperparameters: Hyperparameters) -> Float[Array, ""]:
         """log p(Y | θ*) + log p(θ*) + P/2 log 2π − ½ log det Λ, in nats."""
@@ -225,11 +264,8 @@ class Evidence(eqx.Module):
     def _shrink(self, log_scale: Array | None) -> Float[Array, " B"]:
         """What is left of the information of each part."""
         if log_scale is None:
-            return jnp.ones(self.num_parts)
-        shrink = jnp.exp(-2 * log_scale)
-        if self.num_parts > shrink.size:
-            shrink = jnp.append(shrink, jnp.exp(-2 * jnp.mean(log_scale)))
-        return shrink
+            return jnp.ones(1)
+        return jnp.exp(-2 * log_scale)
 
     def problem_at(self, hyperparameters: Hyperparameters) -> Problem:
         """The problem with these hyperparameters in its likelihood."""
@@ -276,16 +312,9 @@ def evidence(
     log_scale = None
     if by_channel is not None:
         log_scale = jnp.zeros(problem.data.ys.shape[2] if by_channel else 1)
-    num_parts = _num_parts(log_det) or (1 if log_scale is None else log_scale.size)
     predictions = evaluate(posterior.flow, view.vector)
-    function = Evidence(view, problem, predictions, log_det, groups, by_channel is True, num_parts)
+    function = Evidence(view, problem, predictions, log_det, groups, by_channel is True)
     return function, Hyperparameters(log_precision, log_scale)
-
-
-def _num_parts(log_det: _LogDet) -> int | None:
-    if isinstance(log_det, _ByBlocks):
-        return log_det.blocks[0].shape[0]
-    return log_det.diagonals.shape[0] if isinstance(log_det, _ByDiagonal) else None
 
 
 def _forms(
@@ -306,8 +335,8 @@ def _noise_form(posterior: Posterior, noise: str | None) -> bool | None:
     scaled = isinstance(likelihood, AbstractScaleLikelihood)
     known = method.curvature == "ggn" or (method.curvature == "hessian" and scaled and likelihood.quadratic)
     if noise is None:
-        leading = isinstance(posterior.curvature, EigenCurvature)
-        return (None if not known else not leading) if scaled else None
+        together = isinstance(posterior.curvature, EigenCurvature) or method.regularization == "jitter"
+        return (None if not known else not together) if scaled else None
     by_channel = choose("noise", noise, _NOISES)
     if by_channel is None:
         return None
@@ -318,6 +347,11 @@ def _noise_form(posterior: Posterior, noise: str | None) -> bool | None:
         raise LaplodeError(
             f'`noise`="{noise}": how curvature="{method.curvature}" changes with the scale of {name} is not known '
             'without computing it again. Take a posterior with curvature="ggn", or noise="fixed".'
+        )
+    if by_channel and method.regularization == "jitter" and posterior.diagnostics.regularized is not None:
+        raise LaplodeError(
+            '`noise`="channel": how much regularization="jitter" adds changes with the scales. Take noise="one", or '
+            'a posterior with regularization="clip".'
         )
     if by_channel and isinstance(posterior.curvature, EigenCurvature):
         raise LaplodeError(
@@ -392,7 +426,7 @@ def maximize_evidence(
         scalar); one for each "parameter"; or "fixed" as they are.
     - `noise`: the noise scales: one for each "channel"; "one" factor on all; or "fixed". By default "channel" where the
         likelihood has a scale and the curvature at other scales is known: with "ggn" always, with the exact "hessian"
-        for Gaussian and LogNormal ("one", if "low_rank").
+        for Gaussian and LogNormal ("one", if "low_rank" or with "jitter").
     - `online`: whether to alternate with `refine`, which moves θ* to the optimum under the new hyperparameters, until
         the evidence settles.
     - `precision_bounds`: of the prior precisions.
