@@ -22,6 +22,7 @@ ORDER = [
     "_fit",
     "_refine",
     "_evidence",
+    "_mixture",
     "_predict",
     "_arviz",
     "_plot",

@@ -12,6 +12,7 @@ from ._evidence import (
 )
 from ._fit import Fit as Fit, fit as fit
 from ._laplace import Estimate as Estimate, estimate as estimate, laplace as laplace
+from ._mixture import MixturePosterior as MixturePosterior, mixture as mixture
 from ._model import NeuralODE as NeuralODE
 from ._plot import plot_trajectories as plot_trajectories
 from ._posterior import Diagnostics as Diagnostics, Posterior as Posterior

@@ -316,11 +316,8 @@ def hessian(
     """
     theta = flow.parameters.vector
     matrix = np.zeros((theta.size, theta.size))
-    needed = local_hessian_bytes(flow)
-    if theta.size > _FEW_PARAMETERS and needed is not None and needed < free_bytes() // 4:
-        cotangents, weights = _loss_derivatives(flow, problem)
-        cotangents = cotangents if tilt is None else cotangents + tilt
-        lagrangian, rest = local_hessian(flow, cotangents, weights)  # pyright: ignore[reportArgumentType]
+    if _is_local(flow):
+        lagrangian, rest = _localized(flow, problem, tilt)
         matrix += np.asarray(rest)
         batch = _batch_size(lagrangian, theta, _CACHE_BYTES) if batch_size is None else batch_size
         chunks = _row_chunks(lagrangian, theta, batch, progress)
@@ -331,6 +328,24 @@ def hessian(
         matrix[done : first + len(rows)] += rows[done - first :]
         done = first + len(rows)
     return symmetrized(matrix)
+
+
+def _is_local(flow: AbstractFlow) -> bool:
+    needed = local_hessian_bytes(flow)
+    return flow.parameters.size > _FEW_PARAMETERS and needed is not None and needed < free_bytes() // 4
+
+
+def _localized(flow: AbstractFlow, problem: Problem, tilt: Float[Array, "N T K"] | None):
+    cotangents, weights = _loss_derivatives(flow, problem)
+    cotangents = cotangents if tilt is None else cotangents + tilt
+    return local_hessian(flow, cotangents, weights)  # pyright: ignore[reportArgumentType]
+
+
+def hessian_batch_size(flow: AbstractFlow, problem: Problem) -> int | None:
+    """What `hessian` would find out about its `batch_size` by tracing, for who calls it often; None if no matter."""
+    if not _is_local(flow):
+        return None
+    return _batch_size(_localized(flow, problem, None)[0], flow.parameters.vector, _CACHE_BYTES)
 
 
 @eqx.filter_jit

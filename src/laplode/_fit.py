@@ -31,6 +31,7 @@ class Fit(eqx.Module):
     - `losses`: −log p(Y | θ) − log p(θ) in nats before each step, (steps,). While the horizon grows, Y is the prefix of
         the data that was fitted at the time.
     - `problem`: the problem, with the noise scale found where it was learned.
+    - `restarts`: the best model of each restart that did not fail, the best first; empty without restarts.
     - `stats`: "loss" (of `model`, on all data unless interrupted before), "restart_losses" (the best of each restart,
         NaN where it failed),
         "horizons" (number of times, and of steps, of each stage) and "interrupted".
@@ -40,6 +41,7 @@ class Fit(eqx.Module):
     losses: Float[np.ndarray, " steps"]
     problem: Problem
     stats: dict[str, Any]
+    restarts: tuple[Any, ...] = ()
 
 
 class _State(eqx.Module):
@@ -148,7 +150,10 @@ def fit(
             "interrupted": interrupted,
         }
         history = np.concatenate(losses, axis=1)[best] if losses else np.zeros(0)
-        return Fit(eqx.combine(selected, view.rest), history, found, stats)
+        order = [int(i) for i in np.argsort(every) if restarts > 1 and np.isfinite(every[i])]
+        others = (_split(problem, jax.tree.map(lambda x, i=i: x[i], state.best))[0] for i in order)
+        models = tuple(eqx.combine(other, view.rest) for other in others)
+        return Fit(eqx.combine(selected, view.rest), history, found, stats, models)
 
     with tqdm(total=steps, desc="Fit", unit="step", disable=not progress) as bar:
         try:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
-from ._curvature import NegativeLogLikelihood, check_x64, hessian
+from ._curvature import NegativeLogLikelihood, check_x64, hessian, hessian_batch_size
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._fit import Fit
 from ._model import check_model
@@ -113,13 +113,14 @@ def refine(
                 if exact and (slow or gained < 1e-3 * decrement):
                     break
             radius = 1.0
+            batch_size = hessian_batch_size(point.flow, problem) if exact else None
             while exact:
-                region = _Quadratic.at(point, problem, route, geodesic=bent)
+                region = _Quadratic.at(point, problem, route, batch_size, geodesic=bent)
                 ended = (region.decrement, region.num_negative)
                 if region.num_negative == 0 and region.decrement < decrement:
                     # On a grid of its own, and by the Hessian as it is.
                     point = point.renewed(problem) or point
-                    region = _Quadratic.at(point, problem, route, geodesic=False)
+                    region = _Quadratic.at(point, problem, route, batch_size, geodesic=False)
                     ended = (region.decrement, region.num_negative)
                     if region.num_negative == 0 and region.decrement < decrement:
                         reason = "converged"
@@ -250,16 +251,17 @@ def _damped(structure: LowRank, damping) -> LowRank:
 
 
 @eqx.filter_jit
-def _propose(around: AbstractFlow, problem: Problem, local: _Linearized, damping, bent: bool):
-    """`_bend` of a damped Gauss-Newton step."""
+def _damped_step(local: _Linearized, damping) -> tuple[_Linearized, Float[Array, " P"]]:
+    """The Gauss-Newton picture with damping in it, and the step to its minimum."""
     damped = eqx.tree_at(lambda l: l.structure, local, _damped(local.structure, damping))
-    return _bend(around, problem, damped, -damped.structure.covariance_product(local.gradient), bent)
+    return damped, -damped.structure.covariance_product(local.gradient)
 
 
 def _levenberg_marquardt(point: _Point, problem: Problem, local: _Linearized, damping: float, bent: bool):
     """The next point, None if there is none, and the damping to begin with there."""
     for _ in range(30):
-        theta, ratio, loss = _propose(point.flow, problem, local, jnp.asarray(damping), bent)
+        damped, step = _damped_step(local, jnp.asarray(damping))
+        theta, ratio, loss = _bend(point.flow, problem, damped, step, bent)
         if float(loss) < point.loss and float(ratio) < _MOST_BENT:
             following = point.moved(theta, float(loss), problem)
             if following is not None:
@@ -287,11 +289,11 @@ class _Quadratic(NamedTuple):
     decrement: float
 
     @classmethod
-    def at(cls, point: _Point, problem: Problem, route: str, *, geodesic: bool) -> "_Quadratic":
+    def at(cls, point: _Point, problem: Problem, route: str, batch_size: int | None, *, geodesic: bool) -> "_Quadratic":
         around = point.flow
         local = _linearized(around, problem, route)
         tilt = _tilt(local).reshape(problem.data.ys.shape) if geodesic else None
-        found = hessian(around, problem, batch_size=None, progress=False, tilt=tilt)
+        found = hessian(around, problem, batch_size=batch_size, progress=False, tilt=tilt)
         precision = np.asarray(local.structure.prior_precision)
         matrix = np.asarray(found.matrix) + np.diag(precision)
         root = 1 / np.sqrt(precision)

@@ -710,10 +710,25 @@ def linearize(flow: AbstractFlow, route: str | None = None) -> tuple[Float[Array
     return evaluate(flow, theta), _evaluate_jacobian(flow, theta, route or jacobian_route(flow))
 
 
+def _field_at_start(flow: ReplayedFlow) -> Callable[[Array], Array]:
+    """θ ↦ the vector field, and what is observed, at the start of the first trajectory."""
+    ts, y0, args = jax.tree.map(lambda x: x[0], (flow.ts, flow.y0, flow.args))
+
+    def function(theta):
+        model = flow.parameters.unravel(theta)
+        start = model.initial_state(y0)
+        slope = model.vector_field(ts[0], start, args)
+        return jnp.concatenate([slope.ravel(), model.observe_states(start[None], args).ravel()])
+
+    return function
+
+
 def check_second_order(flow: AbstractFlow) -> None:
     """Raise `LaplodeError` where the model has no forward-over-reverse derivative, showing the line to change."""
     theta = flow.parameters.vector
-    gradient = jax.grad(lambda theta: jnp.sum(flow(theta)))
+    # What is replayed has all derivatives that its vector field has.
+    function = _field_at_start(flow) if isinstance(flow, ReplayedFlow) else flow
+    gradient = jax.grad(lambda theta: jnp.sum(function(theta)))
     if not _has(lambda: jax.jvp(gradient, (theta,), (theta,))):
         raise LaplodeError(
             "`model` has no second derivatives, as with Diffrax's default adjoint. Change the line\n"
