@@ -22,6 +22,8 @@ ORDER = [
     "_evidence",
     "_fit",
     "_refine",
+    "_geodesic",
+    "_draws",
     "_predict",
     "_arviz",
     "_plot",
