@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import laplode as lp
-from laplode._predict import importance_weights, khat_threshold, log_joint
+from laplode._draws import importance_weights, khat_threshold, log_joint
 
 KEY = jax.random.key(0)
 
@@ -356,7 +356,7 @@ def test_any_number_of_draws(growth_posterior, num_samples):
         ),
         pytest.param(dict(args=np.ones((2, 1))), "`args` is for new initial states", id="args alone"),
         pytest.param(dict(y0=np.ones((2, 2)), args=np.ones((3, 1))), "`args` must be.*N = 2", id="args rows"),
-        pytest.param(dict(method="exact"), '`method` must be one of "linearized", "sampled"', id="method"),
+        pytest.param(dict(method="exact"), '`method` must be one of "linearized", "geodesic", "sampled"', id="method"),
         pytest.param(dict(num_samples=0), "`num_samples` must be a positive integer", id="none"),
         pytest.param(dict(num_samples=2.5), "`num_samples` must be a positive integer", id="fraction"),
     ],

@@ -11,6 +11,11 @@ from ._evidence import (
     maximize_evidence as maximize_evidence,
 )
 from ._fit import Fit as Fit, fit as fit
+from ._function import (
+    FunctionPredictions as FunctionPredictions,
+    predict_field as predict_field,
+    predict_function as predict_function,
+)
 from ._laplace import Estimate as Estimate, estimate as estimate, laplace as laplace
 from ._mixture import MixturePosterior as MixturePosterior, mixture as mixture
 from ._model import NeuralODE as NeuralODE

@@ -1,30 +1,23 @@
-"""Trajectories from a posterior: linearized, or by solving again."""
+"""Trajectories from a posterior: linearized, or by solving again at draws of its parameters."""
 
 import functools as ft
-import re
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
-from tqdm.auto import tqdm
 
-from ._curvature import check_x64
-from ._errors import LaplodeError, LaplodeWarning, choose
-from ._model import predict_trajectory, predicted_shape
+from ._draws import Sampling, draw, in_batches, solve_at
+from ._errors import LaplodeError, LaplodeWarning
+from ._geodesic import TOLERANCE
+from ._model import predicted_shape
 from ._posterior import Posterior
 from ._problem import AbstractLikelihood, check_args, check_initial_state, check_solvable, check_times
 from ._solve import flow, linearize
 from ._structure import over_columns
-from ._vector import prior_vectors
-
-# Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
-_BATCH = 64
 
 # Bytes of Jacobian held at once: that of a few trajectories, where parameters are many.
 _JACOBIAN_BYTES = 2**28
@@ -37,12 +30,14 @@ class Predictions(eqx.Module):
     - `mean`: the prediction at the posterior mean θ*, (N, T, K).
     - `epistemic`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
     - `predictive`: the same with observation noise, (S, N, T, K).
-    - `thetas`: the parameter vectors of the draws, (S, P).
-    - `ok`: False for draws whose solve failed, or that the likelihood can't have (negative under LogNormal), (S,).
+    - `thetas`: the parameter vectors of the draws, (S, P); of a geodesic that did not arrive, the last it reached.
+    - `ok`: False for draws whose geodesic or solve failed, or that the likelihood can't have (negative under
+        LogNormal), (S,).
     - `log_p`, `log_q`: of each draw, the log joint density log p(Y, θ) and the log density it was drawn from, (S,);
-        None unless importance weights were asked for.
+        None unless importance weights were asked for. Of resampled draws, `log_q` is that times their weight.
     - `log_weights`, `khat`: Pareto smoothed log importance weights (S,), normalized, and their Pareto k̂ (Vehtari et
         al., 2024): above min(1 − 1/log10(S), 0.7) the draws do not represent the posterior; None unless asked for.
+        After resampling the weights are equal, and k̂ is that of the draws before it.
     - `observed_grid`: whether the times and initial states are those of the data.
     """
 
@@ -85,7 +80,11 @@ def predict(
     method: str = "linearized",
     num_samples: int = 1000,
     key: PRNGKeyArray,
+    proposal: str = "gaussian",
+    df: float = 5.0,
+    tolerance: float = TOLERANCE,
     khat: bool | None = None,
+    resample: bool = False,
     progress: bool = True,
 ) -> Predictions:
     """Trajectories at `ts` under the posterior.
@@ -99,63 +98,73 @@ def predict(
         states at their own first times, with their own `args`.
     - `args`: as in `Trajectories`, for new initial states.
     - `method`: "linearized": y = f(θ*) + J (θ − θ*), in the coordinate in which the likelihood's information is
-        constant (log for LogNormal, so that draws stay positive); the recommended one. "sampled": the ODE is solved at
-        each draw of θ, which is right only where the posterior is tight.
+        constant (log for LogNormal, so that draws stay positive); the recommended one. "geodesic": the ODE is solved at
+        draws of θ that keep to the data, each the end of the geodesic that leaves θ* with a velocity drawn from the
+        posterior; it takes some hundred Jacobians a draw. "sampled": the ODE is solved at each draw of θ, which is
+        right only where the posterior is tight.
     - `num_samples`: S.
     - `key`: a JAX random key.
+    - `proposal`: what θ, or the geodesic's velocity, is drawn from: "gaussian", or "student_t", the multivariate t
+        distribution with `df` degrees of freedom and scale matrix Λ⁻¹, whose tails cover more.
+    - `df`: degrees of freedom of "student_t".
+    - `tolerance`: of geodesics, the error allowed in a step, in posterior standard deviations.
     - `khat`: whether to weigh the draws against the true posterior, which takes a solve of the data's trajectories for
-        each. By default for "sampled" only.
+        each. By default for all but "linearized".
+    - `resample`: whether to return draws resampled by their smoothed weights, equally weighted, some of them repeated.
+        Sensible where `khat` is low.
     - `progress`: whether to show a progress bar.
 
     **Returns:** `Predictions`.
 
-    **Raises:** `LaplodeError` when an argument does not fit. Warns (`LaplodeWarning`) when solves failed or k̂ is high.
+    **Raises:** `LaplodeError` when an argument does not fit, or "geodesic" meets a model without second forward
+    derivatives. Warns (`LaplodeWarning`) when solves or geodesics failed or k̂ is high.
 
-    Immer, Korzepa and Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization".
+    Geodesics obey θ'' = −Λ0⁻¹ Jᵀ (R⁻¹ + J Λ0⁻¹ Jᵀ)⁻¹ g''[θ', θ'] for unit time, in the metric G = Λ0 + Jᵀ R J, where g
+    is the prediction of the data in the coordinate in which its Fisher information R is constant, J = ∂g/∂θ, and Λ0 the
+    prior's precision. For a user's own distribution, which names no such coordinate, R is that at θ*. Along the way the
+    ODE is solved on the steps that its solve at θ* took; the trajectories returned are adaptive solves of their own.
+    The density of their ends is log q(θ) = log q(v) + ½ (log det G(θ) − log det G(θ*)), v the velocity: an
+    approximation, which takes the volume that geodesics spread to for that of flat space, and is exact for models that
+    are linear in θ.
+
+    Immer, Korzepa and Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization"; Yu et al.
+    (2024), "Riemannian Laplace approximation with the Fisher metric"; Vehtari et al. (2024), "Pareto smoothed
+    importance sampling".
     """
-    check_x64()
-    draw = choose("method", method, _METHODS)
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
-    if not isinstance(num_samples, int | np.integer) or num_samples < 1:
-        raise LaplodeError(f"`num_samples` must be a positive integer, got {num_samples!r}.")
+    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress)
     grid = _Grid.of(posterior, ts, y0, args)
-    num_samples = int(num_samples)
     key_theta, key_noise = jax.random.split(key)
-    thetas = posterior.sample(key_theta, num_samples)
-    mean, epistemic, root = draw(posterior, grid, thetas, progress)
-    ok, epistemic, predictive = _with_noise(posterior.problem.likelihood, epistemic, key_noise)
-
-    log_p = log_q = log_weights = pareto_k = None
-    if khat if khat is not None else method == "sampled":
-        log_p = log_joint(posterior, thetas, progress=progress)
-        log_q = posterior.log_prob(thetas)
-        log_weights, pareto_k = importance_weights(log_p, log_q)
+    draws = draw(posterior, sampling, key_theta)
+    trajectories = _linearized if sampling.method.linear else _solved
+    mean, epistemic, root = trajectories(posterior, grid, draws.thetas, progress)
+    ok, epistemic, predictive = _with_noise(posterior.problem.likelihood, epistemic, draws.ok, key_noise)
     result = Predictions(
         ts=grid.ts,
         mean=mean,
         epistemic=epistemic,
         predictive=predictive,
-        thetas=thetas,
+        thetas=draws.thetas,
         ok=ok,
-        log_p=log_p,
-        log_q=log_q,
-        log_weights=log_weights,
-        khat=pareto_k,
+        log_p=draws.log_p,
+        log_q=draws.log_q,
+        log_weights=draws.log_weights,
+        khat=draws.khat,
         method=method,
         observed_grid=grid.observed,
         _root=root,
     )
-    _warn(result)
+    _warn(int(jnp.sum(draws.ok & ~ok)), len(ok))
     return result
 
 
 @eqx.filter_jit
-def _with_noise(likelihood: AbstractLikelihood, epistemic: Float[Array, "S N T K"], key: PRNGKeyArray):
+def _with_noise(
+    likelihood: AbstractLikelihood, epistemic: Float[Array, "S N T K"], ok: Bool[Array, " S"], key: PRNGKeyArray
+):
     """Which draws are trajectories that the likelihood allows, the draws, and the draws with noise."""
     # Where the prediction lies outside of what a likelihood allows, a LogNormal's is negative, its stable form is NaN.
     allowed = jnp.isfinite(epistemic) & ~jnp.isnan(likelihood.stabilize(epistemic))
-    ok = jnp.all(allowed, axis=(1, 2, 3))
+    ok = ok & jnp.all(allowed, axis=(1, 2, 3))
     keep = lambda x: jnp.where(ok[:, None, None, None], jnp.asarray(x, dtype=float), jnp.nan)
     return ok, keep(epistemic), keep(likelihood.distribution(epistemic).sample(key))
 
@@ -263,109 +272,18 @@ def _covariance_root(posterior: Posterior, jacobian, shape: tuple[int, ...], ski
     return jax.lax.map(root, jnp.arange(num))
 
 
-def _sampled(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
-    solve = ft.partial(_solve_at, posterior, grid.solve_ts, grid.y0, grid.args)
+def _solved(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
+    solve = ft.partial(solve_at, posterior, grid.solve_ts, grid.y0, grid.args)
     rows = jnp.concatenate([posterior.mean[None], thetas])  # one program for the mean and the draws
-    solved = _in_batches(solve, rows, "Solving at draws" if progress else None)[:, :, grid.skip :]
+    solved = in_batches(solve, rows, "Solving at draws" if progress else None)[:, :, grid.skip :]
     return solved[0], solved[1:], None
 
 
-_METHODS = {"linearized": _linearized, "sampled": _sampled}
-
-
-@eqx.filter_jit
-def _solve_at(posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
-    """Predictions by a solve of its own for each parameter vector; not finite where it failed."""
-
-    def at(theta):
-        model = posterior.unravel(theta)
-        return jax.vmap(ft.partial(predict_trajectory, model))(ts, y0, args)
-
-    return jax.vmap(at)(thetas)
-
-
-def _in_batches(function: Callable[[Array], Array], rows: Float[Array, "S P"], label: str | None) -> Array:
-    num = rows.shape[0]
-    batch = min(_BATCH, num)
-    results = []
-    try:
-        with tqdm(total=num, desc=label, unit="draw", disable=label is None) as bar:
-            for start in range(0, num, batch):
-                first = min(start, num - batch)  # one compiled shape for all
-                results.append(function(rows[first : first + batch])[start - first :])
-                bar.update(first + batch - start)
-    except eqx.EquinoxRuntimeError as error:
-        said = re.search(r"EquinoxRuntimeError: (.*)", str(error))
-        raise LaplodeError(
-            "`model` raised while solving at a draw from the posterior, which wanders further than a fit does. Let it "
-            "return what it has instead, diffrax.diffeqsolve(..., throw=False), so that failed draws can be "
-            "counted; or "
-            'use method="linearized", which solves at the posterior mean only. It said: '
-            f"{said.group(1) if said else error}"
-        ) from error
-    return jnp.concatenate(results)
-
-
-def log_joint(posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bool = False) -> Float[Array, " S"]:
-    """log p(Y, θ) = log p(Y | θ) + log p(θ) of each parameter vector, in nats; −∞ where its solve failed."""
-    problem = posterior.problem
-    data = problem.data
-    mean, precision = prior_vectors(problem.prior, posterior.parameters)
-
-    def at(thetas):
-        predictions = _solve_at(posterior, data.ts, data.y0, data.args, thetas)
-        log_likelihood = jax.vmap(problem.log_likelihood)(predictions)
-        log_prior = 0.5 * jnp.sum(jnp.log(precision / (2 * jnp.pi)) - precision * (thetas - mean) ** 2, axis=-1)
-        total = log_likelihood + log_prior
-        return jnp.where(jnp.isfinite(total), total, -jnp.inf)
-
-    return _in_batches(at, thetas, "Weighing draws" if progress else None)
-
-
-# Fewer draws than these have no tail to which a Pareto distribution could be fitted.
-_FEWEST_TO_SMOOTH = 25
-
-
-def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> tuple[Float[Array, " S"], float]:
-    """Pareto smoothed log weights of draws from q under p, normalized to sum to 1, and their Pareto k̂.
-
-    A draw whose solve failed has weight 0: it is known to be no trajectory of the model. Of fewer than 25 draws the
-    weights are not smoothed, and k̂ is infinite.
-    """
-    ratios = np.asarray(log_p - log_q, dtype=float)
-    finite = np.isfinite(ratios)
-    weights = np.full(ratios.shape, -np.inf)
-    if np.sum(finite) < _FEWEST_TO_SMOOTH:
-        weights[finite] = ratios[finite] - np.logaddexp.reduce(ratios[finite], initial=-np.inf)
-        return jnp.asarray(weights), float("inf")
-    # Weights equal to rounding have no tail to fit: they are as good as they can be.
-    if np.ptp(ratios[finite]) < 1e-6:
-        weights[finite] = -np.log(np.sum(finite))
-        return jnp.asarray(weights), float("-inf")
-    smoothed, khat = array_stats.psislw(-ratios[finite])  # it takes the log-likelihoods of leave-one-out
-    weights[finite] = smoothed - np.logaddexp.reduce(smoothed)
-    return jnp.asarray(weights), float(khat)
-
-
-def khat_threshold(num_samples: int) -> float:
-    """The k̂ above which S importance weights cannot be trusted: min(1 − 1/log10(S), 0.7)."""
-    return min(1 - 1 / np.log10(max(num_samples, 2)), 0.7)
-
-
-def _warn(predictions: Predictions) -> None:
-    failed = int(jnp.sum(~predictions.ok))
-    num = predictions.ok.shape[0]
+def _warn(failed: int, num: int) -> None:
     if failed:
         warnings.warn(
-            f"{failed} of {num} draws have no finite trajectory (`.ok` says which; they are NaN): the Gaussian reaches "
+            f"{failed} of {num} draws have no finite trajectory (`.ok` says which; they are NaN): they reach "
             'parameters at which the ODE blows up. method="linearized" does not solve at draws.',
-            LaplodeWarning,
-            stacklevel=3,
-        )
-    if predictions.khat is not None and predictions.khat > khat_threshold(num):
-        warnings.warn(
-            f"Pareto k̂ = {predictions.khat:.2f} is above {khat_threshold(num):.2f}: as draws of θ, these do not "
-            "represent the true posterior, and their importance weights can't mend it.",
             LaplodeWarning,
             stacklevel=3,
         )

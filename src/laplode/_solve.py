@@ -27,21 +27,40 @@ from ._vector import Parameters
 _BLOCK_BYTES = 2**21
 
 
-class AbstractFlow(eqx.Module):
+class AbstractMap(eqx.Module):
+    """θ ↦ an array, with its derivatives."""
+
+    parameters: eqx.AbstractVar[Parameters]
+
+    @abc.abstractmethod
+    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, "..."]:
+        """The values, differentiable in `theta`."""
+
+    @abc.abstractmethod
+    def jacobian(self, theta: Float[Array, " P"], route: str) -> Float[Array, "M P"]:
+        """∂ values / ∂θ by one of the routes of `jacobian_route`, a row for each value in order."""
+
+
+class OfModel(AbstractMap):
+    """θ ↦ function(model), differentiated automatically."""
+
+    parameters: Parameters
+    function: Callable[[Any], Array]
+
+    def __call__(self, theta):
+        return jnp.asarray(self.function(self.parameters.unravel(theta)))
+
+    def jacobian(self, theta, route):
+        return _AUTODIFF[route](self, theta)
+
+
+class AbstractFlow(AbstractMap):
     """θ ↦ predictions (N, T, K) of N trajectories: the solution map, with its derivatives."""
 
     parameters: eqx.AbstractVar[Parameters]
     ts: eqx.AbstractVar[Float[Array, "N T"]]
     y0: eqx.AbstractVar[Float[Array, "N D"] | None]
     args: eqx.AbstractVar[PyTree]
-
-    @abc.abstractmethod
-    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
-        """The predictions, differentiable in `theta`."""
-
-    @abc.abstractmethod
-    def jacobian(self, theta: Float[Array, " P"], route: str) -> Float[Array, "N*T*K P"]:
-        """∂ predictions / ∂θ by one of the routes of `jacobian_route`, a row for each prediction in order."""
 
     @property
     def num_trajectories(self) -> int:
@@ -623,19 +642,19 @@ def _stage_tangents(tableau: _Tableau, local: Float[Array, "steps stages D D"]):
 _CHUNK = 32
 
 
-def _jacobian_by_jvp(flow: AbstractFlow, theta):
+def _jacobian_by_jvp(flow: AbstractMap, theta):
     push = lambda v: jax.jvp(flow, (theta,), (v,))[1]
     columns = jax.lax.map(lambda i: push(jnp.zeros_like(theta).at[i].set(1)), jnp.arange(theta.size), batch_size=_CHUNK)
     return columns.reshape(theta.size, -1).T
 
 
-def _jacobian_by_vjp(flow: AbstractFlow, theta):
+def _jacobian_by_vjp(flow: AbstractMap, theta):
     predictions, pull = jax.vjp(flow, theta)
     row = lambda i: pull(jnp.zeros(predictions.size).at[i].set(1).reshape(predictions.shape))[0]
     return jax.lax.map(row, jnp.arange(predictions.size), batch_size=_CHUNK)
 
 
-_AUTODIFF: dict[str, Callable[[AbstractFlow, Array], Array]] = {"jvp": _jacobian_by_jvp, "vjp": _jacobian_by_vjp}
+_AUTODIFF: dict[str, Callable[[AbstractMap, Array], Array]] = {"jvp": _jacobian_by_jvp, "vjp": _jacobian_by_vjp}
 
 
 def _has(trace: Callable[[], Any]) -> bool:
@@ -650,7 +669,7 @@ def _has(trace: Callable[[], Any]) -> bool:
     return True
 
 
-def has_reverse(flow: AbstractFlow) -> bool:
+def has_reverse(flow: AbstractMap) -> bool:
     """Whether `flow` can be differentiated in reverse, as foreign models solved with `ForwardMode` can't."""
     if isinstance(flow, ReplayedFlow):
         return True
@@ -659,7 +678,7 @@ def has_reverse(flow: AbstractFlow) -> bool:
     return _has(lambda: jax.vjp(flow, theta)[1](jnp.zeros(predictions.shape)))
 
 
-def has_second_pushforward(flow: AbstractFlow) -> bool:
+def has_second_pushforward(flow: AbstractMap) -> bool:
     """Whether `flow` can be differentiated forward twice."""
     if isinstance(flow, ReplayedFlow):
         return True
@@ -668,7 +687,7 @@ def has_second_pushforward(flow: AbstractFlow) -> bool:
     return _has(lambda: jax.jvp(once, (theta,), (theta,)))
 
 
-def jacobian_route(flow: AbstractFlow) -> str:
+def jacobian_route(flow: AbstractMap) -> str:
     """How `flow.jacobian` is cheapest: "sensitivity", "jvp" (P tangents) or "vjp" (one pull a prediction)."""
     if isinstance(flow, ReplayedFlow) and flow.has_sensitivity:
         return "sensitivity"
@@ -689,18 +708,18 @@ def jacobian_route(flow: AbstractFlow) -> str:
 
 
 @eqx.filter_jit
-def evaluate(flow: AbstractFlow, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
+def evaluate(flow: AbstractMap, theta: Float[Array, " P"]) -> Float[Array, "..."]:
     """The predictions at `theta`, compiled."""
     return flow(theta)
 
 
 @eqx.filter_jit
-def _evaluate_jacobian(flow: AbstractFlow, theta, route: str):
+def _evaluate_jacobian(flow: AbstractMap, theta, route: str):
     return flow.jacobian(theta, route)
 
 
-def linearize(flow: AbstractFlow, route: str | None = None) -> tuple[Float[Array, "N T K"], Float[Array, "N*T*K P"]]:
-    """Predictions at the present parameters, and their Jacobian with a row for each of them in order.
+def linearize(flow: AbstractMap, route: str | None = None) -> tuple[Float[Array, "..."], Float[Array, "M P"]]:
+    """Values at the present parameters, such as predictions, and their Jacobian with a row for each of them in order.
 
     To find the `route` takes traces of the model; who comes often hands it over.
 

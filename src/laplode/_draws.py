@@ -1,0 +1,270 @@
+"""Draws of the parameters from a posterior, and how well they represent it."""
+
+import contextlib
+import functools as ft
+import math
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
+from jax.scipy.special import gammaln
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from tqdm.auto import tqdm
+
+from ._curvature import check_x64
+from ._errors import LaplodeError, LaplodeWarning, choose
+from ._geodesic import Geodesics, Surface, follow, log_volume
+from ._model import predict_trajectory
+from ._posterior import Posterior
+from ._vector import prior_vectors
+
+# Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
+_BATCH = 64
+
+
+class _Method(NamedTuple):
+    """Whether the model is linearized, and whether θ moves along geodesics."""
+
+    linear: bool
+    geodesic: bool
+
+
+_METHODS = {
+    "linearized": _Method(linear=True, geodesic=False),
+    "geodesic": _Method(linear=False, geodesic=True),
+    "sampled": _Method(linear=False, geodesic=False),
+}
+
+
+class Sampling(NamedTuple):
+    """How to draw θ; made by `of`, which checks what the user gave."""
+
+    name: str
+    method: _Method
+    num_samples: int
+    df: float | None
+    tolerance: float
+    weigh: bool
+    resample: bool
+    progress: bool
+
+    @classmethod
+    def of(
+        cls,
+        posterior: Any,
+        method: str,
+        num_samples: Any,
+        proposal: str,
+        df: Any,
+        tolerance: Any,
+        khat: bool | None,
+        resample: bool,
+        progress: bool,
+    ) -> "Sampling":
+        """**Raises:** `LaplodeError` when an argument does not fit."""
+        check_x64()
+        chosen = choose("method", method, _METHODS)
+        heavy = choose("proposal", proposal, {"gaussian": False, "student_t": True})
+        if not isinstance(posterior, Posterior):
+            raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+        if not isinstance(num_samples, int | np.integer) or num_samples < 1:
+            raise LaplodeError(f"`num_samples` must be a positive integer, got {num_samples!r}.")
+        for name, value in (("df", df), ("tolerance", tolerance)):
+            if not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
+                raise LaplodeError(f"`{name}` must be a positive number, got {value!r}.")
+        if heavy and chosen.linear:
+            raise LaplodeError(
+                '`proposal`="student_t" is for draws that are weighed against the true posterior: it goes with '
+                'method="sampled" or "geodesic". Linearized predictions are Gaussian.'
+            )
+        if resample and khat is False:
+            raise LaplodeError("`resample` draws by the importance weights, which `khat`=False leaves out.")
+        weigh = not chosen.linear or resample if khat is None else bool(khat)
+        df, tolerance = float(df) if heavy else None, float(tolerance)
+        return cls(method, chosen, int(num_samples), df, tolerance, weigh, bool(resample), progress)
+
+
+class Draws(NamedTuple):
+    """Parameter vectors (S, P), which of them may be used, and what is known of their weights (see `Predictions`)."""
+
+    thetas: Float[Array, "S P"]
+    ok: Bool[Array, " S"]
+    log_p: Float[Array, " S"] | None
+    log_q: Float[Array, " S"] | None
+    log_weights: Float[Array, " S"] | None
+    khat: float | None
+
+
+def draw(posterior: Posterior, sampling: Sampling, key: PRNGKeyArray) -> Draws:
+    """Draws of θ as `predict` describes them. Warns, for the caller of its caller."""
+    key_theta, key_scale, key_resample = jax.random.split(key, 3)
+    surface = Surface.of(posterior) if sampling.method.geodesic else None
+    thetas = posterior.sample(key_theta, sampling.num_samples)
+    if sampling.df is not None:
+        chi2 = 2 * jax.random.gamma(key_scale, sampling.df / 2, (sampling.num_samples, 1))
+        thetas = posterior.mean + (thetas - posterior.mean) * jnp.sqrt(sampling.df / chi2)
+    straight, ok = thetas, jnp.ones(sampling.num_samples, bool)
+    if surface is not None:
+        with _advice():
+            ends = follow(
+                surface, posterior.mean, thetas - posterior.mean, sampling.tolerance, progress=sampling.progress
+            )
+        thetas, ok = jnp.asarray(ends.thetas), jnp.asarray(ends.ok)
+        _warn_of_failures(ends)
+    if not sampling.weigh:
+        return Draws(thetas, ok, None, None, None, None)
+
+    log_p = jnp.where(ok, log_joint(posterior, thetas, progress=sampling.progress), -jnp.inf)
+    log_q = posterior.log_prob(straight) if sampling.df is None else _log_student_t(posterior, sampling.df, straight)
+    if surface is not None:
+        log_q = log_q + log_volume(surface, posterior.mean, thetas)
+    log_weights, khat = importance_weights(log_p, log_q)
+    _warn_of_weights(khat, sampling)
+    if not sampling.resample:
+        return Draws(thetas, ok, log_p, log_q, log_weights, khat)
+    if not jnp.any(jnp.isfinite(log_weights)):
+        raise LaplodeError("`resample`: none of the draws has a weight, as the solve failed at every one of them.")
+    chosen = _resampled(log_weights, key_resample)
+    # What they stand for now is q times the weight that each of them had.
+    log_q = (log_q + log_weights)[chosen] + math.log(len(chosen))
+    equal = jnp.full(len(chosen), -math.log(len(chosen)))
+    return Draws(thetas[chosen], ok[chosen], log_p[chosen], log_q, equal, khat)
+
+
+def _log_student_t(posterior: Posterior, df: float, thetas: Float[Array, "S P"]) -> Float[Array, " S"]:
+    """The log density of the multivariate t distribution of location θ* and scale matrix Λ⁻¹, in nats."""
+    offset, size = thetas - posterior.mean, posterior.size
+    quadratic = jnp.sum(offset * posterior.structure.precision_product(offset), axis=-1)
+    constant = gammaln((df + size) / 2) - gammaln(df / 2) - 0.5 * size * math.log(df * math.pi)
+    return constant + 0.5 * posterior.structure.log_det - 0.5 * (df + size) * jnp.log1p(quadratic / df)
+
+
+def _resampled(log_weights: Float[Array, " S"], key: PRNGKeyArray) -> Array:
+    """Indices of as many draws, by systematic resampling: each as often as its weight says, give or take one.
+
+    Copies stand beside each other, so that an effective sample size sees them.
+    """
+    num = len(log_weights)
+    total = jnp.cumsum(jnp.exp(log_weights))
+    marks = (jnp.arange(num) + jax.random.uniform(key)) / num * total[-1]
+    return jnp.searchsorted(total, marks, side="right")
+
+
+def _warn_of_failures(ends: Geodesics) -> None:
+    if np.all(ends.ok):
+        return
+    warnings.warn(
+        f"{np.sum(~ends.ok)} of {len(ends.ok)} geodesics did not arrive (`.ok` says which): {np.sum(ends.too_long)} "
+        f"given up after {np.max(ends.attempts)} attempted steps, and {np.sum(ends.too_steep)} where no step was short "
+        "enough, as at the edge of what the model or the likelihood allows.",
+        LaplodeWarning,
+        stacklevel=4,
+    )
+
+
+def _warn_of_weights(khat: float, sampling: Sampling) -> None:
+    threshold = khat_threshold(sampling.num_samples)
+    if not khat > threshold:
+        return
+    remedy = (
+        "resampling can't mend that, and a few of them stand for all the others now"
+        if sampling.resample
+        else "their importance weights can't mend it"
+    )
+    warnings.warn(
+        f"Pareto k̂ = {khat:.2f} is above {threshold:.2f}: as draws of θ, these do not represent the true posterior, "
+        f"and {remedy}.",
+        LaplodeWarning,
+        stacklevel=4,
+    )
+
+
+@eqx.filter_jit
+def solve_at(posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
+    """Predictions by a solve of its own for each parameter vector; not finite where it failed."""
+
+    def at(theta):
+        model = posterior.unravel(theta)
+        return jax.vmap(ft.partial(predict_trajectory, model))(ts, y0, args)
+
+    return jax.vmap(at)(thetas)
+
+
+@contextlib.contextmanager
+def _advice():
+    """What to do about a model that raises at a draw."""
+    try:
+        yield
+    except eqx.EquinoxRuntimeError as error:
+        said = re.search(r"EquinoxRuntimeError: (.*)", str(error))
+        raise LaplodeError(
+            "`model` raised while solving at a draw from the posterior, which wanders further than a fit does. Let it "
+            "return what it has instead, diffrax.diffeqsolve(..., throw=False), so that failed draws can be "
+            "counted; or "
+            'use method="linearized", which solves at the posterior mean only. It said: '
+            f"{said.group(1) if said else error}"
+        ) from error
+
+
+def in_batches(function: Callable[[Array], Array], rows: Float[Array, "S P"], label: str | None) -> Array:
+    num = rows.shape[0]
+    batch = min(_BATCH, num)
+    results = []
+    with _advice(), tqdm(total=num, desc=label, unit="draw", disable=label is None) as bar:
+        for start in range(0, num, batch):
+            first = min(start, num - batch)  # one compiled shape for all
+            results.append(function(rows[first : first + batch])[start - first :])
+            bar.update(first + batch - start)
+    return jnp.concatenate(results)
+
+
+def log_joint(posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bool = False) -> Float[Array, " S"]:
+    """log p(Y, θ) = log p(Y | θ) + log p(θ) of each parameter vector, in nats; −∞ where its solve failed."""
+    problem = posterior.problem
+    data = problem.data
+    mean, precision = prior_vectors(problem.prior, posterior.parameters)
+
+    def at(thetas):
+        predictions = solve_at(posterior, data.ts, data.y0, data.args, thetas)
+        log_likelihood = jax.vmap(problem.log_likelihood)(predictions)
+        log_prior = 0.5 * jnp.sum(jnp.log(precision / (2 * jnp.pi)) - precision * (thetas - mean) ** 2, axis=-1)
+        total = log_likelihood + log_prior
+        return jnp.where(jnp.isfinite(total), total, -jnp.inf)
+
+    return in_batches(at, thetas, "Weighing draws" if progress else None)
+
+
+# Fewer draws than these have no tail to which a Pareto distribution could be fitted.
+_FEWEST_TO_SMOOTH = 25
+
+
+def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> tuple[Float[Array, " S"], float]:
+    """Pareto smoothed log weights of draws from q under p, normalized to sum to 1, and their Pareto k̂.
+
+    A draw whose solve failed has weight 0: it is known to be no trajectory of the model. Of fewer than 25 draws the
+    weights are not smoothed, and k̂ is infinite.
+    """
+    ratios = np.asarray(log_p - log_q, dtype=float)
+    finite = np.isfinite(ratios)
+    weights = np.full(ratios.shape, -np.inf)
+    if np.sum(finite) < _FEWEST_TO_SMOOTH:
+        weights[finite] = ratios[finite] - np.logaddexp.reduce(ratios[finite], initial=-np.inf)
+        return jnp.asarray(weights), float("inf")
+    # Weights equal to rounding have no tail to fit: they are as good as they can be.
+    if np.ptp(ratios[finite]) < 1e-6:
+        weights[finite] = -np.log(np.sum(finite))
+        return jnp.asarray(weights), float("-inf")
+    smoothed, khat = array_stats.psislw(-ratios[finite])  # it takes the log-likelihoods of leave-one-out
+    weights[finite] = smoothed - np.logaddexp.reduce(smoothed)
+    return jnp.asarray(weights), float(khat)
+
+
+def khat_threshold(num_samples: int) -> float:
+    """The k̂ above which S importance weights cannot be trusted: min(1 − 1/log10(S), 0.7)."""
+    return min(1 - 1 / np.log10(max(num_samples, 2)), 0.7)
