@@ -120,3 +120,82 @@ def test_bad_posteriors(optima, growth_posterior, make, match):
 def test_bad_weights(optima, weights):
     with pytest.raises(lp.LaplodeError, match="`weights`"):
         lp.mixture(optima, weights=weights)
+
+
+def test_a_posterior_is_a_mixture_of_itself(optima):
+    assert optima[0].components == (optima[0],) and optima[0].weights == 1
+    assert not np.any(optima[0].choose(KEY, 5))
+
+
+@pytest.mark.parametrize("method", ["linearized", "sampled", "geodesic"])
+def test_predictions(problem, mixed, method):
+    ts = np.linspace(0.5, 4, 5)
+    found = lp.predict(mixed, ts, method=method, num_samples=400, key=KEY, progress=False)
+    np.testing.assert_allclose(np.mean(found.component == 0), mixed.weights[0], atol=0.1)
+    np.testing.assert_array_equal(found.component == 0, found.thetas[:, 0] > 0)
+    assert np.all(found.ok) and found.epistemic.shape == (400, 1, 5, 1)
+    x = np.array([component.mean[0] for component in mixed.components])
+    np.testing.assert_allclose(found.mean[0, :, 0], mixed.weights @ x**2 * ts, rtol=1e-6)
+    if method != "linearized":
+        np.testing.assert_allclose(found.epistemic[:, 0, :, 0], found.thetas**2 * ts, rtol=1e-6)
+        # Both optima are nearly Gaussian, and all of the posterior.
+        assert found.khat < 0.5
+        return
+    own = x[found.component]
+    np.testing.assert_allclose(found.epistemic[:, 0, -1, 0], (2 * own * found.thetas[:, 0] - own**2) * 4, rtol=1e-6)
+    variance = np.array([component.covariance()[0, 0] for component in mixed.components])
+    within, mean = (2 * x) ** 2 * variance, mixed.weights @ x**2
+    between = np.outer(ts, ts) * (mixed.weights @ (within + (x**2 - mean) ** 2))
+    np.testing.assert_allclose(found.covariance()[0], between, rtol=1e-6)
+
+
+def test_importance_weights_of_a_mixture(problem, mixed):
+    """They are those of the whole density, so that both optima get the share that quadrature gives them."""
+    found = lp.predict(mixed, problem.data.ts[0], method="sampled", num_samples=4000, key=KEY, progress=False)
+    np.testing.assert_allclose(found.log_q, mixed.log_prob(found.thetas), rtol=1e-10)
+    grid = np.linspace(-3, 3, 4001)
+    joint = np.exp(log_joint(problem, grid))
+    weights = np.exp(found.log_weights)
+    for moment in (1, 2):
+        exact = si.simpson(joint * grid**moment, grid) / si.simpson(joint, grid)
+        np.testing.assert_allclose(weights @ np.asarray(found.thetas[:, 0]) ** moment, exact, atol=0.03)
+    again = lp.predict(
+        mixed, problem.data.ts[0], method="sampled", num_samples=4000, resample=True, key=KEY, progress=False
+    )
+    np.testing.assert_array_equal(again.component == 0, again.thetas[:, 0] > 0)
+
+
+def test_each_component_has_its_noise(problem, optima):
+    loud = dataclasses.replace(problem, likelihood=lp.Gaussian(2.0))
+    other = lp.laplace(optima[1].unravel(optima[1].mean), loud, structure="diagonal", progress=False)
+    both = lp.mixture([optima[0], other], weights=[1, 1])
+    found = lp.predict(both, problem.data.ts[0], num_samples=1000, key=KEY, progress=False)
+    noise = np.asarray(found.predictive - found.epistemic).reshape(1000, -1)
+    np.testing.assert_allclose(noise[found.component == 0].std(), 0.5, rtol=0.1)
+    np.testing.assert_allclose(noise[found.component == 1].std(), 2.0, rtol=0.1)
+    tree = lp.to_datatree(both, found)
+    f, y = np.asarray(found.epistemic), problem.data.ys
+    scale = np.where(found.component == 0, 0.5, 2.0)[:, None, None, None]
+    expected = -0.5 * ((y - f) / scale) ** 2 - np.log(scale * np.sqrt(2 * np.pi))
+    np.testing.assert_allclose(tree["log_likelihood"]["y"].values[0], expected, rtol=1e-6)
+    assert tree["posterior"].attrs["structure"] == "Full, Diagonal" and tree["posterior"].attrs["num_components"] == 2
+    assert lp.plot_trajectories(tree).shape == (1, 1)
+
+
+def test_a_component_too_light_for_a_draw(problem, optima):
+    both = lp.mixture(optima, weights=[1, 1e-12])
+    found = lp.predict(both, problem.data.ts[0], num_samples=10, key=KEY, progress=False)
+    alone = lp.predict(optima[0], problem.data.ts[0], num_samples=10, key=KEY, progress=False)
+    np.testing.assert_allclose(found.covariance(), alone.covariance(), rtol=1e-8)
+    np.testing.assert_allclose(found.mean, alone.mean, rtol=1e-8)
+
+
+def test_functions_of_a_mixture(mixed):
+    found = lp.predict_function(mixed, lambda model: model.x, num_samples=200, key=KEY, progress=False)
+    np.testing.assert_allclose(found.draws, found.thetas[:, 0])
+    np.testing.assert_allclose(found.mean, mixed.mean[0], rtol=1e-10)
+    np.testing.assert_allclose(found.std, mixed.marginal_std()[0], rtol=1e-6)
+    drawn = lp.predict_function(
+        mixed, lambda model: model.x, method="sampled", num_samples=200, key=KEY, progress=False
+    )
+    np.testing.assert_allclose(drawn.draws, drawn.thetas[:, 0])

@@ -4,7 +4,7 @@ ArviZ 0.23 (`arviz.preview`, Python 3.11) and ArviZ 1.x are both made of arviz-b
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,8 +15,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from ._draws import over_components
 from ._errors import LaplodeError, LaplodeWarning
-from ._posterior import Posterior
+from ._posterior import AbstractPosterior
 from ._predict import Predictions
 from ._vector import Parameters, prior_vectors
 
@@ -24,7 +25,7 @@ _CELLS = ["trajectory", "time", "channel"]
 
 
 def to_datatree(
-    posterior: Posterior,
+    posterior: AbstractPosterior,
     *predictions: Predictions,
     key: PRNGKeyArray | None = None,
     num_samples: int = 1000,
@@ -45,7 +46,7 @@ def to_datatree(
 
     **Arguments:**
 
-    - `posterior`: from `laplace`.
+    - `posterior`: from `laplace` or `mixture`.
     - `predictions`: from `predict`; at most one on the observed times and one elsewhere.
     - `key`: a JAX random key, for draws of the prior, and of the posterior when no predictions are given.
     - `num_samples`: how many draws when no predictions are given.
@@ -54,8 +55,10 @@ def to_datatree(
     **Raises:** `LaplodeError` when several predictions compete for a group, or names do not fit. Warns
     (`LaplodeWarning`) when draws without a solution are left out.
     """
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    if not isinstance(posterior, AbstractPosterior):
+        raise LaplodeError(
+            f"`posterior` must come from laplode.laplace or laplode.mixture, got {type(posterior).__name__}."
+        )
     for item in predictions:
         if not isinstance(item, Predictions):
             raise LaplodeError(f"`predictions` must come from laplode.predict, got {type(item).__name__}.")
@@ -77,13 +80,15 @@ def to_datatree(
     coords = _check_coords(coords or {}, data.ys.shape)
 
     groups: dict[str, xr.Dataset] = {}
-    regularized = posterior.diagnostics.regularized
+    diagnostics = [component.diagnostics for component in posterior.components]
     attrs = {
         "inference_library": "laplode",
         "inference_library_version": version("laplode"),
-        "structure": type(posterior.structure).__name__,
-        "regularization": "none" if regularized is None else regularized.kind,
-        "newton_decrement": posterior.diagnostics.newton_decrement,
+        "curvature": _joined(component.method.curvature for component in posterior.components),
+        "structure": _joined(type(component.structure).__name__ for component in posterior.components),
+        "num_components": len(posterior.components),
+        "regularization": _joined("none" if d.regularized is None else d.regularized.kind for d in diagnostics),
+        "newton_decrement": max(d.newton_decrement for d in diagnostics),
     }
     if predictions:
         keep = np.all([np.asarray(item.ok) for item in predictions], axis=0)
@@ -114,7 +119,7 @@ def to_datatree(
     for item in here:
         draws = {"y": item.predictive[keep], "f": item.epistemic[keep]}
         groups["posterior_predictive"] = _dataset(draws, grid, cells, {**attrs, "method": item.method})
-        groups["log_likelihood"] = _log_likelihood(posterior, item.epistemic[keep], grid, attrs)
+        groups["log_likelihood"] = _log_likelihood(posterior, item, keep, grid, attrs)
     groups["observed_data"] = _dataset({"y": data.ys}, grid, cells, attrs, sample_dims=[])
     groups["constant_data"] = _constant(data.ts, data.y0, grid, attrs)
     for item in elsewhere:
@@ -125,6 +130,11 @@ def to_datatree(
         groups["predictions"] = _dataset(draws, grid, cells, {**attrs, "method": item.method})
         groups["predictions_constant_data"] = _constant(item.ts, None, grid, attrs)
     return xr.DataTree.from_dict(groups)
+
+
+def _joined(names: Iterable[str]) -> str:
+    """The different ones among them."""
+    return ", ".join(dict.fromkeys(names))
 
 
 def _check_coords(coords: Mapping[str, Sequence[Any]], shape: tuple[int, ...]) -> dict[str, Any]:
@@ -171,9 +181,11 @@ def _sample_stats(predictions: list[Predictions], keep: np.ndarray) -> tuple[dic
     return stats, attrs
 
 
-def _log_likelihood(posterior: Posterior, epistemic: Float[Array, "S N T K"], coords, attrs) -> xr.Dataset:
+def _log_likelihood(posterior: AbstractPosterior, item: Predictions, keep: np.ndarray, coords, attrs) -> xr.Dataset:
     data = posterior.problem.data
-    values = np.asarray(posterior.problem.likelihood.log_prob(epistemic, jnp.asarray(data.ys)))
+    likelihoods = [component.problem.likelihood for component in posterior.components]
+    log_prob = lambda i, epistemic: likelihoods[i].log_prob(epistemic, jnp.asarray(data.ys))
+    values = np.asarray(over_components(log_prob, item.component[keep], item.epistemic[keep]))
     # A missing value has no likelihood, and one that no parameter changes, as at the time of a given initial state,
     # says nothing about them: az.loo fails on the first as NaN and on the second for want of a tail to fit.
     varies = np.ptp(values, axis=0) > 1e-12 * (1 + np.abs(values[0]))

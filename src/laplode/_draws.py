@@ -5,7 +5,7 @@ import functools as ft
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
-from jax.scipy.special import gammaln
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jax.scipy.special import gammaln, logsumexp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm.auto import tqdm
 
 from ._curvature import check_x64
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._geodesic import Geodesics, Surface, follow, log_volume
 from ._model import predict_trajectory
-from ._posterior import Posterior
+from ._posterior import AbstractPosterior, Posterior
 from ._vector import prior_vectors
 
 # Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
@@ -71,8 +71,10 @@ class Sampling(NamedTuple):
         check_x64()
         chosen = choose("method", method, _METHODS)
         heavy = choose("proposal", proposal, {"gaussian": False, "student_t": True})
-        if not isinstance(posterior, Posterior):
-            raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+        if not isinstance(posterior, AbstractPosterior):
+            raise LaplodeError(
+                f"`posterior` must come from laplode.laplace or laplode.mixture, got {type(posterior).__name__}."
+            )
         if not isinstance(num_samples, int | np.integer) or num_samples < 1:
             raise LaplodeError(f"`num_samples` must be a positive integer, got {num_samples!r}.")
         for name, value in (("df", df), ("tolerance", tolerance)):
@@ -91,9 +93,13 @@ class Sampling(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """Parameter vectors (S, P), which of them may be used, and what is known of their weights (see `Predictions`)."""
+    """Parameter vectors (S, P), which of them may be used, and what is known of their weights (see `Predictions`).
+
+    `component` says which component of the posterior each of them is from.
+    """
 
     thetas: Float[Array, "S P"]
+    component: Int[np.ndarray, " S"]
     ok: Bool[Array, " S"]
     log_p: Float[Array, " S"] | None
     log_q: Float[Array, " S"] | None
@@ -101,40 +107,94 @@ class Draws(NamedTuple):
     khat: float | None
 
 
-def draw(posterior: Posterior, sampling: Sampling, key: PRNGKeyArray) -> Draws:
+def over_components(function: Callable[..., Any], component: Int[np.ndarray, " S"], *rows: Array) -> Any:
+    """function(i, its rows) for each component i that has draws, the results in the order of the draws."""
+    present = np.unique(component)
+    if len(present) == 1:
+        return function(int(present[0]), *rows)
+    parts = [function(int(i), *(row[component == i] for row in rows)) for i in present]
+    back = np.argsort(np.argsort(component, kind="stable"), kind="stable")
+    return jax.tree.map(lambda *some: jnp.concatenate(some)[back], *parts)
+
+
+def mixed_mean(weights: Float[Array, " C"], means: Sequence[Array]) -> Array:
+    """The mean of several distributions."""
+    return means[0] if len(means) == 1 else jnp.tensordot(weights, jnp.stack(means), axes=1)
+
+
+def mixed_root(weights: Float[Array, " C"], means: Sequence[Array], roots: Sequence[Array]) -> Array:
+    """A root (…, R) of the covariance of several Gaussians: within each of them, and between them."""
+    if len(roots) == 1:
+        return roots[0]
+    mean, parts = mixed_mean(weights, means), []
+    for share, each, root in zip(jnp.sqrt(weights), means, roots, strict=True):
+        between = (each - mean).reshape(*root.shape[:-1], 1)
+        parts.append(share * jnp.concatenate([root, between], axis=-1))
+    return jnp.concatenate(parts, axis=-1)
+
+
+def draw(posterior: AbstractPosterior, sampling: Sampling, key: PRNGKeyArray) -> Draws:
     """Draws of θ as `predict` describes them. Warns, for the caller of its caller."""
-    key_theta, key_scale, key_resample = jax.random.split(key, 3)
-    surface = Surface.of(posterior) if sampling.method.geodesic else None
-    thetas = posterior.sample(key_theta, sampling.num_samples)
-    if sampling.df is not None:
-        chi2 = 2 * jax.random.gamma(key_scale, sampling.df / 2, (sampling.num_samples, 1))
-        thetas = posterior.mean + (thetas - posterior.mean) * jnp.sqrt(sampling.df / chi2)
-    straight, ok = thetas, jnp.ones(sampling.num_samples, bool)
-    if surface is not None:
+    key_theta, key_choice, key_resample = jax.random.split(key, 3)
+    components = posterior.components
+    component = posterior.choose(key_choice, sampling.num_samples)
+    keys = jax.random.split(key_theta, len(components))
+    straight = over_components(
+        lambda i, share: _straight(components[i], sampling, keys[i], len(share)), component, jnp.asarray(component)
+    )
+    thetas, ok, surfaces = straight, jnp.ones(sampling.num_samples, bool), {}
+    if sampling.method.geodesic:
+        surfaces = {int(i): Surface.of(components[i]) for i in np.unique(component)}
+
+        def along(i, share):
+            mean = components[i].mean
+            ends = follow(surfaces[i], mean, share - mean, sampling.tolerance, progress=sampling.progress)
+            return jax.tree.map(jnp.asarray, ends)
+
         with _advice():
-            ends = follow(
-                surface, posterior.mean, thetas - posterior.mean, sampling.tolerance, progress=sampling.progress
-            )
-        thetas, ok = jnp.asarray(ends.thetas), jnp.asarray(ends.ok)
+            ends = over_components(along, component, straight)
+        thetas, ok = ends.thetas, ends.ok
         _warn_of_failures(ends)
     if not sampling.weigh:
-        return Draws(thetas, ok, None, None, None, None)
+        return Draws(thetas, component, ok, None, None, None, None)
 
-    log_p = jnp.where(ok, log_joint(posterior, thetas, progress=sampling.progress), -jnp.inf)
-    log_q = posterior.log_prob(straight) if sampling.df is None else _log_student_t(posterior, sampling.df, straight)
-    if surface is not None:
-        log_q = log_q + log_volume(surface, posterior.mean, thetas)
+    joint = lambda i, share: log_joint(components[i], share, progress=sampling.progress)
+    log_p = jnp.where(ok, over_components(joint, component, thetas), -jnp.inf)
+    if sampling.method.geodesic:
+
+        def density(i, straight, thetas):
+            volume = log_volume(surfaces[i], components[i].mean, thetas)
+            return posterior.log_weights[i] + _log_density(components[i], sampling.df, straight) + volume
+
+        log_q = over_components(density, component, straight, thetas)
+    else:
+        each = jnp.stack([_log_density(c, sampling.df, straight) for c in components], axis=-1)
+        log_q = logsumexp(each + posterior.log_weights, axis=-1)
     log_weights, khat = importance_weights(log_p, log_q)
     _warn_of_weights(khat, sampling)
     if not sampling.resample:
-        return Draws(thetas, ok, log_p, log_q, log_weights, khat)
+        return Draws(thetas, component, ok, log_p, log_q, log_weights, khat)
     if not jnp.any(jnp.isfinite(log_weights)):
         raise LaplodeError("`resample`: none of the draws has a weight, as the solve failed at every one of them.")
     chosen = _resampled(log_weights, key_resample)
     # What they stand for now is q times the weight that each of them had.
     log_q = (log_q + log_weights)[chosen] + math.log(len(chosen))
     equal = jnp.full(len(chosen), -math.log(len(chosen)))
-    return Draws(thetas[chosen], ok[chosen], log_p[chosen], log_q, equal, khat)
+    return Draws(thetas[chosen], component[np.asarray(chosen)], ok[chosen], log_p[chosen], log_q, equal, khat)
+
+
+def _straight(posterior: Posterior, sampling: Sampling, key: PRNGKeyArray, num: int) -> Float[Array, "S P"]:
+    key_theta, key_scale = jax.random.split(key)
+    thetas = posterior.sample(key_theta, num)
+    if sampling.df is None:
+        return thetas
+    chi2 = 2 * jax.random.gamma(key_scale, sampling.df / 2, (num, 1))
+    return posterior.mean + (thetas - posterior.mean) * jnp.sqrt(sampling.df / chi2)
+
+
+def _log_density(posterior: Posterior, df: float | None, thetas: Float[Array, "S P"]) -> Float[Array, " S"]:
+    """The log density of the Gaussian, or of the t distribution, in nats."""
+    return posterior.log_prob(thetas) if df is None else _log_student_t(posterior, df, thetas)
 
 
 def _log_student_t(posterior: Posterior, df: float, thetas: Float[Array, "S P"]) -> Float[Array, " S"]:

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from ._draws import Sampling, draw, in_batches
+from ._draws import Sampling, draw, in_batches, mixed_mean, mixed_root, over_components
 from ._errors import LaplodeError, LaplodeWarning
 from ._geodesic import TOLERANCE
 from ._model import NeuralODE
-from ._posterior import Posterior
+from ._posterior import AbstractPosterior, Posterior
 from ._problem import check_args, check_initial_state
 from ._solve import OfModel, linearize
 
@@ -46,7 +46,7 @@ class FunctionPredictions(eqx.Module):
 
 
 def predict_function(
-    posterior: Posterior,
+    posterior: AbstractPosterior,
     function: Callable[[Any], Any],
     *,
     method: str = "linearized",
@@ -63,7 +63,7 @@ def predict_function(
 
     **Arguments:**
 
-    - `posterior`: from `laplace`.
+    - `posterior`: from `laplace` or `mixture`.
     - `function`: called as `function(model)`, where `model` has the structure of the fitted one; returns an array of
         floating point numbers of any shape, always the same, by JAX operations.
     - `method`: where the draws come from, as in `predict`: "linearized": function(θ*) + J (θ − θ*) with J its Jacobian;
@@ -80,11 +80,11 @@ def predict_function(
     sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress)
     if not callable(function):
         raise LaplodeError(f"`function` must be callable as function(model), got {type(function).__name__}.")
-    return _predict(OfModel(posterior.parameters, function), posterior, sampling, key)
+    return _predict(function, posterior, sampling, key)
 
 
 def predict_field(
-    posterior: Posterior,
+    posterior: AbstractPosterior,
     states: Any,
     ts: Any = 0.0,
     args: PyTree = None,
@@ -103,7 +103,7 @@ def predict_field(
 
     **Arguments:**
 
-    - `posterior`: from `laplace`, of a `NeuralODE`.
+    - `posterior`: from `laplace` or `mixture`, of a `NeuralODE`.
     - `states`: (G, D), such as the points of a grid in the phase plane.
     - `ts`: times, one for all states or one each, (G,).
     - `args`: as in `Trajectories`, with leading axis G.
@@ -131,7 +131,7 @@ def predict_field(
     if args is None and data.args is not None:
         raise LaplodeError("`args` is missing: the data came with args, so the vector field needs them.")
     ts = np.broadcast_to(ts, len(states)).copy()
-    return _predict(OfModel(posterior.parameters, _Field(ts, states, args)), posterior, sampling, key)
+    return _predict(_Field(ts, states, args), posterior, sampling, key)
 
 
 class _Field(eqx.Module):
@@ -145,32 +145,29 @@ class _Field(eqx.Module):
         return jax.vmap(model.vector_field)(self.ts, self.states, self.args)
 
 
-def _predict(function: OfModel, posterior: Posterior, sampling: Sampling, key: PRNGKeyArray) -> FunctionPredictions:
-    try:
-        at_mean = jnp.asarray(_at(function, posterior.mean[None])[0])
-    except LaplodeError:
-        raise
-    except Exception as error:
-        raise LaplodeError(f"`function` fails at the fitted model: {type(error).__name__}: {error}") from error
-    if not jnp.issubdtype(at_mean.dtype, jnp.floating):
-        raise LaplodeError(f"`function` must return floating point numbers, got {at_mean.dtype}.")
-    if not jnp.all(jnp.isfinite(at_mean)):
-        raise LaplodeError("`function` is not finite at the fitted model.")
+def _predict(
+    function: Callable[[Any], Any], posterior: AbstractPosterior, sampling: Sampling, key: PRNGKeyArray
+) -> FunctionPredictions:
+    maps = [OfModel(component.parameters, function) for component in posterior.components]
+    at_means = [_at_mean(each) for each in maps]
     drawn = draw(posterior, sampling, key)
     if sampling.method.linear:
-        jacobian = linearize(function)[1]
-        change = (drawn.thetas - posterior.mean) @ jacobian.T
-        draws = at_mean + change.reshape(-1, *at_mean.shape)
-        covariance = posterior.structure.predictive_covariance(jacobian)
-        eigenvalues, vectors = jnp.linalg.eigh((covariance + covariance.T) / 2)
-        root, mean = vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0)), at_mean
+        jacobians = [linearize(each)[1] for each in maps]
+        change = lambda i, thetas: (thetas - posterior.components[i].mean) @ jacobians[i].T
+        at_draws = lambda i, thetas: at_means[i] + change(i, thetas).reshape(-1, *at_means[i].shape)
     else:
-        evaluate = lambda thetas: _at(function, thetas)
-        draws = in_batches(evaluate, drawn.thetas, "Evaluating at draws" if sampling.progress else None)
+        jacobians = []
+        label = "Evaluating at draws" if sampling.progress else None
+        at_draws = lambda i, thetas: in_batches(lambda some: _at(maps[i], some), thetas, label)
+    draws = over_components(at_draws, drawn.component, drawn.thetas)
     ok = drawn.ok & jnp.all(jnp.isfinite(draws.reshape(len(draws), -1)), axis=1)
     num_ok, failed = int(jnp.sum(ok)), int(jnp.sum(drawn.ok & ~ok))
-    draws = jnp.where(ok.reshape(-1, *[1] * at_mean.ndim), draws, jnp.nan)
-    if not sampling.method.linear:
+    draws = jnp.where(ok.reshape(-1, *[1] * (draws.ndim - 1)), draws, jnp.nan)
+    if sampling.method.linear:
+        mean = mixed_mean(posterior.weights, at_means)
+        roots = [_root(c, jacobian) for c, jacobian in zip(posterior.components, jacobians, strict=True)]
+        root = mixed_root(posterior.weights, at_means, roots)
+    else:
         if num_ok < 2:
             raise LaplodeError(f"`function` is finite at {num_ok} of {len(ok)} draws: too few for a covariance.")
         mean = jnp.mean(draws[ok], axis=0)
@@ -181,7 +178,7 @@ def _predict(function: OfModel, posterior: Posterior, sampling: Sampling, key: P
             LaplodeWarning,
             stacklevel=3,
         )
-    std = jnp.sqrt(jnp.sum(root**2, axis=1)).reshape(at_mean.shape)
+    std = jnp.sqrt(jnp.sum(root**2, axis=1)).reshape(mean.shape)
     return FunctionPredictions(
         mean=mean,
         std=std,
@@ -193,6 +190,27 @@ def _predict(function: OfModel, posterior: Posterior, sampling: Sampling, key: P
         method=sampling.name,
         _root=root,
     )
+
+
+def _at_mean(function: OfModel) -> Float[Array, "..."]:
+    try:
+        value = jnp.asarray(_at(function, function.parameters.vector[None])[0])
+    except LaplodeError:
+        raise
+    except Exception as error:
+        raise LaplodeError(f"`function` fails at the fitted model: {type(error).__name__}: {error}") from error
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise LaplodeError(f"`function` must return floating point numbers, got {value.dtype}.")
+    if not jnp.all(jnp.isfinite(value)):
+        raise LaplodeError("`function` is not finite at the fitted model.")
+    return value
+
+
+def _root(posterior: Posterior, jacobian: Float[Array, "M P"]) -> Float[Array, "M M"]:
+    """A root of J Λ⁻¹ Jᵀ."""
+    covariance = posterior.structure.predictive_covariance(jacobian)
+    eigenvalues, vectors = jnp.linalg.eigh((covariance + covariance.T) / 2)
+    return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
 
 
 @eqx.filter_jit

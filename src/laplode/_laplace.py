@@ -165,7 +165,9 @@ def _assembled(
         inert=inert,
     )
     log_prior = 0.5 * jnp.sum(jnp.log(prior_precision / (2 * math.pi)) - prior_precision * offset**2)
-    return Posterior(view, problem, around, found, built.structure, log_prior - nll, diagnostics, method)
+    log_joint = log_prior - nll
+    posterior = Posterior(view, problem, around, found, built.structure, log_joint, diagnostics, method)  # pyright: ignore[reportCallIssue]
+    return posterior
 
 
 # ---- Before anything long is done

@@ -45,16 +45,6 @@ class MixturePosterior(AbstractPosterior):
         return self.components[0].diagnostics
 
     @property
-    def weights(self) -> Float[Array, " C"]:
-        """The probability of each component."""
-        return jnp.exp(self.log_weights)
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return self.parameters.size
-
-    @property
     def mean(self) -> Float[Array, " P"]:
         """The mean of θ, shape (P,): between the optima, where no model need be."""
         return self.weights @ jnp.stack([c.mean for c in self.components])
@@ -63,10 +53,6 @@ class MixturePosterior(AbstractPosterior):
     def log_evidence(self) -> Float[Array, ""]:
         """log Σ p(Y, near optimum c), in nats."""
         return jax.scipy.special.logsumexp(jnp.stack([c.log_evidence for c in self.components]))
-
-    def choose(self, key: PRNGKeyArray, n: int) -> np.ndarray:
-        """The component of each of `n` draws, (n,)."""
-        return np.asarray(jax.random.categorical(key, self.log_weights, shape=(n,)))
 
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
         """Draw `n` parameter vectors, shape (n, P)."""

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from ._arviz import to_datatree
 from ._errors import LaplodeError
-from ._posterior import Posterior
+from ._posterior import AbstractPosterior
 from ._predict import Predictions
 from ._problem import Trajectories
 
@@ -18,7 +18,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def plot_trajectories(
-    source: xr.DataTree | Posterior,
+    source: xr.DataTree | AbstractPosterior,
     *predictions: Predictions,
     held_out: Trajectories | None = None,
     prob: float = 0.9,
@@ -47,7 +47,7 @@ def plot_trajectories(
 
     **Raises:** `LaplodeError` when there is nothing to plot, or a trajectory is unknown.
     """
-    tree = to_datatree(source, *predictions) if isinstance(source, Posterior) else source
+    tree = to_datatree(source, *predictions) if isinstance(source, AbstractPosterior) else source
     if not isinstance(tree, xr.DataTree):
         raise LaplodeError(f"`source` must be a DataTree from to_datatree, or a posterior; got {type(tree).__name__}.")
     groups = [name for name in ("posterior_predictive", "predictions") if name in tree.children]

@@ -7,7 +7,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._curvature import AbstractCurvature, free_bytes
 from ._errors import LaplodeError
@@ -74,10 +75,26 @@ class Method(eqx.Module):
 
 
 class AbstractPosterior(eqx.Module):
-    """A distribution over the parameters θ of a model, given a `Problem`."""
+    """A distribution over the parameters θ of a model, given a `Problem`: one Gaussian, or several with weights."""
 
     parameters: eqx.AbstractVar[Parameters]
     problem: eqx.AbstractVar[Problem]
+    components: eqx.AbstractVar["tuple[Posterior, ...]"]
+    log_weights: eqx.AbstractVar[Float[Array, " C"]]
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.parameters.size
+
+    @property
+    def weights(self) -> Float[Array, " C"]:
+        """The probability of each component."""
+        return jnp.exp(self.log_weights)
+
+    def choose(self, key: PRNGKeyArray, n: int) -> Int[np.ndarray, " n"]:
+        """The component of each of `n` draws, (n,)."""
+        return np.asarray(jax.random.categorical(key, self.log_weights, shape=(n,)))
 
     @property
     @abc.abstractmethod
@@ -135,14 +152,19 @@ class Posterior(AbstractPosterior):
     method: Method
 
     @property
+    def components(self) -> "tuple[Posterior, ...]":  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Itself alone."""
+        return (self,)
+
+    @property
+    def log_weights(self) -> Float[Array, " 1"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The logarithm of 1."""
+        return jnp.zeros(1)
+
+    @property
     def mean(self) -> Float[Array, " P"]:
         """θ*, the parameters of the fitted model, shape (P,)."""
         return self.parameters.vector
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return self.parameters.size
 
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
         """Draw `n` parameter vectors, shape (n, P)."""

@@ -8,13 +8,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._draws import Sampling, draw, in_batches, solve_at
+from ._draws import Sampling, draw, in_batches, mixed_mean, mixed_root, over_components, solve_at
 from ._errors import LaplodeError, LaplodeWarning
 from ._geodesic import TOLERANCE
 from ._model import predicted_shape
-from ._posterior import Posterior
+from ._posterior import AbstractPosterior, Posterior
 from ._problem import AbstractLikelihood, check_args, check_initial_state, check_solvable, check_times
 from ._solve import flow, linearize
 from ._structure import over_columns
@@ -27,10 +27,11 @@ class Predictions(eqx.Module):
     """Trajectories drawn from a posterior.
 
     - `ts`: times, (N, T).
-    - `mean`: the prediction at the posterior mean θ*, (N, T, K).
+    - `mean`: the prediction at the posterior mean θ*, (N, T, K); of a mixture the weighted mean of its components'.
     - `epistemic`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
     - `predictive`: the same with observation noise, (S, N, T, K).
     - `thetas`: the parameter vectors of the draws, (S, P); of a geodesic that did not arrive, the last it reached.
+    - `component`: which component of a mixture each draw is from, (S,); zeros without one.
     - `ok`: False for draws whose geodesic or solve failed, or that the likelihood can't have (negative under
         LogNormal), (S,).
     - `log_p`, `log_q`: of each draw, the log joint density log p(Y, θ) and the log density it was drawn from, (S,);
@@ -46,6 +47,7 @@ class Predictions(eqx.Module):
     epistemic: Float[Array, "S N T K"]
     predictive: Float[Array, "S N T K"]
     thetas: Float[Array, "S P"]
+    component: Int[np.ndarray, " S"]
     ok: Bool[Array, " S"]
     log_p: Float[Array, " S"] | None
     log_q: Float[Array, " S"] | None
@@ -53,13 +55,13 @@ class Predictions(eqx.Module):
     khat: float | None
     method: str = eqx.field(static=True)
     observed_grid: bool = eqx.field(static=True)
-    _root: Float[Array, "N TK TK"] | None
+    _root: Float[Array, "N TK R"] | None
 
     def covariance(self) -> Float[Array, "N TK TK"]:
         """The joint covariance J Λ⁻¹ Jᵀ over times and channels of each trajectory, (N, T·K, T·K), times outermost.
 
         In the units of the prediction and to first order in θ − θ*, exact for a linear model. Observation noise is not
-        included.
+        included. Of a mixture that within its components and that between them.
 
         **Raises:** `LaplodeError` unless the predictions were linearized.
         """
@@ -72,7 +74,7 @@ class Predictions(eqx.Module):
 
 
 def predict(
-    posterior: Posterior,
+    posterior: AbstractPosterior,
     ts: Any,
     y0: Any = None,
     args: PyTree = None,
@@ -91,7 +93,7 @@ def predict(
 
     **Arguments:**
 
-    - `posterior`: from `laplace`.
+    - `posterior`: from `laplace` or `mixture`.
     - `ts`: times, shape (T,) or (N, T), strictly increasing. Without a new `y0` they may start later than the data, but
         not earlier.
     - `y0`: initial states at ts[:, 0], shape (N, D). None continues the observed trajectories, from their own initial
@@ -125,7 +127,7 @@ def predict(
     ODE is solved on the steps that its solve at θ* took; the trajectories returned are adaptive solves of their own.
     The density of their ends is log q(θ) = log q(v) + ½ (log det G(θ) − log det G(θ*)), v the velocity: an
     approximation, which takes the volume that geodesics spread to for that of flat space, and is exact for models that
-    are linear in θ.
+    are linear in θ. In a mixture it is that of the component that a geodesic started from.
 
     Immer, Korzepa and Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization"; Yu et al.
     (2024), "Riemannian Laplace approximation with the Fisher metric"; Vehtari et al. (2024), "Pareto smoothed
@@ -136,14 +138,26 @@ def predict(
     key_theta, key_noise = jax.random.split(key)
     draws = draw(posterior, sampling, key_theta)
     trajectories = _linearized if sampling.method.linear else _solved
-    mean, epistemic, root = trajectories(posterior, grid, draws.thetas, progress)
-    ok, epistemic, predictive = _with_noise(posterior.problem.likelihood, epistemic, draws.ok, key_noise)
+    keys = jax.random.split(key_noise, len(posterior.components))
+    means, roots = {}, {}
+
+    def part(i, thetas, ok):
+        component = posterior.components[i]
+        means[i], epistemic, roots[i] = trajectories(component, grid, thetas, progress)
+        return _with_noise(component.problem.likelihood, epistemic, ok, keys[i])
+
+    ok, epistemic, predictive = over_components(part, draws.component, draws.thetas, draws.ok)
+    for i in set(range(len(posterior.components))) - set(means):  # too light for a draw
+        part(i, draws.thetas[:1], draws.ok[:1])
+    means, roots = ([of[i] for i in sorted(of)] for of in (means, roots))
+    root = mixed_root(posterior.weights, means, roots) if sampling.method.linear else None
     result = Predictions(
         ts=grid.ts,
-        mean=mean,
+        mean=mixed_mean(posterior.weights, means),
         epistemic=epistemic,
         predictive=predictive,
         thetas=draws.thetas,
+        component=draws.component,
         ok=ok,
         log_p=draws.log_p,
         log_q=draws.log_q,
@@ -180,7 +194,7 @@ class _Grid(eqx.Module):
     observed: bool = eqx.field(static=True)
 
     @classmethod
-    def of(cls, posterior: Posterior, ts: Any, y0: Any, args: PyTree) -> "_Grid":
+    def of(cls, posterior: AbstractPosterior, ts: Any, y0: Any, args: PyTree) -> "_Grid":
         data = posterior.problem.data
         ts = check_times("ts", ts)
         if y0 is not None:
