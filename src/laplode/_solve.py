@@ -9,7 +9,7 @@ mixed modes.
 import abc
 import dataclasses
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
@@ -657,13 +657,48 @@ def _jacobian_by_vjp(flow: AbstractMap, theta):
 _AUTODIFF: dict[str, Callable[[AbstractMap, Array], Array]] = {"jvp": _jacobian_by_jvp, "vjp": _jacobian_by_vjp}
 
 
-def _has(trace: Callable[[], Any]) -> bool:
-    """Whether a transformation can be had; models refuse in many ways, so any exception counts.
+def _push(flow: AbstractMap):
+    theta = flow.parameters.vector
+    return jax.jvp(flow, (theta,), (theta,))
+
+
+def _pull(flow: AbstractMap):
+    predictions, pull = jax.vjp(flow, flow.parameters.vector)
+    return pull(predictions)
+
+
+def _push_twice(flow: AbstractMap):
+    theta = flow.parameters.vector
+    once = lambda at: jax.jvp(flow, (at,), (theta,))[1]
+    return jax.jvp(once, (theta,), (theta,))
+
+
+def _push_gradient(flow: AbstractMap):
+    theta = flow.parameters.vector
+    # What is replayed has all derivatives that its vector field has.
+    function = _field_at_start(flow) if isinstance(flow, ReplayedFlow) else flow
+    return jax.jvp(jax.grad(lambda theta: jnp.sum(function(theta))), (theta,), (theta,))
+
+
+def _has(derivative: Callable[[AbstractMap], Any], flow: AbstractMap) -> bool:
+    """Whether `derivative(flow)` can be had. That takes a trace of the model, and is remembered as `jit` would."""
+    leaves, treedef = jax.tree.flatten(flow)
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
+    try:
+        return _lowers(derivative, treedef, shapes)
+    except TypeError:  # a leaf without a hash
+        return _lowers.__wrapped__(derivative, treedef, leaves)
+
+
+@ft.lru_cache(maxsize=128)
+def _lowers(derivative: Callable[[AbstractMap], Any], treedef: Any, leaves: Sequence[Any]) -> bool:
+    """Models refuse in many ways, so any exception counts.
 
     It is lowered, not only traced: that `custom_vjp` has no forward mode shows no earlier.
     """
+    arrays, others = eqx.partition(leaves, lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct))
     try:
-        jax.jit(trace).lower()
+        jax.jit(lambda arrays: derivative(jax.tree.unflatten(treedef, eqx.combine(arrays, others)))).lower(arrays)
     except Exception:
         return False
     return True
@@ -671,20 +706,12 @@ def _has(trace: Callable[[], Any]) -> bool:
 
 def has_reverse(flow: AbstractMap) -> bool:
     """Whether `flow` can be differentiated in reverse, as foreign models solved with `ForwardMode` can't."""
-    if isinstance(flow, ReplayedFlow):
-        return True
-    theta = flow.parameters.vector
-    predictions = jax.eval_shape(flow, theta)
-    return _has(lambda: jax.vjp(flow, theta)[1](jnp.zeros(predictions.shape)))
+    return isinstance(flow, ReplayedFlow) or _has(_pull, flow)
 
 
 def has_second_pushforward(flow: AbstractMap) -> bool:
     """Whether `flow` can be differentiated forward twice."""
-    if isinstance(flow, ReplayedFlow):
-        return True
-    theta = flow.parameters.vector
-    once = lambda at: jax.jvp(flow, (at,), (theta,))[1]
-    return _has(lambda: jax.jvp(once, (theta,), (theta,)))
+    return isinstance(flow, ReplayedFlow) or _has(_push_twice, flow)
 
 
 def jacobian_route(flow: AbstractMap) -> str:
@@ -693,7 +720,7 @@ def jacobian_route(flow: AbstractMap) -> str:
         return "sensitivity"
     theta = flow.parameters.vector
     predictions = jax.eval_shape(flow, theta)
-    by_jvp = _has(lambda: jax.jvp(flow, (theta,), (theta,)))
+    by_jvp = _has(_push, flow)
     # A pull costs about as much as two pushes, and holds the whole solve in memory.
     if by_jvp and theta.size <= 2 * predictions.size:
         return "jvp"
@@ -744,11 +771,7 @@ def _field_at_start(flow: ReplayedFlow) -> Callable[[Array], Array]:
 
 def check_second_order(flow: AbstractFlow) -> None:
     """Raise `LaplodeError` where the model has no forward-over-reverse derivative, showing the line to change."""
-    theta = flow.parameters.vector
-    # What is replayed has all derivatives that its vector field has.
-    function = _field_at_start(flow) if isinstance(flow, ReplayedFlow) else flow
-    gradient = jax.grad(lambda theta: jnp.sum(function(theta)))
-    if not _has(lambda: jax.jvp(gradient, (theta,), (theta,))):
+    if not _has(_push_gradient, flow):
         raise LaplodeError(
             "`model` has no second derivatives, as with Diffrax's default adjoint. Change the line\n"
             "    diffrax.diffeqsolve(...)\nto\n    diffrax.diffeqsolve(..., adjoint=diffrax.DirectAdjoint())\n"
