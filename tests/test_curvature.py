@@ -157,6 +157,7 @@ LIKELIHOODS = {
     "lognormal": lp.LogNormal(0.3),
     "student": lp.StudentT(5.0, 0.4),
     "poisson": lp.Poisson(),
+    "counts": lp.NegativeBinomial(3.0),
 }
 
 

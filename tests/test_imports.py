@@ -14,6 +14,7 @@ ORDER = [
     "_problem",
     "_model",
     "_vector",
+    "_prior",
     "_solve",
     "_curvature",
     "_structure",

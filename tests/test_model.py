@@ -75,8 +75,9 @@ def test_failed_solves_raise_or_leave_infinities():
     [
         (dict(vector_field=2.0), r"`vector_field` must be callable as \(t, y, args\), got float"),
         (dict(observe=jnp.ones(2)), "`observe` must be callable"),
-        (dict(y0=[[1.0, 2.0]]), r"`y0` of a NeuralODE must be finite and of shape \(D,\)"),
+        (dict(y0=[[[1.0, 2.0]]]), r"`y0` of a NeuralODE must be finite and of shape \(D,\)"),
         (dict(y0=[1.0, np.nan]), "`y0` of a NeuralODE must be finite"),
+        (dict(scale=[0.1, -0.1]), "`scale` of a NeuralODE must be positive"),
         (dict(y0=1.0), "`y0` of a NeuralODE must be finite and of shape"),
     ],
 )
@@ -128,7 +129,7 @@ def test_a_foreign_model_may_bring_its_own_initial_state():
             assert y0 is None
             return self.start * jnp.exp(-ts)[:, None]
 
-    check_model(Own(jnp.ones(2)), data(y0=None))
+    check_model(Own(jnp.ones(2)), lp.Problem(data(y0=None), lp.Gaussian(1.0), 1.0))
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_a_foreign_model_may_bring_its_own_initial_state():
 )  # fmt: skip
 def test_models_that_do_not_fit_the_data(model, observed, match):
     with pytest.raises(lp.LaplodeError, match=match):
-        check_model(model, observed)
+        check_model(model, lp.Problem(observed, lp.Gaussian(1.0), 1.0))
 
 
 @pytest.mark.filterwarnings("ignore:The Newton decrement")

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 
 import laplode
@@ -61,11 +62,24 @@ def observed():
     return model, _problem(model, 2, 8, laplode.LogNormal(0.2), args, missing=True)
 
 
-@pytest.mark.parametrize("name", ["plain", "observed"])
+@pytest.fixture(scope="module")
+def constrained():
+    """Initial states and noise scales are positive parameters, so that θ enters through its logarithms."""
+    field = Field(eqx.nn.MLP(3, 2, 3, 1, jnp.tanh, key=jax.random.key(2)))
+    clean = laplode.NeuralODE(field, y0=[[0.5, 0.8], [1.1, 0.4]], **COARSE)
+    ts = np.linspace(0, 2, 6)
+    ys = np.stack([clean(ts, i) for i in range(2)]) + 0.1 * np.random.default_rng(3).normal(size=(2, 6, 2))
+    ys[0, 2, 1] = np.nan
+    model = laplode.NeuralODE(field, y0=[[0.6, 0.7], [1.0, 0.5]], scale=[0.2, 0.3], **COARSE)
+    prior = laplode.NamedPriors({"y0": dist.LogNormal(0.0, 1.0), "scale": dist.HalfNormal(1.0)}, rest=1.5)
+    return model, laplode.Problem(laplode.Trajectories(ts, ys), laplode.Gaussian(), prior)
+
+
+@pytest.mark.parametrize("name", ["plain", "observed", "constrained"])
 def test_local_hessian_equals_tangents_through_the_solve(name, request, monkeypatch):
     model, problem = request.getfixturevalue(name)
     data = problem.data
-    around = flow(parameters(model), data.ts, data.y0, data.args)
+    around = flow(parameters(model, None, problem.prior), data.ts, data.y0, data.args)
     monkeypatch.setattr(lc, "_FEW_PARAMETERS", 10**9)
     through = lc.hessian(around, problem, batch_size=None, progress=False)
     monkeypatch.setattr(lc, "_FEW_PARAMETERS", 0)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import laplode as lp
-from laplode._vector import parameters, prior_vectors
+from laplode._prior import prior_vectors
+from laplode._vector import parameters
 
 
 class Mixed(eqx.Module):

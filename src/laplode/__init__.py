@@ -26,6 +26,8 @@ from ._problem import (
     Gaussian as Gaussian,
     GaussianPrior as GaussianPrior,
     LogNormal as LogNormal,
+    NamedPriors as NamedPriors,
+    NegativeBinomial as NegativeBinomial,
     Poisson as Poisson,
     Problem as Problem,
     StudentT as StudentT,

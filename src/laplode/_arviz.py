@@ -19,7 +19,8 @@ from ._draws import over_components
 from ._errors import LaplodeError, LaplodeWarning
 from ._posterior import AbstractPosterior
 from ._predict import Predictions
-from ._vector import Parameters, prior_vectors
+from ._prior import prior_draws
+from ._vector import Parameters
 
 _CELLS = ["trajectory", "time", "channel"]
 
@@ -110,9 +111,8 @@ def to_datatree(
         thetas = posterior.sample(jax.random.fold_in(key, 1), num_samples)  # pyright: ignore[reportArgumentType]
     groups["posterior"] = _dataset(_named(posterior.parameters, thetas), {}, {}, attrs)
     if key is not None:
-        mean, precision = prior_vectors(posterior.problem.prior, posterior.parameters)
-        z = jax.random.normal(jax.random.fold_in(key, 0), (num_samples, posterior.size))
-        groups["prior"] = _dataset(_named(posterior.parameters, mean + z / jnp.sqrt(precision)), {}, {}, attrs)
+        thetas = prior_draws(posterior.problem.prior, posterior.parameters, jax.random.fold_in(key, 0), num_samples)
+        groups["prior"] = _dataset(_named(posterior.parameters, thetas), {}, {}, attrs)
 
     grid = {**coords, **_time_coords(data.ts)}
     cells = dict.fromkeys(["y", "f"], _CELLS)
@@ -166,7 +166,9 @@ def _dataset(variables, coords, dims, attrs, sample_dims=("chain", "draw")) -> x
 
 
 def _named(view: Parameters, thetas: Float[Array, "S P"]) -> dict[str, Array]:
-    return {name: thetas[:, start:stop].reshape(-1, *shape) for name, shape, start, stop in view.leaves}
+    """The parameters as the model knows them, leaf by leaf."""
+    values = jax.tree.leaves(jax.vmap(lambda theta: view.constrained(view.with_vector(theta)))(thetas))
+    return {name: value for (name, *_), value in zip(view.leaves, values, strict=True)}
 
 
 def _sample_stats(predictions: list[Predictions], keep: np.ndarray) -> tuple[dict[str, Array], dict[str, float]]:
@@ -184,8 +186,8 @@ def _sample_stats(predictions: list[Predictions], keep: np.ndarray) -> tuple[dic
 def _log_likelihood(posterior: AbstractPosterior, item: Predictions, keep: np.ndarray, coords, attrs) -> xr.Dataset:
     data = posterior.problem.data
     likelihoods = [component.problem.likelihood for component in posterior.components]
-    log_prob = lambda i, epistemic: likelihoods[i].log_prob(epistemic, jnp.asarray(data.ys))
-    values = np.asarray(over_components(log_prob, item.component[keep], item.epistemic[keep]))
+    log_prob = lambda i, predictions: likelihoods[i].log_prob(predictions, jnp.asarray(data.ys))
+    values = np.asarray(over_components(log_prob, item.component[keep], item.predictions[keep]))
     # A missing value has no likelihood, and one that no parameter changes, as at the time of a given initial state,
     # says nothing about them: az.loo fails on the first as NaN and on the second for want of a tail to fit.
     varies = np.ptp(values, axis=0) > 1e-12 * (1 + np.abs(values[0]))

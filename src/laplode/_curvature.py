@@ -201,12 +201,12 @@ class CurvatureProducts(eqx.Module):
         return self.flow.parameters.vector
 
     @eqx.filter_jit
-    def jacobian(self, v: Float[Array, " P"]) -> Float[Array, "N T K"]:
+    def jacobian(self, v: Float[Array, " P"]) -> Float[Array, "N T F"]:
         """J v."""
         return jax.jvp(self.flow, (self.theta,), (v,))[1]
 
     @eqx.filter_jit
-    def jacobian_transposed(self, u: Float[Array, "N T K"]) -> Float[Array, " P"]:
+    def jacobian_transposed(self, u: Float[Array, "N T F"]) -> Float[Array, " P"]:
         """Jᵀ u."""
         return jax.vjp(self.flow, self.theta)[1](u)[0]
 
@@ -214,9 +214,7 @@ class CurvatureProducts(eqx.Module):
     def gauss_newton(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
         """Jᵀ R J v; missing observations have no information."""
         predictions, push = jax.jvp(self.flow, (self.theta,), (v,))
-        ys = jnp.asarray(self.problem.data.ys)
-        weights = jnp.where(jnp.isnan(ys), 0, self.problem.likelihood.fisher(predictions, ys))
-        return self.jacobian_transposed(weights * push)
+        return self.jacobian_transposed(self.problem.information(predictions) * push)
 
     @eqx.filter_jit
     def hessian(self, v: Float[Array, " P"]) -> Float[Array, " P"]:
@@ -235,8 +233,8 @@ def curvature_products(model: Any, problem: Problem, *, where: Where = None) -> 
     """
     check_x64()
     check_problem(problem)
-    view = parameters(model, where)
-    check_model(model, problem.data)
+    check_model(model, problem)
+    view = parameters(model, where, problem.prior)
     return CurvatureProducts(flow(view, problem.data.ts, problem.data.y0, problem.data.args), problem)
 
 
@@ -349,12 +347,12 @@ def hessian_batch_size(flow: AbstractFlow, problem: Problem) -> int | None:
 
 
 @eqx.filter_jit
-def _loss_derivatives(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, "N T K"], Float[Array, "N T K"]]:
-    """First and second derivatives of −log p(y | f) in each prediction f."""
-    ys = jnp.asarray(problem.data.ys)
+def _loss_derivatives(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, "N T F"], Float[Array, "N T F F"]]:
+    """First and second derivatives of −log p(y | f) in the predictions f at each time."""
     predictions = flow(flow.parameters.vector)
-    score, curvature = jax.jvp(lambda f: problem.likelihood.score(f, ys), (predictions,), (jnp.ones_like(predictions),))
-    return -score, -curvature
+    score = problem.likelihood.score
+    each = jax.vmap(jax.vmap(lambda f, y: (-score(f, y), -jax.jacfwd(score)(f, y))))
+    return each(predictions, jnp.asarray(problem.data.ys))
 
 
 def hessian_blocks(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool) -> BlockCurvature:
@@ -425,7 +423,7 @@ def symmetrized(matrix: np.ndarray) -> DenseCurvature:
 def ggn(flow: AbstractFlow, problem: Problem) -> FactoredCurvature:
     """The generalized Gauss-Newton matrix Jᵀ R J, R the Fisher information of each observation in its prediction."""
     predictions, jacobian = linearize(flow)
-    return _factored(problem, jacobian, problem.likelihood.fisher(predictions, jnp.asarray(problem.data.ys)))
+    return _factored(problem, jacobian, problem.information(predictions))
 
 
 def fisher(flow: AbstractFlow, problem: Problem) -> FactoredCurvature:
@@ -435,8 +433,8 @@ def fisher(flow: AbstractFlow, problem: Problem) -> FactoredCurvature:
 
 
 def _factored(problem: Problem, jacobian: Float[Array, "N*T*K P"], weights: Float[Array, "N T K"]) -> FactoredCurvature:
-    observed = problem.data.observed.ravel()
+    informed = problem.informed.ravel()
     weights = weights.ravel()
-    if np.all(observed):  # a matrix this large is not copied for nothing
+    if np.all(informed):  # a matrix this large is not copied for nothing
         return FactoredCurvature(jacobian, weights)
-    return FactoredCurvature(jacobian[observed], weights[observed])
+    return FactoredCurvature(jacobian[informed], weights[informed])

@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 from ._curvature import check_x64
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._geodesic import Geodesics, Surface, follow, log_volume
-from ._model import predict_trajectory
+from ._model import predict_trajectory, starts
 from ._posterior import AbstractPosterior, Posterior
-from ._vector import prior_vectors
+from ._prior import log_prior
 
 # Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
 _BATCH = 64
@@ -251,7 +251,7 @@ def solve_at(posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"]) ->
 
     def at(theta):
         model = posterior.unravel(theta)
-        return jax.vmap(ft.partial(predict_trajectory, model))(ts, y0, args)
+        return jax.vmap(ft.partial(predict_trajectory, model))(ts, starts(model, y0, len(ts)), args)
 
     return jax.vmap(at)(thetas)
 
@@ -288,13 +288,11 @@ def log_joint(posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bo
     """log p(Y, θ) = log p(Y | θ) + log p(θ) of each parameter vector, in nats; −∞ where its solve failed."""
     problem = posterior.problem
     data = problem.data
-    mean, precision = prior_vectors(problem.prior, posterior.parameters)
 
     def at(thetas):
         predictions = solve_at(posterior, data.ts, data.y0, data.args, thetas)
         log_likelihood = jax.vmap(problem.log_likelihood)(predictions)
-        log_prior = 0.5 * jnp.sum(jnp.log(precision / (2 * jnp.pi)) - precision * (thetas - mean) ** 2, axis=-1)
-        total = log_likelihood + log_prior
+        total = log_likelihood + log_prior(problem.prior, posterior.parameters, thetas)
         return jnp.where(jnp.isfinite(total), total, -jnp.inf)
 
     return in_batches(at, thetas, "Weighing draws" if progress else None)

@@ -29,17 +29,18 @@ from ._curvature import (
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._laplace import curvature_again, laplace, reassembled
 from ._posterior import Posterior
-from ._problem import AbstractScaleLikelihood, GaussianPrior, Problem
+from ._prior import gaussian_part, is_gaussian, log_prior, prior_vectors
+from ._problem import AbstractPrior, AbstractScaleLikelihood, GaussianPrior, NamedPriors, Problem
 from ._refine import refine
 from ._solve import evaluate
 from ._structure import BlockDiagonal, Diagonal, Full, LowRank
-from ._vector import Parameters, prior_vectors
+from ._vector import Parameters
 
 
 class Hyperparameters(eqx.Module):
     """What the evidence is a function of; None for what is held fixed.
 
-    - `log_precision`: log prior precisions, one for each group of parameters, (A,).
+    - `log_precision`: log precisions of the Gaussian prior, one for each group of parameters that it is of, (A,).
     - `log_scale`: log noise scales as multiples of the present ones, one for each channel (K,) or one for all (1,).
     """
 
@@ -152,7 +153,7 @@ def _log_det(posterior: Posterior, groups: Int[np.ndarray, " P"], by_channel: bo
     found, structure = posterior.curvature, posterior.structure
     num_parts = posterior.problem.data.ys.shape[2] if by_channel else 1
     if isinstance(found, FactoredCurvature):
-        channel = np.nonzero(posterior.problem.data.observed)[2]
+        channel = np.nonzero(posterior.problem.informed)[2]
         part = channel if by_channel else np.zeros_like(channel)
         rank = posterior.method.rank
         few = found.factor.shape[0] < posterior.size
@@ -246,20 +247,26 @@ class Evidence(eqx.Module):
 
     view: Parameters
     problem: Problem
-    predictions: Float[Array, "N T K"]
+    predictions: Float[Array, "N T F"]
     log_det: _LogDet
-    groups: Int[np.ndarray, " P"]
+    groups: Int[np.ndarray, " P"]  # of named priors, which stay as they are, one for each parameter after the others
     by_channel: bool = eqx.field(static=True)
 
     def __call__(self, hyperparameters: Hyperparameters) -> Float[Array, ""]:
         """log p(Y | θ*) + log p(θ*) + P/2 log 2π − ½ log det Λ, in nats."""
         problem, view = self.problem_at(hyperparameters), self.view
-        mean, precision = prior_vectors(self.problem.prior, view)
+        mean, now = prior_vectors(self.problem.prior, view)
+        log_density = log_prior(self.problem.prior, view, view.vector)
+        precision = now
         if hyperparameters.log_precision is not None:
-            precision = jnp.exp(hyperparameters.log_precision)[self.groups]
-        log_prior = 0.5 * jnp.sum(jnp.log(precision) - precision * (view.vector - mean) ** 2)
+            groups = jnp.minimum(self.groups, len(hyperparameters.log_precision) - 1)
+            ours = is_gaussian(self.problem.prior, view)
+            precision = jnp.where(ours, jnp.exp(hyperparameters.log_precision)[groups], now)
+            change = jnp.log(precision / now) - (precision - now) * (view.vector - mean) ** 2
+            log_density += 0.5 * jnp.sum(jnp.where(ours, change, 0))
         log_det = self.log_det(precision, self._shrink(hyperparameters.log_scale))
-        return problem.log_likelihood(self.predictions) + log_prior - 0.5 * log_det
+        constant = 0.5 * view.size * math.log(2 * math.pi)
+        return problem.log_likelihood(self.predictions) + log_density + constant - 0.5 * log_det
 
     def _shrink(self, log_scale: Array | None) -> Float[Array, " B"]:
         """What is left of the information of each part."""
@@ -303,11 +310,14 @@ def evidence(
     """
     grouping, by_channel = _forms(posterior, precision, noise)
     view, problem = posterior.parameters, posterior.problem
-    groups = np.arange(view.size) if grouping is None else grouping(view)
+    groups = np.arange(view.size) if grouping is None else _groups(grouping, posterior)
     log_precision = None
     if grouping is not None:
+        ours = is_gaussian(problem.prior, view)
         _, now = prior_vectors(problem.prior, view)
-        log_precision = jnp.asarray(np.bincount(groups, np.log(np.asarray(now))) / np.bincount(groups))
+        log_precision = jnp.asarray(
+            np.bincount(groups[ours], np.log(np.asarray(now)[ours])) / np.bincount(groups[ours])
+        )
     log_det = _log_det(posterior, groups, by_channel is True)
     log_scale = None
     if by_channel is not None:
@@ -317,6 +327,16 @@ def evidence(
     return function, Hyperparameters(log_precision, log_scale)
 
 
+def _groups(grouping: _Grouping, posterior: Posterior) -> Int[np.ndarray, " P"]:
+    """The groups of parameters with the Gaussian prior; after them, each for itself, those with another prior."""
+    groups, ours = grouping(posterior.parameters), is_gaussian(posterior.problem.prior, posterior.parameters)
+    found = np.unique(groups[ours], return_inverse=True)[1]
+    groups = np.empty_like(groups)
+    groups[ours] = found
+    groups[~ours] = found.max(initial=-1) + 1 + np.arange(np.sum(~ours))
+    return groups
+
+
 def _forms(
     posterior: Any, precision: str, noise: str | None
 ) -> tuple[Callable[[Parameters], np.ndarray] | None, bool | None]:
@@ -324,6 +344,8 @@ def _forms(
     if not isinstance(posterior, Posterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     grouping = choose("precision", precision, _GROUPS)
+    if not np.any(is_gaussian(posterior.problem.prior, posterior.parameters)):
+        grouping = None  # every parameter has a prior of its own
     by_channel = _noise_form(posterior, noise)
     if grouping is None and by_channel is None:
         raise LaplodeError("`precision` and `noise` are both fixed: nothing is left to optimize.")
@@ -332,8 +354,10 @@ def _forms(
 
 def _noise_form(posterior: Posterior, noise: str | None) -> bool | None:
     likelihood, method = posterior.problem.likelihood, posterior.method
-    scaled = isinstance(likelihood, AbstractScaleLikelihood)
-    known = method.curvature == "ggn" or (method.curvature == "hessian" and scaled and likelihood.quadratic)
+    scaled = falls = known = False
+    if isinstance(likelihood, AbstractScaleLikelihood):
+        scaled, falls = likelihood.scale is not None, likelihood.scalable
+        known = falls and (method.curvature == "ggn" or (method.curvature == "hessian" and likelihood.quadratic))
     if noise is None:
         together = isinstance(posterior.curvature, EigenCurvature) or method.regularization == "jitter"
         return (None if not known else not together) if scaled else None
@@ -343,6 +367,11 @@ def _noise_form(posterior: Posterior, noise: str | None) -> bool | None:
     name = type(likelihood).__name__
     if not scaled:
         raise LaplodeError(f'`noise`="{noise}", but the likelihood, {name}, has no scale. Take noise="fixed".')
+    if not falls:
+        raise LaplodeError(
+            f'`noise`="{noise}": how observations beyond a limit of {name} weigh changes with the scale. Take '
+            'noise="fixed", and the scale from fit (learned=True).'
+        )
     if not known:
         raise LaplodeError(
             f'`noise`="{noise}": how curvature="{method.curvature}" changes with the scale of {name} is not known '
@@ -535,7 +564,7 @@ def _with(posterior: Posterior, function: Evidence, found: Hyperparameters, prec
     if found.log_scale is not None:
         shrink = jnp.exp(-2 * found.log_scale)
         if isinstance(curvature, FactoredCurvature):
-            channel = np.nonzero(posterior.problem.data.observed)[2]
+            channel = np.nonzero(posterior.problem.informed)[2]
             each = shrink[channel] if function.by_channel else shrink[0]
             curvature = FactoredCurvature(curvature.factor, curvature.weights * each)
         elif function.by_channel and shrink.size > 1:
@@ -556,25 +585,35 @@ def _scaled(curvature: AbstractCurvature, by: Float[Array, ""]) -> AbstractCurva
     return DiagonalCurvature(curvature.diagonal * by)
 
 
-def _prior(posterior: Posterior, values: Float[Array, " A"], precision: str) -> GaussianPrior:
-    view = posterior.parameters
+def _prior(posterior: Posterior, values: Float[Array, " A"], precision: str) -> AbstractPrior:
+    view, prior = posterior.parameters, posterior.problem.prior
+    ours = is_gaussian(prior, view)
     form: PyTree = values
     if precision == "one":
         form = values[0]
-    elif precision == "leaf":
-        form = jax.tree.unflatten(jax.tree.structure(view.selected), list(values))
-    return GaussianPrior(form, posterior.problem.prior.mean)
+    elif precision == "leaf":  # what has a prior of its own takes no notice of this one
+        rest = iter(values)
+        each = [next(rest) if ours[start] else jnp.ones(()) for _, _, start, _ in view.leaves]
+        form = jax.tree.unflatten(jax.tree.structure(view.selected), each)
+    elif not np.all(ours):
+        form = jnp.ones(view.size).at[np.flatnonzero(ours)].set(values)
+    part = gaussian_part(prior)
+    assert part is not None
+    found = GaussianPrior(form, part.mean)
+    return eqx.tree_at(lambda p: p.rest, prior, found) if isinstance(prior, NamedPriors) else found
 
 
 def _warn(posterior: Posterior, function: Evidence, found: Hyperparameters, bounds: _Bounds, settled: bool) -> None:
     said = []
     if found.log_precision is not None:
-        if function.groups.max() == 0:
+        view, num = posterior.parameters, found.log_precision.size
+        ours = np.flatnonzero(is_gaussian(posterior.problem.prior, view))
+        if num == 1:
             names = ["the prior precision"]
-        elif function.groups.max() + 1 == posterior.size:
-            names = [f"the prior precision of {posterior.parameters.name(i)}" for i in range(posterior.size)]
+        elif num == ours.size:
+            names = [f"the prior precision of {view.name(int(i))}" for i in ours]
         else:
-            names = [f"the prior precision of {name}" for name, *_ in posterior.parameters.leaves]
+            names = [f"the prior precision of {name}" for name, _, start, _ in view.leaves if start in ours]
         meaning = ("the prior is as good as flat there", "the data want these parameters at the prior's mean")
         said += _at_bounds(names, found.log_precision, bounds.low.log_precision, bounds.high.log_precision, meaning)
     if found.log_scale is not None:

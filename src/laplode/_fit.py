@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from ._curvature import NegativeLogLikelihood
 from ._errors import FitError, LaplodeError, LaplodeWarning
-from ._model import check_model
+from ._model import check_model, starts
+from ._prior import log_prior
 from ._problem import AbstractScaleLikelihood, Problem, check_problem
 from ._solve import ForeignFlow
-from ._vector import Parameters, Where, parameters, prior_vectors
+from ._vector import Parameters, Where, parameters
 
 # Optimization steps between two looks at the loss.
 _CHUNK = 25
@@ -105,16 +106,16 @@ def fit(
     lengths = _stage_lengths(horizons, problem.data.ts.shape[1])
     if steps < len(lengths):
         raise LaplodeError(f"`steps` = {steps} is fewer than the {len(lengths)} horizons: each takes one at least.")
-    check_model(model, problem.data)
-    view = parameters(model, where)
+    check_model(model, problem)
+    view = parameters(model, where, problem.prior)
 
-    starts = [view.selected]
+    guesses = [view.selected]
     for restart_key in jax.random.split(key, restarts)[1:]:
         other = (
-            _shuffled(view.selected, restart_key) if initialize is None else _same(initialize(restart_key), view, where)
+            _shuffled(view, restart_key) if initialize is None else _same(initialize(restart_key), view, where, problem)
         )
-        starts.append(other)
-    trainable = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+        guesses.append(other)
+    trainable = jax.tree.map(lambda *leaves: jnp.stack(leaves), *guesses)
     scale = _learned_scale(problem)
     if scale is not None:
         log_scale = jnp.broadcast_to(jnp.log(jnp.asarray(scale, dtype=float)), (restarts, *np.shape(scale)))
@@ -152,8 +153,8 @@ def fit(
         history = np.concatenate(losses, axis=1)[best] if losses else np.zeros(0)
         order = [int(i) for i in np.argsort(every) if restarts > 1 and np.isfinite(every[i])]
         others = (_split(problem, jax.tree.map(lambda x, i=i: x[i], state.best))[0] for i in order)
-        models = tuple(eqx.combine(other, view.rest) for other in others)
-        return Fit(eqx.combine(selected, view.rest), history, found, stats, models)
+        models = tuple(view.build(other) for other in others)
+        return Fit(view.build(selected), history, found, stats, models)
 
     with tqdm(total=steps, desc="Fit", unit="step", disable=not progress) as bar:
         try:
@@ -199,11 +200,11 @@ def _learned_scale(problem: Problem) -> Float[Array, " K"] | None:
     return None
 
 
-def _shuffled(selected: PyTree, key: PRNGKeyArray) -> PyTree:
-    leaves, structure = jax.tree.flatten(selected)
+def _shuffled(view: Parameters, key: PRNGKeyArray) -> PyTree:
+    leaves, structure = jax.tree.flatten(view.selected)
 
-    def fresh(leaf, key):
-        if leaf.ndim < 2:
+    def fresh(leaf, transform, key):
+        if leaf.ndim < 2 or transform is not None:
             return leaf
         key_order, key_sign = jax.random.split(key)
         return jax.random.permutation(key_order, leaf.ravel()).reshape(leaf.shape) * jax.random.rademacher(
@@ -211,12 +212,13 @@ def _shuffled(selected: PyTree, key: PRNGKeyArray) -> PyTree:
         )
 
     return jax.tree.unflatten(
-        structure, [fresh(l, k) for l, k in zip(leaves, jax.random.split(key, len(leaves)), strict=True)]
+        structure,
+        [fresh(*each) for each in zip(leaves, view.transforms, jax.random.split(key, len(leaves)), strict=True)],
     )
 
 
-def _same(model: Any, view: Parameters, where: Where) -> PyTree:
-    other = parameters(model, where).selected
+def _same(model: Any, view: Parameters, where: Where, problem: Problem) -> PyTree:
+    other = parameters(model, where, problem.prior).selected
     shapes = lambda tree: [(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
     if shapes(other) != shapes(view.selected):
         raise LaplodeError(
@@ -236,18 +238,16 @@ def _split(problem: Problem, trainable: PyTree) -> tuple[PyTree, Problem]:
 @eqx.filter_jit
 def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: Array) -> _State:
     """`num` steps of every restart."""
-    prior_mean, prior_precision = prior_vectors(problem.prior, view)
     data = problem.data
 
     def loss(trainable):
         selected, scaled = _split(problem, trainable)
-        here = Parameters(selected, view.rest)
+        here = Parameters(selected, view.rest, view.transforms)
         theta = here.vector
         # The plain solve, with Diffrax's own reverse mode: its steps adapt as the parameters move.
-        y0 = None if data.y0 is None else jnp.asarray(data.y0)
+        y0 = jax.tree.map(jnp.asarray, starts(here.model, data.y0, len(data.ts)))
         flow = ForeignFlow(here, jnp.asarray(data.ts), y0, data.args)
-        log_prior = 0.5 * jnp.sum(jnp.log(prior_precision / (2 * jnp.pi)) - prior_precision * (theta - prior_mean) ** 2)
-        return NegativeLogLikelihood(flow, scaled)(theta) - log_prior
+        return NegativeLogLikelihood(flow, scaled)(theta) - log_prior(problem.prior, here, theta)
 
     def step(i, state: _State) -> _State:
         value, gradient = jax.value_and_grad(loss)(state.trainable)

@@ -21,9 +21,9 @@ from tqdm.auto import tqdm
 from ._curvature import free_bytes
 from ._errors import LaplodeError
 from ._posterior import Posterior
+from ._prior import prior_vectors
 from ._problem import AbstractLikelihood
 from ._solve import AbstractFlow, evaluate, has_second_pushforward, jacobian_route
-from ._vector import prior_vectors
 
 # Error allowed in a step, in posterior standard deviations.
 TOLERANCE = 0.1
@@ -71,11 +71,10 @@ class Surface(eqx.Module):
                 "    diffrax.diffeqsolve(..., adjoint=diffrax.DirectAdjoint())\n(its values stay the same), or build "
                 'the model as laplode.NeuralODE(vector_field), or take method="linearized".'
             )
-        ys = jnp.asarray(problem.data.ys)
         predictions = evaluate(around, posterior.mean)
         _, scale = jax.jvp(problem.likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
-        information = problem.likelihood.fisher(predictions, ys) / scale**2
-        observed = jnp.flatnonzero(problem.data.observed)
+        information = problem.information(predictions) / scale**2
+        observed = jnp.flatnonzero(problem.informed)
         surface = cls(
             flow=around,
             likelihood=problem.likelihood,

@@ -32,6 +32,7 @@ from ._curvature import (
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._model import check_model
 from ._posterior import Diagnostics, Method, Posterior
+from ._prior import check_log_concave, log_prior, prior_vectors
 from ._problem import Problem, check_problem
 from ._solve import AbstractFlow, ReplayedFlow, evaluate, flow, jacobian_route
 from ._structure import (
@@ -43,7 +44,7 @@ from ._structure import (
     build_full,
     build_low_rank,
 )
-from ._vector import Parameters, Where, parameters, prior_vectors
+from ._vector import Parameters, Where, parameters
 
 # ---- Strings become functions here, at the door, and nowhere else
 
@@ -164,8 +165,7 @@ def _assembled(
         effective_dof=float(built.structure.effective_dof(prior_precision)),
         inert=inert,
     )
-    log_prior = 0.5 * jnp.sum(jnp.log(prior_precision / (2 * math.pi)) - prior_precision * offset**2)
-    log_joint = log_prior - nll
+    log_joint = log_prior(problem.prior, view, view.vector) - nll
     posterior = Posterior(view, problem, around, found, built.structure, log_joint, diagnostics, method)  # pyright: ignore[reportCallIssue]
     return posterior
 
@@ -265,9 +265,10 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
         raise LaplodeError('`num_probes` goes with curvature="hessian" and structure="diagonal".')
     if method.num_probes is not None and method.key is None:
         raise LaplodeError("`key` is needed for random probes: key=jax.random.key(0).")
-    view = parameters(model, where)
-    check_model(model, problem.data)
+    check_model(model, problem)
+    view = parameters(model, where, problem.prior)
     prior_vectors(problem.prior, view)
+    check_log_concave(problem.prior, view)
     sizes = _sizes(view, problem, method.rank)
     needed, free = chosen.num_bytes(sizes, factored is not None), free_bytes()
     if needed > free:
@@ -288,7 +289,7 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
 
 def _sizes(view: Parameters, problem: Problem, rank: int | None) -> Sizes:
     leaves = tuple(stop - start for _, _, start, stop in view.leaves)
-    return Sizes(view.size, int(np.sum(problem.data.observed)), leaves, rank)
+    return Sizes(view.size, int(np.sum(problem.informed)), leaves, rank)
 
 
 def _curvature(name: str, structure: _Structure) -> Callable[[AbstractFlow, Problem, Method, bool], AbstractCurvature]:

@@ -148,5 +148,4 @@ def _same(one: Posterior, other: Posterior) -> bool:
     if apart(one.log_evidence, other.log_evidence) or apart(one.log_joint, other.log_joint):
         return False
     f, g = (evaluate(p.flow, p.mean) for p in (one, other))
-    information = one.problem.likelihood.fisher(f, jnp.asarray(one.problem.data.ys))
-    return not np.any(np.sqrt(information) * np.abs(f - g) > _SAME)
+    return not np.any(np.sqrt(one.problem.information(f)) * np.abs(f - g) > _SAME)

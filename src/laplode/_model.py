@@ -9,9 +9,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from ._errors import LaplodeError
+from ._problem import Problem
 
 
 class NeuralODE(eqx.Module):
@@ -22,17 +23,22 @@ class NeuralODE(eqx.Module):
     **Arguments:**
 
     - `vector_field`: module or function `(t, y, args) -> dy`, with y of shape (D,).
-    - `y0`: None when the initial state is given with the data; otherwise its first guess, shape (D,), and it becomes a
-        parameter like any other.
+    - `y0`: None when the initial state is given with the data; otherwise its first guess, shape (D,) for all
+        trajectories or (N, D) for one each, and it becomes a parameter like any other.
     - `observe`: module or function `(y, args) -> (K,)`; None observes all states.
+    - `scale`: None when the noise scale belongs to the likelihood; otherwise its first guess in the likelihood's units,
+        positive, shape (K,), and it becomes a parameter, with a prior of its own:
+        `NamedPriors({"scale": dist.HalfNormal(1.0)}, rest=...)`. The model then predicts (T, 2K), the logarithms of the
+        scales last, as `Gaussian()`, `LogNormal()` and `StudentT(df)` without a scale take it.
     - `solver`, `stepsize_controller`, `dt0`, `max_steps`: as in `diffrax.diffeqsolve`. None of them is a parameter.
 
-    **Raises:** `LaplodeError` when `vector_field`, `observe` or `y0` is not what is described here.
+    **Raises:** `LaplodeError` when `vector_field`, `observe`, `y0` or `scale` is not what is described here.
     """
 
     vector_field: Callable
-    y0: Float[Array, " D"] | None
+    y0: Float[Array, "*N D"] | None
     observe: Callable | None
+    scale: Float[Array, " K"] | None
     solver: diffrax.AbstractSolver
     stepsize_controller: diffrax.AbstractStepSizeController
     dt0: float | None
@@ -47,6 +53,7 @@ class NeuralODE(eqx.Module):
         stepsize_controller: diffrax.AbstractStepSizeController | None = None,
         dt0: float | None = None,
         max_steps: int = 4096,
+        scale: Any = None,
     ):
         if not callable(vector_field):
             raise LaplodeError(f"`vector_field` must be callable as (t, y, args), got {type(vector_field).__name__}.")
@@ -54,14 +61,21 @@ class NeuralODE(eqx.Module):
             raise LaplodeError(f"`observe` must be callable as (y, args), got {type(observe).__name__}.")
         if y0 is not None:
             y0 = jnp.asarray(y0, dtype=float)
-            if y0.ndim != 1 or not np.all(np.isfinite(y0)):
+            if y0.ndim not in (1, 2) or not np.all(np.isfinite(y0)):
                 raise LaplodeError(
-                    f"`y0` of a NeuralODE must be finite and of shape (D,), got {y0}. Known initial states, one for "
-                    "each trajectory, go into Trajectories(ts, ys, y0=...)."
+                    f"`y0` of a NeuralODE must be finite and of shape (D,), or (N, D) for one state a trajectory; got "
+                    f"{y0}. Known initial states go into Trajectories(ts, ys, y0=...)."
+                )
+        if scale is not None:
+            scale = jnp.asarray(scale, dtype=float)
+            if scale.ndim != 1 or not np.all(np.isfinite(scale)) or np.any(scale <= 0):
+                raise LaplodeError(
+                    f"`scale` of a NeuralODE must be positive and of shape (K,), one for each channel; got {scale}."
                 )
         self.vector_field = vector_field
         self.y0 = y0
         self.observe = observe
+        self.scale = scale
         self.solver = diffrax.Tsit5() if solver is None else solver
         self.stepsize_controller = (
             diffrax.PIDController(rtol=1e-6, atol=1e-8) if stepsize_controller is None else stepsize_controller
@@ -69,21 +83,41 @@ class NeuralODE(eqx.Module):
         self.dt0 = dt0
         self.max_steps = max_steps
 
-    def initial_state(self, y0: Float[Array, " D"] | None) -> Float[Array, " D"]:
-        """`y0` when given, otherwise the model's own."""
+    def initial_state(self, y0: Float[Array, " D"] | Int[Array, ""] | None) -> Float[Array, " D"]:
+        """`y0` when given, otherwise the model's own; of several of its own the one with the number `y0`."""
+        if self.y0 is not None and self.y0.ndim == 2 and y0 is not None and jnp.ndim(y0) == 0:
+            return self.y0[y0]
         y0 = self.y0 if y0 is None else y0
         if y0 is None:
             raise LaplodeError(
                 "`y0` is missing: give known initial states with the data, Trajectories(ts, ys, y0=...), or let the "
                 "model learn one, NeuralODE(vector_field, y0=first_guess)."
             )
+        if jnp.ndim(y0) == 2:
+            raise LaplodeError(
+                "`y0` is missing: the model has learned an initial state for each of several trajectories; give the "
+                "number of one, such as 0, or a state."
+            )
         return jnp.asarray(y0, dtype=float)
 
-    def observe_states(self, states: Float[Array, "T D"], args: PyTree) -> Float[Array, "T K"]:
-        """What is seen of the states."""
-        if self.observe is None:
-            return states
-        return jax.vmap(lambda y: self.observe(y, args))(states)  # pyright: ignore[reportOptionalCall]
+    @property
+    def sees_states(self) -> bool:
+        """Whether the predictions are the states themselves."""
+        return self.observe is None and self.scale is None
+
+    def observe_states(self, states: Float[Array, "T D"], args: PyTree) -> Float[Array, "T F"]:
+        """What is seen of the states, and the logarithms of the noise scales where they are the model's."""
+        seen = states
+        if self.observe is not None:
+            seen = jax.vmap(lambda y: self.observe(y, args))(states)  # pyright: ignore[reportOptionalCall]
+        if self.scale is None:
+            return seen
+        if self.scale.shape != seen.shape[1:]:
+            raise LaplodeError(
+                f"`scale` of the model has shape {self.scale.shape}, but {seen.shape[1]} channels are observed: give "
+                "one for each."
+            )
+        return jnp.concatenate([seen, jnp.broadcast_to(jnp.log(self.scale), seen.shape)], axis=1)
 
     def solve(self, ts, y0, args, *, saveat: diffrax.SaveAt, adjoint: diffrax.AbstractAdjoint, throw: bool):
         """One trajectory by `diffrax.diffeqsolve` from ts[0] to ts[-1]."""
@@ -104,7 +138,7 @@ class NeuralODE(eqx.Module):
 
     def __call__(
         self, ts: Float[Array, " T"], y0: Float[Array, " D"] | None = None, args: PyTree = None, *, throw: bool = True
-    ) -> Float[Array, "T K"]:
+    ) -> Float[Array, "T F"]:
         """Predictions at `ts`, from the state `y0` at ts[0].
 
         With `throw=False` a failed solve leaves infinities instead of raising.
@@ -115,7 +149,16 @@ class NeuralODE(eqx.Module):
         return self.observe_states(solution.ys, args)  # pyright: ignore[reportArgumentType]
 
 
-def predict_trajectory(model: Callable, ts, y0, args) -> Float[Array, "T K"]:
+def starts(model: Any, y0: Any, num: int) -> Any:
+    """Initial states of `num` trajectories as models take them: known ones or, where the model has its own for each,
+    their numbers.
+    """
+    if y0 is None and isinstance(model, NeuralODE) and model.y0 is not None and model.y0.ndim == 2:
+        return np.arange(num)
+    return y0
+
+
+def predict_trajectory(model: Callable, ts, y0, args) -> Float[Array, "T F"]:
     """Call any model on one trajectory; failed solves of a `NeuralODE` come back as infinities.
 
     A foreign model is called as `(ts, y0, args)`, or `(ts, y0)` when it takes no third positional argument.
@@ -147,16 +190,23 @@ def in_float(tree: PyTree) -> PyTree:
 
 def predicted_shape(model: Any, ts, y0, args) -> tuple[int, ...]:
     """The shape of a model's predictions of the first trajectory, without a solve; raises what the model raises."""
-    first = jax.tree.map(lambda x: x[0], (ts, y0, args))
+    first = jax.tree.map(lambda x: x[0], (ts, starts(model, y0, len(ts)), args))
     return eqx.filter_eval_shape(predict_trajectory, in_float(model), *first).shape
 
 
-def check_model(model: Any, data) -> None:
-    """Raise `LaplodeError` unless `model` is an `eqx.Module` whose predictions fit the data's shapes."""
+def check_model(model: Any, problem: Problem) -> None:
+    """Raise `LaplodeError` unless `model` is an `eqx.Module` whose predictions fit the shapes of the data."""
+    data = problem.data
     if not isinstance(model, eqx.Module) or not callable(model):
         raise LaplodeError(
             f"`model` must be a callable eqx.Module, (ts, y0, args) -> (T, K); got {type(model).__name__}. Wrap a "
             "vector field as laplode.NeuralODE(vector_field)."
+        )
+    numbers = starts(model, data.y0, len(data.ts))
+    if numbers is not data.y0 and len(model.y0) != len(data.ts):  # pyright: ignore[reportAttributeAccessIssue]
+        raise LaplodeError(
+            f"`y0` of the model holds {len(model.y0)} initial states, but the data has N = "  # pyright: ignore[reportAttributeAccessIssue]
+            f"{len(data.ts)} trajectories: give one for each, or one of shape (D,) for all."
         )
     try:
         # A foreign model may have its own initial state; if it hasn't, its first use of None shows here.
@@ -169,9 +219,20 @@ def check_model(model: Any, data) -> None:
             f"`model` can't be evaluated on a trajectory with ts of shape {data.ts.shape[1:]}, y0 of shape {y0_shape} "
             f"and the args given: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         ) from error
-    if shape != data.ys.shape[1:]:
-        raise LaplodeError(
-            f"`model` and `ys` disagree: for one trajectory the model predicts shape {shape}, but the "
-            f"observations have shape (T, K) = {data.ys.shape[1:]}. If the states are not what is observed, give "
-            "NeuralODE an `observe`."
+    if shape == problem.prediction_shape:
+        return
+    channels = data.ys.shape[2]
+    if shape == (data.ys.shape[1], 2 * channels):
+        remedy = "It seems to predict noise scales too, and the likelihood has one: leave that out, laplode.Gaussian()."
+    elif problem.prediction_shape[1] == 2 * channels:
+        remedy = (
+            "A likelihood without a scale wants locations and the logarithms of scales, 2K numbers at each time: let "
+            "the model predict them, NeuralODE(..., scale=first_guess), or give the likelihood a scale."
         )
+    else:
+        remedy = "If the states are not what is observed, give NeuralODE an `observe`."
+    raise LaplodeError(
+        f"`model` and `ys` disagree: for one trajectory the model predicts shape {shape}, but the observations have "
+        f"shape (T, K) = {data.ys.shape[1:]} and the likelihood takes predictions of shape {problem.prediction_shape}. "
+        + remedy
+    )

@@ -30,6 +30,7 @@ class Predictions(eqx.Module):
     - `mean`: the prediction at the posterior mean θ*, (N, T, K); of a mixture the weighted mean of its components'.
     - `epistemic`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
     - `predictive`: the same with observation noise, (S, N, T, K).
+    - `scale`: where the model predicts the noise scale, draws of it, (S, N, T, K); else None.
     - `thetas`: the parameter vectors of the draws, (S, P); of a geodesic that did not arrive, the last it reached.
     - `component`: which component of a mixture each draw is from, (S,); zeros without one.
     - `ok`: False for draws whose geodesic or solve failed, or that the likelihood can't have (negative under
@@ -46,6 +47,7 @@ class Predictions(eqx.Module):
     mean: Float[Array, "N T K"]
     epistemic: Float[Array, "S N T K"]
     predictive: Float[Array, "S N T K"]
+    scale: Float[Array, "S N T K"] | None
     thetas: Float[Array, "S P"]
     component: Int[np.ndarray, " S"]
     ok: Bool[Array, " S"]
@@ -56,6 +58,13 @@ class Predictions(eqx.Module):
     method: str = eqx.field(static=True)
     observed_grid: bool = eqx.field(static=True)
     _root: Float[Array, "N TK R"] | None
+
+    @property
+    def predictions(self) -> Float[Array, "S N T F"]:
+        """`epistemic`, with the logarithms of `scale` after it where there are any: what the likelihood takes."""
+        if self.scale is None:
+            return self.epistemic
+        return jnp.concatenate([self.epistemic, jnp.log(self.scale)], axis=-1)
 
     def covariance(self) -> Float[Array, "N TK TK"]:
         """The joint covariance J Λ⁻¹ Jᵀ over times and channels of each trajectory, (N, T·K, T·K), times outermost.
@@ -143,10 +152,13 @@ def predict(
 
     def part(i, thetas, ok):
         component = posterior.components[i]
-        means[i], epistemic, roots[i] = trajectories(component, grid, thetas, progress)
-        return _with_noise(component.problem.likelihood, epistemic, ok, keys[i])
+        mean, predictions, roots[i] = trajectories(component, grid, thetas, progress)
+        means[i] = mean[..., : component.problem.data.ys.shape[2]]
+        return _with_noise(component.problem.likelihood, predictions, ok, keys[i])
 
-    ok, epistemic, predictive = over_components(part, draws.component, draws.thetas, draws.ok)
+    ok, predictions, predictive = over_components(part, draws.component, draws.thetas, draws.ok)
+    channels = predictive.shape[-1]
+    log_scale = predictions[..., channels:]
     for i in set(range(len(posterior.components))) - set(means):  # too light for a draw
         part(i, draws.thetas[:1], draws.ok[:1])
     means, roots = ([of[i] for i in sorted(of)] for of in (means, roots))
@@ -154,8 +166,9 @@ def predict(
     result = Predictions(
         ts=grid.ts,
         mean=mixed_mean(posterior.weights, means),
-        epistemic=epistemic,
+        epistemic=predictions[..., :channels],
         predictive=predictive,
+        scale=jnp.exp(log_scale) if log_scale.shape[-1] else None,
         thetas=draws.thetas,
         component=draws.component,
         ok=ok,
@@ -173,14 +186,14 @@ def predict(
 
 @eqx.filter_jit
 def _with_noise(
-    likelihood: AbstractLikelihood, epistemic: Float[Array, "S N T K"], ok: Bool[Array, " S"], key: PRNGKeyArray
+    likelihood: AbstractLikelihood, predictions: Float[Array, "S N T F"], ok: Bool[Array, " S"], key: PRNGKeyArray
 ):
     """Which draws are trajectories that the likelihood allows, the draws, and the draws with noise."""
     # Where the prediction lies outside of what a likelihood allows, a LogNormal's is negative, its stable form is NaN.
-    allowed = jnp.isfinite(epistemic) & ~jnp.isnan(likelihood.stabilize(epistemic))
+    allowed = jnp.isfinite(predictions) & ~jnp.isnan(likelihood.stabilize(predictions))
     ok = ok & jnp.all(allowed, axis=(1, 2, 3))
-    keep = lambda x: jnp.where(ok[:, None, None, None], jnp.asarray(x, dtype=float), jnp.nan)
-    return ok, keep(epistemic), keep(likelihood.distribution(epistemic).sample(key))
+    keep = lambda x: jnp.where(ok[:, None, None, None], x, jnp.nan)
+    return ok, keep(predictions), keep(likelihood.sample(key, predictions))
 
 
 class _Grid(eqx.Module):
@@ -247,7 +260,7 @@ class _Grid(eqx.Module):
 def _linearized(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
     around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
     num = around.num_trajectories
-    row_bytes = 8 * posterior.size * grid.ts.shape[1] * posterior.problem.data.ys.shape[2]
+    row_bytes = 8 * posterior.size * grid.ts.shape[1] * posterior.problem.prediction_shape[1]
     together = min(max(_JACOBIAN_BYTES // row_bytes, 1), num)
     parts = []
     for start in range(0, num, together):
@@ -274,12 +287,13 @@ def _linear_draws(posterior: Posterior, mean, jacobian: Float[Array, "N*T*K P"],
 
 @eqx.filter_jit
 def _covariance_root(posterior: Posterior, jacobian, shape: tuple[int, ...], skip: int) -> Float[Array, "N TK TK"]:
-    """A root of J Λ⁻¹ Jᵀ for each trajectory."""
-    num, num_times, channels = shape
-    rows = jacobian.reshape(num, num_times * channels, -1)
+    """A root of J Λ⁻¹ Jᵀ for each trajectory, of the locations."""
+    num, num_times, _ = shape
+    channels = posterior.problem.data.ys.shape[2]
+    rows = jacobian.reshape(*shape, -1)[:, skip:, :channels].reshape(num, (num_times - skip) * channels, -1)
 
     def root(i):
-        covariance = posterior.structure.predictive_covariance(rows[i])[skip * channels :, skip * channels :]
+        covariance = posterior.structure.predictive_covariance(rows[i])
         eigenvalues, vectors = jnp.linalg.eigh((covariance + covariance.T) / 2)
         return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
 

@@ -1,15 +1,17 @@
 """What is being inferred: observed trajectories, a likelihood, a prior."""
 
 import abc
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Bool, Float, PyTree
+from jax.scipy.special import log_ndtr, ndtr
+from jax.scipy.stats import norm
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from ._errors import LaplodeError
 
@@ -148,35 +150,47 @@ def _an_observed_value(ys: Float[Array, "... K"]) -> Float[Array, " K"]:
 
 
 class AbstractLikelihood(eqx.Module):
-    """p(y | prediction), independent over observations given the prediction."""
+    """p(y | prediction), independent over observations given the prediction.
+
+    Of each time there are F predictions: one for each of the K channels or, where the model predicts the noise scale
+    too, two, of which the first K are locations.
+    """
+
+    def num_predictions(self, channels: int) -> int:
+        """F, for K channels."""
+        return channels
 
     @abc.abstractmethod
-    def distribution(self, prediction: Float[Array, "... K"]) -> dist.Distribution:
-        """The NumPyro distribution of the observations, elementwise in `prediction`."""
+    def distribution(self, prediction: Float[Array, "... F"]) -> dist.Distribution:
+        """The NumPyro distribution of the observations (..., K)."""
 
-    def log_prob(self, prediction: Float[Array, "... K"], ys: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    def sample(self, key: PRNGKeyArray, prediction: Float[Array, "... F"]) -> Float[Array, "... K"]:
+        """Observations as they would be recorded."""
+        return jnp.asarray(self.distribution(prediction).sample(key), dtype=float)
+
+    def log_prob(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... K"]:
         """log p(y | prediction) of each observation, in nats; 0 where `ys` is NaN."""
         observed = ~jnp.isnan(ys)
         # An observed value lies in the support, so that no NaN enters a gradient through the unused branch.
         log_prob = self.distribution(prediction).log_prob(jnp.where(observed, ys, _an_observed_value(ys)))
         return jnp.where(observed, log_prob, 0.0)
 
-    def score(self, prediction: Float[Array, "... K"], ys: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    def score(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... F"]:
         """∂ log p(y | prediction) / ∂ prediction of each observation; 0 where `ys` is NaN."""
         return jax.grad(lambda f: jnp.sum(self.log_prob(f, ys)))(prediction)
 
     @abc.abstractmethod
-    def fisher(self, prediction: Float[Array, "... K"], ys: Float[Array, "... K"]) -> Float[Array, "... K"]:
-        """Fisher information of one observation in its prediction, never negative.
+    def fisher(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... F"]:
+        """Fisher information of one observation in its prediction, never negative; location and scale share none.
 
         `ys` matters only where the information has no closed form and the observed one stands in for it.
         """
 
-    def stabilize(self, prediction: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    def stabilize(self, prediction: Float[Array, "... F"]) -> Float[Array, "... F"]:
         """The prediction in the coordinate whose Fisher information is constant, in which it is linearized."""
         return prediction
 
-    def unstabilize(self, stabilized: Float[Array, "... K"]) -> Float[Array, "... K"]:
+    def unstabilize(self, stabilized: Float[Array, "... F"]) -> Float[Array, "... F"]:
         """Inverse of `stabilize`."""
         return stabilized
 
@@ -192,87 +206,242 @@ def _check_positive(name: str, value: Any) -> np.ndarray:
 
 
 class AbstractScaleLikelihood(AbstractLikelihood):
-    """A likelihood with a noise scale, one for all channels or one each; its Fisher information falls as scale⁻².
+    """A likelihood with a location and a noise scale, which is given, one for all channels or one each, or predicted.
 
-    `quadratic` says whether −log p is a square over scale², so that all of its derivatives fall like that.
+    Where `scale` is None the model predicts 2K numbers at each time: the locations, then the logarithms of the scales.
     """
 
-    scale: eqx.AbstractVar[Array | np.ndarray]
+    scale: eqx.AbstractVar[Array | np.ndarray | None]
     learned: eqx.AbstractVar[bool]
-    quadratic: ClassVar[bool]
+
+    @property
+    @abc.abstractmethod
+    def quadratic(self) -> bool:
+        """Whether −log p is a square over scale², so that all of its derivatives fall like that."""
+
+    @property
+    def scalable(self) -> bool:
+        """Whether there is a scale, and the Fisher information falls as scale⁻²."""
+        return self.scale is not None
+
+    @abc.abstractmethod
+    def family(self, location: Float[Array, "... K"], scale: Float[Array, "... K"]) -> dist.Distribution:
+        """The NumPyro distribution of a location and a scale."""
+
+    @abc.abstractmethod
+    def information(
+        self, location: Float[Array, "... K"], scale: Float[Array, "... K"]
+    ) -> tuple[Float[Array, "... K"], float]:
+        """Fisher information in the location, and in the logarithm of the scale."""
+
+    def num_predictions(self, channels):
+        return channels if self.scale is not None else 2 * channels
+
+    def parts(self, prediction: Float[Array, "... F"]) -> tuple[Float[Array, "... K"], Float[Array, "... K"]]:
+        """Location and scale, of one shape."""
+        if self.scale is None:
+            location, log_scale = jnp.split(prediction, 2, axis=-1)
+            return location, jnp.exp(log_scale)
+        return prediction, jnp.broadcast_to(jnp.asarray(self.scale), prediction.shape)
+
+    def distribution(self, prediction):
+        return self.family(*self.parts(prediction))
+
+    def fisher(self, prediction, ys):
+        location, scale = self.parts(prediction)
+        of_location, of_log_scale = self.information(location, scale)
+        if self.scale is not None:
+            return of_location
+        return jnp.concatenate([of_location, jnp.full_like(scale, of_log_scale)], axis=-1)
 
 
-def _check_scale(scale: Any) -> np.ndarray:
+def _check_scale(scale: Any, learned: bool) -> np.ndarray | None:
+    if scale is None:
+        if learned:
+            raise LaplodeError(
+                "`learned`=True adjusts a given scale; without one the model predicts it. Give the scale to start from."
+            )
+        return None
     scale = _check_positive("scale", scale)
     if scale.ndim > 1:
         raise LaplodeError(f"`scale` must be a scalar or have shape (K,), got shape {scale.shape}.")
     return scale
 
 
-class Gaussian(AbstractScaleLikelihood):
+class AbstractNormal(AbstractScaleLikelihood):
+    """A normal distribution of the observation in a coordinate of its own, perhaps seen between limits only.
+
+    Observations at a limit or beyond it are known to lie there, no more.
+    """
+
+    lower: eqx.AbstractVar[Array | np.ndarray | None]
+    upper: eqx.AbstractVar[Array | np.ndarray | None]
+
+    @abc.abstractmethod
+    def normal(self, y: Float[Array, "... K"]) -> Float[Array, "... K"]:
+        """The coordinate in which observations are normal around their location."""
+
+    @abc.abstractmethod
+    def unnormal(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
+        """Inverse of `normal`."""
+
+    @property
+    def censored(self) -> bool:
+        """Whether there are limits."""
+        return self.lower is not None or self.upper is not None
+
+    @property
+    def quadratic(self):
+        return self.scalable
+
+    @property
+    def scalable(self):
+        return self.scale is not None and not self.censored
+
+    def _beyond(self, ys) -> tuple[Array, Array]:
+        """Where observations are at or beyond the lower and the upper limit."""
+        below = jnp.zeros(jnp.shape(ys), bool) if self.lower is None else ys <= self.lower
+        return below, jnp.zeros(jnp.shape(ys), bool) if self.upper is None else ys >= self.upper
+
+    def _margins(self, location, scale) -> tuple[Array | None, Array | None]:
+        """How far the limits lie above the location, in scales."""
+        margin = lambda limit: None if limit is None else (self.normal(limit) - self.normal(location)) / scale
+        return margin(self.lower), margin(self.upper)
+
+    def sample(self, key, prediction):
+        drawn = super().sample(key, prediction)
+        return jnp.clip(drawn, self.lower, self.upper) if self.censored else drawn
+
+    def log_prob(self, prediction, ys):
+        if not self.censored:
+            return super().log_prob(prediction, ys)
+        inside = super().log_prob(prediction, jnp.clip(ys, self.lower, self.upper))
+        lower, upper = self._margins(*self.parts(prediction))
+        below, above = self._beyond(ys)
+        if lower is not None:
+            inside = jnp.where(below, log_ndtr(lower), inside)
+        return inside if upper is None else jnp.where(above, log_ndtr(-upper), inside)
+
+    def information(self, location, scale):
+        slope = jax.jvp(self.normal, (location,), (jnp.ones_like(location),))[1]
+        lower, upper = self._margins(location, scale)
+        seen = jnp.ones_like(location)
+        # E[score²]: of what is seen ∫ z² φ(z) dz between the limits, of what is not φ(z)²/Φ(z).
+        if lower is not None:
+            seen += lower * norm.pdf(lower) - ndtr(lower) + jnp.exp(2 * norm.logpdf(lower) - log_ndtr(lower))
+        if upper is not None:
+            seen += -upper * norm.pdf(upper) - ndtr(-upper) + jnp.exp(2 * norm.logpdf(upper) - log_ndtr(-upper))
+        return seen * (slope / scale) ** 2, 2.0
+
+    def stabilize(self, prediction):
+        return self._on_locations(self.normal, prediction)
+
+    def unstabilize(self, stabilized):
+        return self._on_locations(self.unnormal, stabilized)
+
+    def _on_locations(self, function: Callable[[Array], Array], prediction: Float[Array, "... F"]) -> Array:
+        if self.scale is not None:
+            return function(prediction)
+        location, log_scale = jnp.split(prediction, 2, axis=-1)
+        return jnp.concatenate([function(location), log_scale], axis=-1)
+
+
+def _check_limits(lower: Any, upper: Any, scale: Any, positive: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+    limits = []
+    for name, limit in (("lower", lower), ("upper", upper)):
+        if limit is None:
+            limits.append(None)
+            continue
+        limit = _check_positive(name, limit) if positive else _real_array(name, limit)
+        if limit.ndim > 1 or not np.all(np.isfinite(limit)):
+            raise LaplodeError(f"`{name}` must be a finite number or have shape (K,), got {limit}.")
+        limits.append(limit)
+    if lower is not None and upper is not None and not np.all(limits[0] < limits[1]):
+        raise LaplodeError(f"`lower` must lie below `upper`, got {lower} and {upper}.")
+    if scale is None and (lower is not None or upper is not None):
+        raise LaplodeError(
+            "`scale` must be given with `lower` or `upper`: beyond a limit, location and scale can't be told apart one "
+            "by one."
+        )
+    return limits[0], limits[1]
+
+
+class Gaussian(AbstractNormal):
     """y ~ Normal(prediction, scale).
 
     **Arguments:**
 
-    - `scale`: standard deviation of the noise in the units of `ys`, a scalar or one per channel (K,).
+    - `scale`: standard deviation of the noise in the units of `ys`, a scalar or one per channel (K,). None when the
+        model predicts it: then its predictions are (T, 2K), the means and the logarithms of the standard deviations.
+        `NeuralODE(..., scale=...)` does so with a standard deviation for each channel that is a parameter.
     - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`. The posterior then
         conditions on the value found.
+    - `lower`, `upper`: limits of detection in the units of `ys`, a scalar or one per channel (K,): an observation at
+        one or beyond it is known to lie there, no more.
 
-    **Raises:** `LaplodeError` when `scale` is not positive and finite.
+    **Raises:** `LaplodeError` when `scale` is not positive and finite, or limits do not fit.
     """
 
-    scale: Array | np.ndarray
+    scale: Array | np.ndarray | None
     learned: bool = eqx.field(static=True)
-    quadratic: ClassVar[bool] = True
+    lower: Array | np.ndarray | None
+    upper: Array | np.ndarray | None
 
-    def __init__(self, scale: Any, *, learned: bool = False):
-        self.scale = _check_scale(scale)
+    def __init__(self, scale: Any = None, *, learned: bool = False, lower: Any = None, upper: Any = None):
+        self.scale = _check_scale(scale, learned)
         self.learned = learned
+        self.lower, self.upper = _check_limits(lower, upper, scale, positive=False)
 
-    def distribution(self, prediction):
-        return dist.Normal(prediction, self.scale, validate_args=False)
+    def family(self, location, scale):
+        return dist.Normal(location, scale, validate_args=False)
 
-    def fisher(self, prediction, ys):
-        return jnp.broadcast_to(1 / jnp.asarray(self.scale) ** 2, prediction.shape)
+    def normal(self, y):
+        return y
+
+    def unnormal(self, x):
+        return x
 
 
-class LogNormal(AbstractScaleLikelihood):
+class LogNormal(AbstractNormal):
     """log y ~ Normal(log prediction, scale): the prediction is the median, and must be positive.
 
     **Arguments:**
 
-    - `scale`: standard deviation of log y (0.1 is about 10% relative noise), a scalar or one per channel (K,).
+    - `scale`: standard deviation of log y (0.1 is about 10% relative noise), a scalar or one per channel (K,), or None
+        when the model predicts it, as in `Gaussian`.
     - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`. The posterior then
         conditions on the value found.
+    - `lower`, `upper`: limits of detection in the units of `ys`, as in `Gaussian`. What lies below may be given as 0.
 
-    **Raises:** `LaplodeError` when `scale` is not positive and finite.
+    **Raises:** `LaplodeError` when `scale` is not positive and finite, or limits do not fit.
     """
 
-    scale: Array | np.ndarray
+    scale: Array | np.ndarray | None
     learned: bool = eqx.field(static=True)
-    quadratic: ClassVar[bool] = True
+    lower: Array | np.ndarray | None
+    upper: Array | np.ndarray | None
 
-    def __init__(self, scale: Any, *, learned: bool = False):
-        self.scale = _check_scale(scale)
+    def __init__(self, scale: Any = None, *, learned: bool = False, lower: Any = None, upper: Any = None):
+        self.scale = _check_scale(scale, learned)
         self.learned = learned
+        self.lower, self.upper = _check_limits(lower, upper, scale, positive=True)
 
-    def distribution(self, prediction):
-        return dist.LogNormal(jnp.log(prediction), self.scale, validate_args=False)
+    def family(self, location, scale):
+        return dist.LogNormal(jnp.log(location), scale, validate_args=False)
 
-    def fisher(self, prediction, ys):
-        return 1 / (self.scale * prediction) ** 2
+    def normal(self, y):
+        return jnp.log(y)
 
-    def stabilize(self, prediction):
-        return jnp.log(prediction)
-
-    def unstabilize(self, stabilized):
-        return jnp.exp(stabilized)
+    def unnormal(self, x):
+        return jnp.exp(x)
 
     def check(self, ys):
-        if np.any(ys <= 0):
-            index = tuple(int(i) for i in np.argwhere(ys <= 0)[0])
+        seen = np.full(ys.shape, True) if self.lower is None else ys > self.lower
+        if np.any(wrong := seen & (ys <= 0)):
+            index = tuple(int(i) for i in np.argwhere(wrong)[0])
             raise LaplodeError(
-                f"`ys` must be positive under a LogNormal likelihood, but ys{list(index)} = {ys[index]}."
+                f"`ys` must be positive under a LogNormal likelihood, but ys{list(index)} = {ys[index]}. What lies "
+                "below a detection limit is told by LogNormal(scale, lower=limit)."
             )
 
 
@@ -282,30 +451,37 @@ class StudentT(AbstractScaleLikelihood):
     **Arguments:**
 
     - `df`: degrees of freedom, positive.
-    - `scale`: scale of the noise in the units of `ys`, a scalar or one per channel (K,).
+    - `scale`: scale of the noise in the units of `ys`, a scalar or one per channel (K,), or None when the model
+        predicts it, as in `Gaussian`.
     - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`.
 
-    The Fisher information is (df + 1) / ((df + 3) scale²) (Lange, Little and Taylor, 1989).
+    The Fisher information is (df + 1) / ((df + 3) scale²), and 2 df / (df + 3) in log scale (Lange, Little and Taylor,
+    1989).
 
     **Raises:** `LaplodeError` when `df` or `scale` is not positive and finite.
     """
 
     df: Array | np.ndarray
-    scale: Array | np.ndarray
+    scale: Array | np.ndarray | None
     learned: bool = eqx.field(static=True)
-    quadratic: ClassVar[bool] = False
 
-    def __init__(self, df: Any, scale: Any, *, learned: bool = False):
-        self.df = _check_positive("df", df)
-        self.scale = _check_scale(scale)
+    def __init__(self, df: Any, scale: Any = None, *, learned: bool = False):
+        df = _check_positive("df", df)
+        if df.ndim:
+            raise LaplodeError(f"`df` must be a number, got shape {df.shape}.")
+        self.df = df
+        self.scale = _check_scale(scale, learned)
         self.learned = learned
 
-    def distribution(self, prediction):
-        return dist.StudentT(self.df, prediction, self.scale, validate_args=False)
+    @property
+    def quadratic(self):
+        return False
 
-    def fisher(self, prediction, ys):
-        information = (self.df + 1) / ((self.df + 3) * jnp.asarray(self.scale) ** 2)
-        return jnp.broadcast_to(information, prediction.shape)
+    def family(self, location, scale):
+        return dist.StudentT(self.df, location, scale, validate_args=False)
+
+    def information(self, location, scale):
+        return (self.df + 1) / ((self.df + 3) * scale**2), 2 * self.df / (self.df + 3)
 
 
 class Poisson(AbstractLikelihood):
@@ -324,11 +500,50 @@ class Poisson(AbstractLikelihood):
         return jnp.maximum(stabilized, 0) ** 2 / 4
 
     def check(self, ys):
-        wrong = (ys < 0) | (ys != np.round(ys))
-        wrong &= ~np.isnan(ys)
-        if np.any(wrong):
-            index = tuple(int(i) for i in np.argwhere(wrong)[0])
-            raise LaplodeError(f"`ys` must hold counts under a Poisson likelihood, but ys{list(index)} = {ys[index]}.")
+        _check_counts(ys, "Poisson")
+
+
+class NegativeBinomial(AbstractLikelihood):
+    """y ~ NegativeBinomial of mean prediction and variance prediction + prediction² / concentration: uneven counts.
+
+    **Arguments:**
+
+    - `concentration`: positive, a scalar or one per channel (K,); towards infinity the counts are Poisson.
+
+    **Raises:** `LaplodeError` when `concentration` is not positive and finite.
+    """
+
+    concentration: Array | np.ndarray
+
+    def __init__(self, concentration: Any):
+        concentration = _check_positive("concentration", concentration)
+        if concentration.ndim > 1:
+            raise LaplodeError(f"`concentration` must be a scalar or have shape (K,), got shape {concentration.shape}.")
+        self.concentration = concentration
+
+    def distribution(self, prediction):
+        return dist.NegativeBinomial2(prediction, self.concentration, validate_args=False)
+
+    def fisher(self, prediction, ys):
+        return self.concentration / (prediction * (prediction + self.concentration))
+
+    def stabilize(self, prediction):
+        root = jnp.sqrt(jnp.asarray(self.concentration))
+        return 2 * root * jnp.arcsinh(jnp.sqrt(prediction) / root)
+
+    def unstabilize(self, stabilized):
+        root = jnp.sqrt(jnp.asarray(self.concentration))
+        return (root * jnp.sinh(jnp.maximum(stabilized, 0) / (2 * root))) ** 2
+
+    def check(self, ys):
+        _check_counts(ys, "NegativeBinomial")
+
+
+def _check_counts(ys: Float[np.ndarray, "N T K"], name: str) -> None:
+    wrong = ((ys < 0) | (ys != np.round(ys))) & ~np.isnan(ys)
+    if np.any(wrong):
+        index = tuple(int(i) for i in np.argwhere(wrong)[0])
+        raise LaplodeError(f"`ys` must hold counts under a {name} likelihood, but ys{list(index)} = {ys[index]}.")
 
 
 class FromDistribution(AbstractLikelihood):
@@ -349,7 +564,11 @@ class FromDistribution(AbstractLikelihood):
         return jnp.maximum(-curvature, 0)
 
 
-class GaussianPrior(eqx.Module):
+class AbstractPrior(eqx.Module):
+    """p(θ), independent over parameters."""
+
+
+class GaussianPrior(AbstractPrior):
     """θ ~ Normal(mean, 1 / precision), independent over parameters.
 
     **Arguments:**
@@ -382,15 +601,64 @@ class GaussianPrior(eqx.Module):
         self.mean = each(finite, "mean", mean)
 
 
+class NamedPriors(AbstractPrior):
+    """Distributions of parameters by name, and a Gaussian for the rest.
+
+    Where a distribution lives on a part of the numbers (a rate is positive, a fraction lies between 0 and 1), its
+    parameter enters θ in NumPyro's unconstrained coordinate, such as its logarithm: there the posterior is taken to be
+    Gaussian, with the Jacobian of the transformation in its density.
+
+    ```python
+    laplode.NamedPriors({"vector_field.rate": dist.LogNormal(-0.5, 0.5), "scale": dist.HalfNormal(1.0)}, rest=1.0)
+    ```
+
+    **Arguments:**
+
+    - `named`: path of a leaf of the model, or of a part of it, such as `vector_field.rate` or
+        `vector_field.rates[0]`, → NumPyro distribution of its numbers one by one, of a batch shape that fits the
+        leaf's. `posterior.parameters.leaves` lists the paths.
+    - `rest`: a `GaussianPrior`, or its precision, for all other parameters.
+
+    **Raises:** `LaplodeError` when a distribution is not one of single real numbers.
+    """
+
+    named: dict[str, dist.Distribution]
+    rest: GaussianPrior | None
+
+    def __init__(self, named: Mapping[str, dist.Distribution], rest: Any = None):
+        if not isinstance(named, Mapping) or not named:
+            raise LaplodeError(
+                '`named` must map paths of leaves to NumPyro distributions, as in {"vector_field.rate": '
+                f"dist.LogNormal(0, 1)}}; got {named!r}."
+            )
+        for name, each in named.items():
+            if not isinstance(name, str) or not isinstance(each, dist.Distribution):
+                raise LaplodeError(
+                    f"`named`[{name!r}] must be the NumPyro distribution of the leaf of that path, got "
+                    f"{type(each).__name__}."
+                )
+            if each.event_shape or each.is_discrete:
+                raise LaplodeError(
+                    f"`named`[{name!r}] must be a distribution of real numbers one by one, but it is "
+                    + ("discrete." if each.is_discrete else f"of arrays of shape {each.event_shape}.")
+                )
+        if rest is not None and not isinstance(rest, GaussianPrior):
+            rest = GaussianPrior(rest)
+        # Arrays, not Python floats: with these, each new value would be compiled anew.
+        as_array = lambda x: jnp.asarray(x, dtype=float) if isinstance(x, float | int) else x
+        self.named = {name: jax.tree.map(as_array, each) for name, each in named.items()}
+        self.rest = rest
+
+
 class Problem(eqx.Module):
     """Data, likelihood and prior: everything about the inference but the model.
 
     **Arguments:**
 
     - `data`: the observed `Trajectories`.
-    - `likelihood`: `Gaussian`, `LogNormal`, `StudentT`, `Poisson`, or any function from predictions (..., K) to a
-        NumPyro distribution of the same batch shape.
-    - `prior`: a `GaussianPrior`, or its precision as a positive number.
+    - `likelihood`: `Gaussian`, `LogNormal`, `StudentT`, `Poisson`, `NegativeBinomial`, or any function from predictions
+        (..., K) to a NumPyro distribution of the same batch shape.
+    - `prior`: a `GaussianPrior`, its precision as a positive number, or `NamedPriors`.
 
     **Raises:** `LaplodeError` when an argument is of the wrong kind, a noise scale does not fit the channels, or an
     observation lies outside the likelihood's support.
@@ -398,7 +666,7 @@ class Problem(eqx.Module):
 
     data: Trajectories
     likelihood: AbstractLikelihood
-    prior: GaussianPrior
+    prior: AbstractPrior
 
     def __init__(self, data: Trajectories, likelihood: Any, prior: Any):
         if not isinstance(data, Trajectories):
@@ -408,33 +676,54 @@ class Problem(eqx.Module):
         if not isinstance(likelihood, AbstractLikelihood):
             if not callable(likelihood):
                 raise LaplodeError(
-                    "`likelihood` must be Gaussian(scale), LogNormal(scale), StudentT(df, scale), Poisson(), or a "
+                    "`likelihood` must be Gaussian(scale), LogNormal(scale), StudentT(df, scale), Poisson(), "
+                    "NegativeBinomial(concentration), or a "
                     f"function `prediction -> numpyro distribution`; got {type(likelihood).__name__}."
                 )
             likelihood = FromDistribution(likelihood)  # pyright: ignore[reportArgumentType]
-        if isinstance(prior, AbstractLikelihood | Trajectories):
+        if isinstance(prior, AbstractLikelihood | Trajectories | dist.Distribution):
             raise LaplodeError(
-                f"`prior` must be laplode.GaussianPrior(precision) or a precision, got {type(prior).__name__}."
+                "`prior` must be laplode.GaussianPrior(precision), a precision, or laplode.NamedPriors; got "
+                f"{type(prior).__name__}."
             )
-        if not isinstance(prior, GaussianPrior):
+        if not isinstance(prior, AbstractPrior):
             prior = GaussianPrior(prior)
         channels = data.ys.shape[-1]
-        if isinstance(likelihood, AbstractScaleLikelihood):
-            if np.shape(likelihood.scale) not in ((), (channels,)):
+        for name in ("scale", "lower", "upper", "concentration"):
+            value = getattr(likelihood, name, None)
+            if isinstance(value, np.ndarray | Array) and value.shape not in ((), (channels,)):
                 raise LaplodeError(
-                    f"`scale` has shape {np.shape(likelihood.scale)} but ys has K = {channels} channels: give one "
-                    f"scale, or an array of shape ({channels},)."
+                    f"`{name}` has shape {value.shape} but ys has K = {channels} channels: give one {name}, or an "
+                    f"array of shape ({channels},)."
                 )
-            if likelihood.learned:  # one for each channel from here on
-                scale = np.broadcast_to(likelihood.scale, (channels,)).copy()
-                likelihood = eqx.tree_at(lambda l: l.scale, likelihood, scale)
+        if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.learned:  # one for each channel from here on
+            scale = np.broadcast_to(np.asarray(likelihood.scale), (channels,)).copy()
+            likelihood = eqx.tree_at(lambda l: l.scale, likelihood, scale)
         likelihood.check(data.ys)
         _check_distribution(likelihood, data.ys.shape)
         self.data = data
         self.likelihood = likelihood
         self.prior = prior
 
-    def log_likelihood(self, predictions: Float[Array, "N T K"]) -> Float[Array, ""]:
+    @property
+    def prediction_shape(self) -> tuple[int, int]:
+        """(T, F): the shape of a model's predictions of one trajectory."""
+        _, num_times, channels = self.data.ys.shape
+        return num_times, self.likelihood.num_predictions(channels)
+
+    @property
+    def informed(self) -> Bool[np.ndarray, "N T F"]:
+        """True for the predictions of which something was observed."""
+        observed = self.data.observed
+        return np.tile(observed, (1, 1, self.prediction_shape[1] // observed.shape[2]))
+
+    def information(self, predictions: Float[Array, "N T F"]) -> Float[Array, "N T F"]:
+        """Fisher information of the data in each prediction: 0 where nothing was observed."""
+        ys = jnp.asarray(self.data.ys)
+        observed = jnp.tile(~jnp.isnan(ys), (1, 1, predictions.shape[2] // ys.shape[2]))
+        return jnp.where(observed, self.likelihood.fisher(predictions, ys), 0)
+
+    def log_likelihood(self, predictions: Float[Array, "N T F"]) -> Float[Array, ""]:
         """log p(Y | predictions) in nats, summed over all observations."""
         return jnp.sum(self.likelihood.log_prob(predictions, jnp.asarray(self.data.ys)))
 
@@ -455,8 +744,9 @@ def _check_distribution(likelihood: AbstractLikelihood, shape: tuple[int, ...]) 
             )
         return prediction
 
+    predictions = (*shape[:2], likelihood.num_predictions(shape[2]))
     try:
-        jax.eval_shape(batch_shape, jax.ShapeDtypeStruct(shape, jnp.result_type(float)))
+        jax.eval_shape(batch_shape, jax.ShapeDtypeStruct(predictions, jnp.result_type(float)))
     except LaplodeError:
         raise
     except Exception as error:

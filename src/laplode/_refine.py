@@ -15,10 +15,11 @@ from ._curvature import NegativeLogLikelihood, check_x64, hessian, hessian_batch
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._fit import Fit
 from ._model import check_model
+from ._prior import log_prior, prior_vectors
 from ._problem import Problem, check_problem
 from ._solve import AbstractFlow, check_second_order, flow, has_second_pushforward, jacobian_route, linearize
 from ._structure import LowRank
-from ._vector import Parameters, Where, parameters, prior_vectors
+from ._vector import Parameters, Where, parameters
 
 # A step that gains less than this, in nats, keeps the grid; so many of them at most.
 _SMALL_GAIN = 0.1
@@ -77,8 +78,8 @@ def refine(
     for name, value in (("steps", steps), ("newton_steps", newton_steps)):
         if not isinstance(value, int | np.integer) or value < 0:
             raise LaplodeError(f"`{name}` must be an integer of at least 0, got {value!r}.")
-    check_model(model, problem.data)
-    start = point = _Point.at(parameters(model, where), problem)
+    check_model(model, problem)
+    start = point = _Point.at(parameters(model, where, problem.prior), problem)
     if exact:
         check_second_order(start.flow)
     route = jacobian_route(start.flow)
@@ -206,9 +207,7 @@ class _Point(NamedTuple):
 @eqx.filter_jit
 def _loss(around: AbstractFlow, problem: Problem, theta: Float[Array, " P"]) -> Float[Array, ""]:
     """−log p(Y | θ) − log p(θ), on a frozen grid."""
-    mean, precision = prior_vectors(problem.prior, around.parameters)
-    log_prior = 0.5 * jnp.sum(jnp.log(precision / (2 * math.pi)) - precision * (theta - mean) ** 2)
-    return NegativeLogLikelihood(around, problem)(theta) - log_prior
+    return NegativeLogLikelihood(around, problem)(theta) - log_prior(problem.prior, around.parameters, theta)
 
 
 # ---- Levenberg-Marquardt
@@ -233,7 +232,7 @@ def _linearized(around: AbstractFlow, problem: Problem, route: str) -> _Lineariz
 def _whitened(view: Parameters, problem: Problem, predictions, jacobian: Float[Array, "N*T*K P"]):
     ys = jnp.asarray(problem.data.ys)
     mean, precision = prior_vectors(problem.prior, view)
-    weights = jnp.where(jnp.isnan(ys), 0, problem.likelihood.fisher(predictions, ys)).ravel()
+    weights = problem.information(predictions).ravel()
     score = problem.likelihood.score(predictions, ys).ravel()
     gradient = precision * (view.vector - mean) - score @ jacobian
     structure = LowRank(jacobian, weights, precision)
@@ -292,7 +291,7 @@ class _Quadratic(NamedTuple):
     def at(cls, point: _Point, problem: Problem, route: str, batch_size: int | None, *, geodesic: bool) -> "_Quadratic":
         around = point.flow
         local = _linearized(around, problem, route)
-        tilt = _tilt(local).reshape(problem.data.ys.shape) if geodesic else None
+        tilt = _tilt(local).reshape(problem.informed.shape) if geodesic else None
         found = hessian(around, problem, batch_size=batch_size, progress=False, tilt=tilt)
         precision = np.asarray(local.structure.prior_precision)
         matrix = np.asarray(found.matrix) + np.diag(precision)

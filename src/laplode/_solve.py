@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._errors import LaplodeError
-from ._model import NeuralODE, predict_trajectory
+from ._model import NeuralODE, predict_trajectory, starts
 from ._vector import Parameters
 
 # Bytes of right-hand sides computed at once in a sensitivity solve: small enough for a processor's cache.
@@ -123,8 +123,8 @@ class ReplayedFlow(AbstractFlow):
     @property
     def num_states(self) -> int:
         """D."""
-        states = self.parameters.model.y0 if self.y0 is None else self.y0
-        return states.shape[-1]
+        y0 = None if self.y0 is None else self.y0[0]
+        return jax.eval_shape(self.parameters.model.initial_state, y0).size
 
 
 # ---- From an adaptive solve to a frozen grid
@@ -162,9 +162,9 @@ def flow(
     **Raises:** `LaplodeError` when the solve fails there, naming the trajectory and the time.
     """
     as_float = lambda x: jnp.asarray(x, dtype=float) if eqx.is_inexact_array(x) else x
-    inputs: tuple[Array, Array | None, PyTree] = jax.tree.map(as_float, (ts, y0, args))
+    model = view.model
+    inputs: tuple[Array, Array | None, PyTree] = jax.tree.map(as_float, (ts, starts(model, y0, len(ts)), args))
     ts, y0, args = inputs
-    model = view.unravel(view.vector)
     if not isinstance(model, NeuralODE):
         return ForeignFlow(view, ts, y0, args)
     boundaries, accepted, result, y_last = _record(model, ts, y0, args)
@@ -364,7 +364,7 @@ class _Solved(eqx.Module):
         """A_w (D, D) and Σ_i C_wi G_i, its D rows as the parameters are."""
 
         def field(selected):
-            f = eqx.combine(selected, parameters.rest).vector_field
+            f = parameters.build(selected).vector_field
             return jax.vmap(lambda t, y: f(t, y, args))(self.times[step], self.stages[step])
 
         cotangents = jnp.einsum("s,sjde->dje", weights, self.through_f[step])
@@ -405,7 +405,7 @@ class _Readings(eqx.Module):
 
 def _fill(parameters, model, solved: _Solved, readings: _Readings, y0, args, observe: bool, offset, buffer):
     """Write the tangents of all readings, of the states or of what is seen of them, into rows offset … of `buffer`."""
-    pull = jax.vjp(lambda s: eqx.combine(s, parameters.rest).initial_state(y0), parameters.selected)[1]
+    pull = jax.vjp(lambda s: parameters.build(s).initial_state(y0), parameters.selected)[1]
     (initial,) = jax.vmap(pull)(jnp.eye(solved.dim))
     push = lambda matrix, tangents: jnp.tensordot(matrix, tangents, 1)
 
@@ -433,7 +433,7 @@ def _fill(parameters, model, solved: _Solved, readings: _Readings, y0, args, obs
 
 def _observe_tangents(parameters: Parameters, y, args):
     """Of the observation function at a state: ∂/∂θ, K rows as the parameters are, and ∂/∂y (K, D)."""
-    observe = lambda selected, y: eqx.combine(selected, parameters.rest).observe_states(y[None], args)[0]
+    observe = lambda selected, y: parameters.build(selected).observe_states(y[None], args)[0]
     seen, pull = jax.vjp(observe, parameters.selected, y)
     return jax.vmap(pull)(jnp.eye(seen.size))
 
@@ -461,7 +461,7 @@ def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, 
         solved = _Solved(model, tableau, boundaries, y0, args)
         step, weights = _observed(tableau, model, boundaries, ts)
         readings = _Readings(tableau, boundaries.size - 1, step, weights, 8 * solved.dim * theta.size)
-        observe = model.observe is not None
+        observe = not model.sees_states
         return _fill(parameters, model, solved, readings, y0, args, observe, i * num_times, buffer)
 
     num, _, channels = jax.eval_shape(flow, theta).shape
@@ -470,11 +470,11 @@ def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> Float[Array, 
 
 
 class LocalLagrangian(eqx.Module):
-    """θ ↦ Σ ⟨λ, f(t, z; θ)⟩ + Σ ⟨c, observe(y; θ)⟩ at the frozen states of a solve.
+    """θ ↦ Σ ⟨λ, f(t, z; θ)⟩ + Σ ⟨c, observe(y; θ)⟩ + Σ ⟨μ, y0(θ)⟩ at the frozen states of a solve.
 
     z are the stages and λ their adjoints times the step size, y the states observed and c the cotangents of the
-    predictions. Its Hessian is the part of ⟨c, ∇² predictions⟩ in which θ enters directly on both sides; no solve is
-    left in it.
+    predictions, μ the adjoints of the initial states. Its Hessian is the part of ⟨c, ∇² predictions⟩ in which θ enters
+    directly on both sides; no solve is left in it.
     """
 
     parameters: Parameters
@@ -485,9 +485,12 @@ class LocalLagrangian(eqx.Module):
     states: Float[Array, "N*T D"]
     cotangents: Float[Array, "N*T K"]
     state_args: PyTree
+    initial_adjoints: Float[Array, "N D"]
+    y0: Array | None
 
-    def __init__(self, flow: "ReplayedFlow", times, stages, adjoints, states, cotangents):
+    def __init__(self, flow: "ReplayedFlow", times, stages, adjoints, states, initial_adjoints, cotangents):
         self.parameters = flow.parameters
+        self.initial_adjoints, self.y0 = initial_adjoints, flow.y0
         # Steps of length zero and stages that nothing is made of have no adjoint: they are left out.
         used = np.nonzero(np.any(np.asarray(adjoints) != 0, axis=-1))
         spare = (-len(used[0])) % 64  # a little padding lets a compiled function serve again
@@ -503,7 +506,10 @@ class LocalLagrangian(eqx.Module):
         model = self.parameters.unravel(theta)
         at_stage = jax.vmap(ft.partial(_at_stage, model))
         total = jnp.sum(at_stage(self.times, self.stages, self.adjoints, self.stage_args))
-        if model.observe is None:
+        total += jnp.sum(
+            self.initial_adjoints * jax.vmap(model.initial_state, axis_size=len(self.initial_adjoints))(self.y0)
+        )
+        if model.sees_states:
             return total
         at_observation = jax.vmap(ft.partial(_at_observation, model))
         return total + jnp.sum(at_observation(self.states, self.cotangents, self.state_args))
@@ -518,11 +524,11 @@ def _at_observation(model: NeuralODE, y, cotangent, args) -> Float[Array, ""]:
 
 
 def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrangian, Float[Array, "P P"]]:
-    """Jᵀ diag(weights) J + ⟨cotangents, ∇² predictions⟩ in two parts: the Hessian of the first, plus the second.
+    """Jᵀ W J + ⟨cotangents, ∇² predictions⟩ in two parts: the Hessian of the first, plus the second.
 
-    With cotangents and weights the first and second derivatives of a loss in the predictions, that is the loss's
-    Hessian. A Runge-Kutta step is linear but for its vector field, so second derivatives arise only there: with the
-    local (D+P)×(D+P) Hessian M of h⟨λ, f(z; θ)⟩ at each stage and Z = ∂z/∂θ,
+    With cotangents (N, T, F) and W (N, T, F, F) the first and second derivatives of a loss in the predictions, that is
+    the loss's Hessian. A Runge-Kutta step is linear but for its vector field, so second derivatives arise only there:
+    with the local (D+P)×(D+P) Hessian M of h⟨λ, f(z; θ)⟩ at each stage and Z = ∂z/∂θ,
 
         Zᵀ M_zz Z + Zᵀ M_zθ + M_θz Z + M_θθ,
 
@@ -535,7 +541,7 @@ def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrang
 
 @eqx.filter_jit
 def _cross_terms(flow: ReplayedFlow, cotangents, weights):
-    """All but M_θθ, and what the Lagrangian is made of: times, stages, adjoints, observed states."""
+    """All but M_θθ, and what the Lagrangian is made of: times, stages, adjoints, observed states, initial adjoints."""
     view = flow.parameters
     theta, model = view.vector, view.model
     tableau = _explicit_tableau(model.solver)
@@ -547,17 +553,17 @@ def _cross_terms(flow: ReplayedFlow, cotangents, weights):
         boundaries, ts, y0, args = jax.tree.map(lambda x: x[i], (flow.boundaries, flow.ts, flow.y0, flow.args))
         step, weights = _observed(tableau, model, boundaries, ts)
 
-        def seen(push):  # what is predicted when every increment is pushed a little
-            y_start = model.initial_state(y0)
+        def seen(push, y_start):  # what is predicted when every increment is pushed a little
             starts, stages, increments = _replay_explicit(tableau, model, boundaries, y_start, args, push)
             states = starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
             return jnp.sum(cotangents[i] * model.observe_states(states, args)), (stages, states)
 
-        dim = model.initial_state(y0).size
-        adjoints, (stages, states) = jax.grad(seen, has_aux=True)(jnp.zeros((num_steps, num_stages, dim)))
+        start = model.initial_state(y0)
+        nowhere = jnp.zeros((num_steps, num_stages, start.size))
+        (adjoints, initial), (stages, states) = jax.grad(seen, (0, 1), has_aux=True)(nowhere, start)
         h = jnp.diff(boundaries)
         times = boundaries[:-1, None] + tableau.c * h[:, None]
-        return times, stages, h[:, None, None] * adjoints, states
+        return times, stages, h[:, None, None] * adjoints, states, initial
 
     points = jax.vmap(adjoint)(jnp.arange(flow.num_trajectories))
 
@@ -589,7 +595,7 @@ def _cross_terms(flow: ReplayedFlow, cotangents, weights):
         x = tuple(x[i].reshape(-1, *x.shape[3:]) for x in points[:3])
         left, right = [flat(of_stages)], [flat(jax.vmap(half)(jax.vmap(at_stage)(*x), of_stages))]
         states = points[3][i]
-        if model.observe is None:
+        if model.sees_states:
             jacobian = of_states
         else:
             at_observation = lambda y, c: mixed(lambda theta, y: _at_observation(view.unravel(theta), y, c, args), y)
@@ -600,7 +606,7 @@ def _cross_terms(flow: ReplayedFlow, cotangents, weights):
             by_theta, by_state = jax.vmap(jax.jacrev(observe, (0, 1)), (None, 0))(theta, states)
             jacobian = by_state @ of_states + by_theta
         left.append(flat(jacobian))
-        right.append(0.5 * weights[i].reshape(-1, 1) * flat(jacobian))
+        right.append(0.5 * flat(weights[i] @ jacobian))
         return total + jnp.concatenate(left).T @ jnp.concatenate(right)
 
     half = jax.lax.fori_loop(0, flow.num_trajectories, trajectory, jnp.zeros((theta.size, theta.size)))

@@ -8,12 +8,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
+from numpyro.distributions.transforms import IdentityTransform, Transform
 
 from ._errors import LaplodeError
-from ._model import in_float, is_real_array
-from ._problem import GaussianPrior
+from ._model import NeuralODE, in_float
+from ._problem import AbstractPrior, NamedPriors
 
 Where = Callable[[Any], Any] | PyTree[bool] | None
 
@@ -26,7 +28,8 @@ _SETTINGS = (
 )
 
 
-def _all_parameters(model: PyTree) -> PyTree[bool]:
+def all_parameters(model: PyTree) -> PyTree[bool]:
+    """Which leaves of a model are parameters."""
     is_settings = lambda node: isinstance(node, _SETTINGS)
     return jax.tree.map(
         lambda node: jax.tree.map(lambda _: False, node) if is_settings(node) else eqx.is_inexact_array(node),
@@ -36,7 +39,7 @@ def _all_parameters(model: PyTree) -> PyTree[bool]:
 
 
 def _selected(model: PyTree, where: Where) -> PyTree[bool]:
-    spec = _all_parameters(model)
+    spec = all_parameters(model)
     if where is None:
         return spec
     if callable(where) and not isinstance(where, eqx.Module):
@@ -63,11 +66,25 @@ def _selected(model: PyTree, where: Where) -> PyTree[bool]:
 class Parameters(eqx.Module):
     """The selected parameters of a model, as a vector θ of shape (P,) and back.
 
-    Everything else of the model, fixed arrays, integer leaves and functions, waits in `rest`.
+    `selected` holds them in unconstrained coordinates: themselves or, where `transforms` has one for a leaf, what it
+    maps to them. Everything else of the model, fixed arrays, integer leaves and functions, waits in `rest`.
     """
 
     selected: PyTree
     rest: PyTree
+    transforms: tuple[Transform | None, ...]
+
+    def constrained(self, selected: PyTree) -> PyTree:
+        """Parameters of the form of `selected` as the model knows them."""
+        leaves, structure = jax.tree.flatten(selected)
+        pairs = zip(self.transforms, leaves, strict=True)
+        return jax.tree.unflatten(structure, [x if t is None else jnp.asarray(t(x)) for t, x in pairs])
+
+    def build(self, selected: PyTree) -> Any:
+        """The model with parameters of the form of `selected`."""
+        # The parameters come first: `eqx.combine` keeps the first leaf that is not None, so that with the template
+        # first θ would have no influence on the model and every derivative would be zero.
+        return eqx.combine(self.constrained(selected), self.rest)
 
     @property
     def vector(self) -> Float[Array, " P"]:
@@ -83,8 +100,7 @@ class Parameters(eqx.Module):
     def leaves(self) -> tuple[tuple[str, tuple[int, ...], int, int], ...]:
         """Of each selected leaf: name, shape, and where it starts and stops in θ."""
         leaves, start = [], 0
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.selected):
-            name = jax.tree_util.keystr(path).lstrip(".")
+        for name, leaf in _named_leaves(self.selected):
             leaves.append((name, leaf.shape, start, start + leaf.size))
             start += leaf.size
         return tuple(leaves)
@@ -96,9 +112,7 @@ class Parameters(eqx.Module):
 
     def unravel(self, theta: Float[Array, " P"]) -> Any:
         """The model with its selected parameters set to `theta`."""
-        # The parameters come first: `eqx.combine` keeps the first leaf that is not None, so that with the template
-        # first θ would have no influence on the model and every derivative would be zero.
-        return eqx.combine(self.with_vector(theta), self.rest)
+        return self.build(self.with_vector(theta))
 
     def with_vector(self, theta: Float[Array, " P"]) -> PyTree:
         """`theta` in the form of `selected`."""
@@ -107,7 +121,7 @@ class Parameters(eqx.Module):
     @property
     def model(self) -> Any:
         """The model as it is."""
-        return eqx.combine(self.selected, self.rest)
+        return self.build(self.selected)
 
     def name(self, index: int) -> str:
         """The name of one entry of θ, such as `vector_field.layers[0].weight[2, 1]`."""
@@ -130,21 +144,21 @@ class Parameters(eqx.Module):
         return tuple(names)
 
 
-def parameters(model: Any, where: Where = None) -> Parameters:
+def parameters(model: Any, where: Where = None, prior: AbstractPrior | None = None) -> Parameters:
     """View the inexact arrays of `model` that `where` selects as a vector, in float64 when JAX has it.
 
     **Arguments:**
 
     - `model`: an `eqx.Module`. Solvers and step size controllers in it hold no parameters.
     - `where`: None for all; a function that picks nodes, as in `eqx.tree_at`; or a pytree prefix of True and False.
+    - `prior`: whose named distributions say which parameters are constrained.
 
-    **Raises:** `LaplodeError` when nothing is selected, or a parameter is complex or not finite.
+    **Raises:** `LaplodeError` when nothing is selected, a parameter is complex or not finite, or the prior does not fit
+    the model.
     """
     spec = _selected(model, where)
     selected, rest = eqx.partition(in_float(model), spec)
-    named = [
-        (jax.tree_util.keystr(path).lstrip("."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(selected)
-    ]
+    named = _named_leaves(selected)
     if not any(leaf.size for _, leaf in named):
         if where is None:
             raise LaplodeError(
@@ -159,40 +173,74 @@ def parameters(model: Any, where: Where = None) -> Parameters:
             raise LaplodeError(f"`model` has a complex parameter, {name}: split it into its real and imaginary parts.")
         if not np.all(np.isfinite(leaf)):
             raise LaplodeError(f"`model` has a parameter that is not finite: {name}. The fit has diverged.")
-    return Parameters(selected, rest)
-
-
-def prior_vectors(prior: GaussianPrior, view: Parameters) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
-    """Mean and precision of the prior for each entry of θ, both of shape (P,).
-
-    **Raises:** `LaplodeError` when a pytree of means or precisions is not a prefix of the model.
-    """
-    return _broadcast("mean", prior.mean, view), _broadcast("precision", prior.precision, view)
-
-
-def _broadcast(name: str, prefix: PyTree, view: Parameters) -> Float[Array, " P"]:
-    if eqx.is_array_like(prefix) and jnp.ndim(prefix) <= 1:  # pyright: ignore[reportArgumentType]
-        values = jnp.asarray(prefix, dtype=float)
-        if values.ndim == 0 or values.shape == (view.size,):
-            return jnp.broadcast_to(values, (view.size,))
-        everything = eqx.combine(
-            jax.tree.map(lambda x: np.ones(x.shape, bool), view.selected),
-            jax.tree.map(lambda x: np.zeros(x.shape, bool), eqx.filter(view.rest, is_real_array)),
-        )
-        everything = eqx.filter(everything, _all_parameters(eqx.combine(view.selected, view.rest)))
-        chosen = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(everything)])
-        if values.shape == chosen.shape:  # given for the whole model, of which this is a part
-            return values[chosen]
+    if isinstance(prior, NamedPriors):
+        _check_names(prior, model)
+    priors = {name: prior_of(prior, name) for name, _ in named}
+    if (
+        isinstance(model, NeuralODE)
+        and model.scale is not None
+        and prior is not None
+        and priors.get("scale", 1) is None
+    ):
         raise LaplodeError(
-            f"`{name}` of the prior has shape {values.shape}, but the model has P = {view.size} parameters: give a "
-            "scalar, an array of shape (P,), or a pytree prefix of the model."
+            "`scale` of the model, the noise scale, needs a prior of its own, since it has to stay positive: "
+            'laplode.NamedPriors({"scale": dist.HalfNormal(1.0)}, rest=...), or leave it out of the parameters by '
+            "`where`."
         )
-    spread = lambda p, sub: jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(p, dtype=float), x.shape), sub)
+    transforms = tuple(_transform(name, leaf, priors[name]) for name, leaf in named)
+    pairs = zip(transforms, jax.tree.leaves(selected), strict=True)
+    free = [leaf if t is None else jnp.asarray(t.inv(leaf)) for t, leaf in pairs]
+    return Parameters(jax.tree.unflatten(jax.tree.structure(selected), free), rest, transforms)
+
+
+def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path).lstrip("."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _is_at(name: str, path: str) -> bool:
+    """Whether the leaf `name` is, or is part of, what stands at `path`."""
+    return name == path or name.startswith((f"{path}.", f"{path}["))
+
+
+def prior_of(prior: AbstractPrior | None, name: str) -> dist.Distribution | None:
+    """The distribution that the prior has for a leaf by its name; None where it belongs to the rest."""
+    if not isinstance(prior, NamedPriors):
+        return None
+    return next((each for path, each in prior.named.items() if _is_at(name, path)), None)
+
+
+def _check_names(prior: NamedPriors, model: Any) -> None:
+    names = [name for name, _ in _named_leaves(eqx.filter(model, all_parameters(model)))]
+    for path in prior.named:
+        found = [name for name in names if _is_at(name, path)]
+        if not found:
+            raise LaplodeError(
+                f"`named`[{path!r}] of the prior is no parameter of the model. Its parameters are: {', '.join(names)}."
+            )
+    for name in names:
+        paths = [path for path in prior.named if _is_at(name, path)]
+        if len(paths) > 1:
+            raise LaplodeError(f"`named` of the prior has {name} twice, as {' and as '.join(paths)}.")
+
+
+def _transform(name: str, leaf: Array, prior: dist.Distribution | None) -> Transform | None:
+    """From the real numbers to where the prior lives; None if that is all of them."""
+    if prior is None:
+        return None
     try:
-        spread_out = jax.tree.map(spread, prefix, view.selected, is_leaf=lambda node: node is None)
-        return ravel_pytree(spread_out)[0]
-    except (ValueError, TypeError) as error:
+        fits = jnp.broadcast_shapes(prior.batch_shape, leaf.shape) == leaf.shape
+    except ValueError:
+        fits = False
+    if not fits:
         raise LaplodeError(
-            f"`{name}` of the prior is neither a scalar, nor an array of shape ({view.size},), nor a pytree prefix of "
-            f"the model: {error}"
-        ) from error
+            f"The prior of {name} has batch shape {prior.batch_shape}, which does not fit the parameter's shape "
+            f"{leaf.shape}."
+        )
+    transform = dist.biject_to(prior.support)
+    free = transform.inv(leaf)  # pyright: ignore[reportAttributeAccessIssue]
+    if not np.all(np.isfinite(free)) or not np.all(np.isfinite(prior.log_prob(leaf))):
+        raise LaplodeError(
+            f"`model` has {name} = {np.asarray(leaf)}, at which its prior, {type(prior).__name__}, has no density: "
+            "start from values inside of its support."
+        )
+    return None if isinstance(transform, IdentityTransform) else transform
