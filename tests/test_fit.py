@@ -138,9 +138,10 @@ def test_a_restart_that_diverges_does_not_stop_the_others():
 
 def test_default_restarts_shuffle_matrices_and_leave_the_first_start_alone():
     from laplode._fit import _shuffled
+    from laplode._vector import Parameters
 
     tree = {"weight": jnp.arange(1.0, 13.0).reshape(3, 4), "bias": jnp.arange(3.0)}
-    other = _shuffled(tree, KEY)
+    other = _shuffled(Parameters(tree, None, (None, None)), KEY)
     np.testing.assert_array_equal(other["bias"], tree["bias"])
     np.testing.assert_array_equal(np.sort(np.abs(other["weight"]).ravel()), np.arange(1.0, 13.0))
     assert np.any(other["weight"] < 0) and np.any(np.abs(other["weight"]) != tree["weight"])

@@ -29,7 +29,7 @@ from ._curvature import (
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._laplace import curvature_again, laplace, reassembled
 from ._posterior import Posterior
-from ._prior import gaussian_part, is_gaussian, log_prior, prior_vectors
+from ._prior import gaussian_part, is_gaussian, log_prior, prior_deficit, prior_vectors
 from ._problem import AbstractPrior, AbstractScaleLikelihood, GaussianPrior, NamedPriors, Problem
 from ._refine import refine
 from ._solve import evaluate
@@ -151,13 +151,16 @@ class _ByGram(_LogDet):
 def _log_det(posterior: Posterior, groups: Int[np.ndarray, " P"], by_channel: bool) -> _LogDet:
     """The log-determinant of a posterior's structure, in parts: one for each channel, or all in one."""
     found, structure = posterior.curvature, posterior.structure
+    concave = not np.any(prior_deficit(posterior.problem.prior, posterior.parameters))
     num_parts = posterior.problem.data.ys.shape[2] if by_channel else 1
     if isinstance(found, FactoredCurvature):
         channel = np.nonzero(posterior.problem.informed)[2]
         part = channel if by_channel else np.zeros_like(channel)
         rank = posterior.method.rank
         few = found.factor.shape[0] < posterior.size
-        if (isinstance(structure, LowRank) and (few or rank is not None)) or (isinstance(structure, Full) and few):
+        if (isinstance(structure, LowRank) and (few or rank is not None)) or (
+            isinstance(structure, Full) and few and concave
+        ):
             return _gram_parts(found.factor, found.weights, part, groups, rank)
         rows = [np.flatnonzero(part == k) for k in range(num_parts)]
         each = [FactoredCurvature(found.factor[r], found.weights[r]) for r in rows]
@@ -219,7 +222,7 @@ def _as_used(posterior: Posterior) -> list[Array]:
     if posterior.diagnostics.regularized is None:
         return _matrices(posterior.curvature)
     structure = posterior.structure
-    _, prior = prior_vectors(posterior.problem.prior, posterior.parameters)
+    prior = _prior_curvature(posterior.problem, posterior.parameters)
     if isinstance(structure, Diagonal):
         return [structure.precision - prior]
     if isinstance(structure, BlockDiagonal):
@@ -227,6 +230,11 @@ def _as_used(posterior: Posterior) -> list[Array]:
         blocks = zip(structure.blocks, leaves, strict=True)
         return [b.cholesky @ b.cholesky.T - jnp.diag(prior[slice(*leaf)]) for b, leaf in blocks]
     return [structure.precision_product(jnp.eye(posterior.size)) - jnp.diag(prior)]
+
+
+def _prior_curvature(problem: Problem, view: Parameters) -> Float[Array, " P"]:
+    """−∂² log p(θ), of either sign."""
+    return prior_vectors(problem.prior, view)[1] - prior_deficit(problem.prior, view)
 
 
 def _channel(problem: Problem, k: int) -> Problem:
@@ -257,13 +265,14 @@ class Evidence(eqx.Module):
         problem, view = self.problem_at(hyperparameters), self.view
         mean, now = prior_vectors(self.problem.prior, view)
         log_density = log_prior(self.problem.prior, view, view.vector)
-        precision = now
+        precision = _prior_curvature(self.problem, view)
         if hyperparameters.log_precision is not None:
             groups = jnp.minimum(self.groups, len(hyperparameters.log_precision) - 1)
             ours = is_gaussian(self.problem.prior, view)
-            precision = jnp.where(ours, jnp.exp(hyperparameters.log_precision)[groups], now)
-            change = jnp.log(precision / now) - (precision - now) * (view.vector - mean) ** 2
-            log_density += 0.5 * jnp.sum(jnp.where(ours, change, 0))
+            precision = jnp.where(ours, jnp.exp(hyperparameters.log_precision)[groups], precision)
+            ratio = jnp.where(ours, precision / now, 1)
+            change = jnp.log(ratio) - (ratio - 1) * now * (view.vector - mean) ** 2
+            log_density += 0.5 * jnp.sum(change)
         log_det = self.log_det(precision, self._shrink(hyperparameters.log_scale))
         constant = 0.5 * view.size * math.log(2 * math.pi)
         return problem.log_likelihood(self.predictions) + log_density + constant - 0.5 * log_det

@@ -32,7 +32,7 @@ from ._curvature import (
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._model import check_model
 from ._posterior import Diagnostics, Method, Posterior
-from ._prior import check_log_concave, log_prior, prior_vectors
+from ._prior import log_prior, prior_deficit, prior_vectors
 from ._problem import Problem, check_problem
 from ._solve import AbstractFlow, ReplayedFlow, evaluate, flow, jacobian_route
 from ._structure import (
@@ -43,6 +43,7 @@ from ._structure import (
     build_diagonal,
     build_full,
     build_low_rank,
+    lessened,
 )
 from ._vector import Parameters, Where, parameters
 
@@ -150,7 +151,11 @@ def _assembled(
     regularize = Regularize(method.regularization, _REGULARIZATIONS[method.regularization])
     structure = choose("structure", method.structure, {s.name: s for s in _STRUCTURES})
     inert = _inert(found, nll_gradient, view)
-    built = structure.build(found, prior_precision, regularize, _sizes(view, problem, method.rank))
+    deficit = prior_deficit(problem.prior, view)
+    bent = (
+        found if not np.any(deficit) else lessened(found, structure.name, deficit, [leaf[2:] for leaf in view.leaves])
+    )
+    built = structure.build(bent, prior_precision, regularize, _sizes(view, problem, method.rank))
     diagnostics = Diagnostics(
         num_parameters=view.size,
         num_observations=int(np.sum(problem.data.observed)),
@@ -268,7 +273,12 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
     check_model(model, problem)
     view = parameters(model, where, problem.prior)
     prior_vectors(problem.prior, view)
-    check_log_concave(problem.prior, view)
+    deficit = np.flatnonzero(prior_deficit(problem.prior, view))
+    if deficit.size and chosen is _LOW_RANK:
+        raise LaplodeError(
+            f'`structure`="low_rank" builds on a prior that is log-concave, and that of {view.name(int(deficit[0]))} '
+            'bends upward at the fitted value, in its unconstrained coordinate. Take structure="full".'
+        )
     sizes = _sizes(view, problem, method.rank)
     needed, free = chosen.num_bytes(sizes, factored is not None), free_bytes()
     if needed > free:

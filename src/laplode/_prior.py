@@ -16,7 +16,7 @@ from ._model import is_real_array
 from ._problem import AbstractPrior, GaussianPrior, NamedPriors
 from ._vector import Parameters, all_parameters, prior_of
 
-# Where a named prior is not log-concave it lends no precision, but what divides by it needs some.
+# Where a named prior bends upward it has no precision, but what divides by that needs some.
 _LEAST_PRECISION = 1e-6
 
 
@@ -74,7 +74,8 @@ def _density(prior: dist.Distribution, transform: Transform | None) -> Callable[
 def prior_vectors(prior: AbstractPrior, view: Parameters) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
     """Mean and precision, both (P,), of the Gaussian that the prior looks like from the parameters as they are.
 
-    Its gradient and its curvature there are those of the prior. A Gaussian prior looks the same from everywhere.
+    Its gradient and its curvature there are those of the prior, but for what `prior_deficit` says. A Gaussian prior
+    looks the same from everywhere.
 
     **Raises:** `LaplodeError` when a pytree of means or precisions is not a prefix of the model.
     """
@@ -93,19 +94,13 @@ def _derivatives(prior: dist.Distribution, transform: Transform | None, free: Ar
     return first.ravel(), second.ravel()
 
 
-def check_log_concave(prior: AbstractPrior, view: Parameters) -> None:
-    """Raise `LaplodeError` where a named prior bends upward at the parameters: no Gaussian looks like that."""
+def prior_deficit(prior: AbstractPrior, view: Parameters) -> Float[Array, " P"]:
+    """What the precision of `prior_vectors` has more than the prior's curvature: positive where that bends upward."""
+    deficit = jnp.zeros(view.size)
     for each, transform, shape, place in _named(prior, view):
         _, curvature = _derivatives(each, transform, view.vector[place].reshape(shape))
-        wrong = np.flatnonzero(np.asarray(curvature) > -_LEAST_PRECISION)
-        if wrong.size:
-            name = view.name(place.start + int(wrong[0]))
-            raise LaplodeError(
-                f"The prior of {name}, {type(each).__name__}, is flat or bends upward at the fitted value (its log "
-                f"density has second derivative {float(curvature[wrong[0]]):.2g} in the unconstrained coordinate), as "
-                "heavy tails do far out: a Gaussian approximation has no precision to take from it. Take a prior with "
-                "lighter tails, or look why the fit lies in its tail."
-            )
+        deficit = deficit.at[place].set(jnp.maximum(_LEAST_PRECISION + curvature, 0))
+    return deficit
 
 
 def log_prior(prior: AbstractPrior, view: Parameters, theta: Float[Array, "... P"]) -> Float[Array, "..."]:

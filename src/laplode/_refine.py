@@ -15,7 +15,7 @@ from ._curvature import NegativeLogLikelihood, check_x64, hessian, hessian_batch
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._fit import Fit
 from ._model import check_model
-from ._prior import log_prior, prior_vectors
+from ._prior import log_prior, prior_deficit, prior_vectors
 from ._problem import Problem, check_problem
 from ._solve import AbstractFlow, check_second_order, flow, has_second_pushforward, jacobian_route, linearize
 from ._structure import LowRank
@@ -294,7 +294,8 @@ class _Quadratic(NamedTuple):
         tilt = _tilt(local).reshape(problem.informed.shape) if geodesic else None
         found = hessian(around, problem, batch_size=batch_size, progress=False, tilt=tilt)
         precision = np.asarray(local.structure.prior_precision)
-        matrix = np.asarray(found.matrix) + np.diag(precision)
+        deficit = np.asarray(prior_deficit(problem.prior, around.parameters))
+        matrix = np.asarray(found.matrix) + np.diag(precision - deficit)
         root = 1 / np.sqrt(precision)
         eigenvalues, vectors = np.linalg.eigh(root[:, None] * matrix * root)
         spectrum = eigenvalues if np.all(precision == precision[0]) else np.linalg.eigvalsh(matrix)

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -344,6 +344,27 @@ def _not_positive_definite(low: float, num_negative: int) -> LaplodeError:
         "eigenvalues of the Hessian are negative. The model is not at a minimum: call laplode.refine(model, problem) "
         'first, or take `regularization`="clip" or `curvature`="ggn".'
     )
+
+
+def lessened(
+    found: AbstractCurvature, structure: str, diagonal: Float[Array, " P"], leaves: Sequence[tuple[int, int]]
+) -> AbstractCurvature:
+    """A curvature less a diagonal, as `structure` wants it: where a prior bends upward."""
+    if isinstance(found, DiagonalCurvature):
+        return DiagonalCurvature(found.diagonal - diagonal)
+    if isinstance(found, DenseCurvature):
+        return DenseCurvature(found.matrix - jnp.diag(diagonal), found.symmetry_defect)
+    if isinstance(found, BlockCurvature):
+        less = [jnp.diag(diagonal[start:stop]) for start, stop in leaves]
+        pairs = zip(found.blocks, less, strict=True)
+        return BlockCurvature(tuple(DenseCurvature(b.matrix - d, b.symmetry_defect) for b, d in pairs))
+    assert isinstance(found, FactoredCurvature)
+    if structure == "diagonal":
+        return DiagonalCurvature(found.diagonal() - diagonal)
+    if structure == "block_diagonal":
+        blocks = tuple(DenseCurvature(found.block(*leaf), 0.0) for leaf in leaves)
+        return lessened(BlockCurvature(blocks), structure, diagonal, leaves)
+    return lessened(DenseCurvature(found.matrix(), 0.0), structure, diagonal, leaves)
 
 
 def _from_factor(matrix: Float[Array, "P P"], prior_precision: Float[Array, " P"]) -> Built:
