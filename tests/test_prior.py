@@ -120,7 +120,7 @@ def test_a_prior_that_bends_upward(structure, curvature):
         for _, _, start, stop in view.leaves:
             mask[start:stop, start:stop] = 1
     np.testing.assert_allclose(posterior.precision(), mask * expected, rtol=1e-8, atol=1e-8)
-    function, start = lp.evidence(posterior, noise="fixed")
+    function, start = lp.evidence(posterior, noise="one")
     np.testing.assert_allclose(function(start), posterior.log_evidence, rtol=1e-10)
 
 
