@@ -19,6 +19,7 @@ from ._function import (
 from ._laplace import Estimate as Estimate, estimate as estimate, laplace as laplace
 from ._mixture import MixturePosterior as MixturePosterior, mixture as mixture
 from ._model import NeuralODE as NeuralODE
+from ._numpyro import nuts as nuts
 from ._plot import plot_trajectories as plot_trajectories
 from ._posterior import Diagnostics as Diagnostics, Posterior as Posterior
 from ._predict import Predictions as Predictions, predict as predict

@@ -78,7 +78,7 @@ def to_datatree(
             "key and num_samples for both."
         )
     data = posterior.problem.data
-    coords = _check_coords(coords or {}, data.ys.shape)
+    coords = check_coords(coords or {}, data.ys.shape)
 
     groups: dict[str, xr.Dataset] = {}
     diagnostics = [component.diagnostics for component in posterior.components]
@@ -111,25 +111,72 @@ def to_datatree(
         thetas = posterior.sample(jax.random.fold_in(key, 1), num_samples)  # pyright: ignore[reportArgumentType]
     groups["posterior"] = _dataset(_named(posterior.parameters, thetas), {}, {}, attrs)
     if key is not None:
-        thetas = prior_draws(posterior.problem.prior, posterior.parameters, jax.random.fold_in(key, 0), num_samples)
-        groups["prior"] = _dataset(_named(posterior.parameters, thetas), {}, {}, attrs)
-
-    grid = {**coords, **_time_coords(data.ts)}
-    cells = dict.fromkeys(["y", "f"], _CELLS)
-    for item in here:
-        draws = {"y": item.predictive[keep], "f": item.epistemic[keep]}
-        groups["posterior_predictive"] = _dataset(draws, grid, cells, {**attrs, "method": item.method})
-        groups["log_likelihood"] = _log_likelihood(posterior, item, keep, grid, attrs)
-    groups["observed_data"] = _dataset({"y": data.ys}, grid, cells, attrs, sample_dims=[])
-    groups["constant_data"] = _constant(data.ts, data.y0, grid, attrs)
-    for item in elsewhere:
-        same = item.ts.shape[0] == data.ts.shape[0]
-        grid = {"channel": coords["channel"], **({"trajectory": coords["trajectory"]} if same else {})}
-        grid |= _time_coords(item.ts)
-        draws = {"y": item.predictive[keep], "f": item.epistemic[keep]}
-        groups["predictions"] = _dataset(draws, grid, cells, {**attrs, "method": item.method})
-        groups["predictions_constant_data"] = _constant(item.ts, None, grid, attrs)
+        groups["prior"] = _prior(posterior, jax.random.fold_in(key, 0), num_samples, attrs)
+    for item in predictions:
+        groups |= _predicted(posterior, item, keep, coords, attrs, _one_chain)
+    groups |= _data(posterior, coords, attrs)
     return xr.DataTree.from_dict(groups)
+
+
+def chains_to_datatree(
+    posterior: AbstractPosterior,
+    predictions: Sequence[Predictions],
+    stats: Mapping[str, np.ndarray],
+    attrs: Mapping[str, Any],
+    coords: Mapping[str, Sequence[Any]],
+    key: PRNGKeyArray | None,
+    num_prior: int,
+) -> xr.DataTree:
+    """The groups of `to_datatree` for C chains of S draws each, which predictions hold one chain after the other.
+
+    `stats` are (C, S), `attrs` those of all groups, and `key` asks for draws of the prior.
+    """
+    data, first = posterior.problem.data, predictions[0]
+    coords = check_coords(coords, data.ys.shape)
+    chains, everything = len(next(iter(stats.values()))), np.ones(len(first.thetas), bool)
+    chained = lambda x: np.asarray(x).reshape(chains, -1, *np.shape(x)[1:])
+    groups = {
+        "posterior": _dataset(_named(posterior.parameters, first.thetas), {}, {}, attrs, lay_out=chained),
+        "sample_stats": _dataset(stats, {}, {}, attrs, lay_out=np.asarray),
+        **_data(posterior, coords, attrs),
+    }
+    for item in predictions:
+        groups |= _predicted(posterior, item, everything, coords, attrs, chained)
+    if key is not None:
+        groups["prior"] = _prior(posterior, key, num_prior, attrs)
+    return xr.DataTree.from_dict(groups)
+
+
+def _predicted(posterior: AbstractPosterior, item: Predictions, keep, coords, attrs, lay_out) -> dict[str, xr.Dataset]:
+    """The groups that one prediction makes of the draws that are kept."""
+    data, cells = posterior.problem.data, dict.fromkeys(["y", "f"], _CELLS)
+    draws = {"y": item.predictive[keep], "f": item.epistemic[keep]}
+    attrs = {**attrs, "method": item.method}
+    if item.observed_grid:
+        grid = {**coords, **_time_coords(data.ts)}
+        return {
+            "posterior_predictive": _dataset(draws, grid, cells, attrs, lay_out=lay_out),
+            "log_likelihood": _log_likelihood(posterior, item, keep, grid, attrs, lay_out),
+        }
+    same = item.ts.shape[0] == data.ts.shape[0]
+    grid = {"channel": coords["channel"], **({"trajectory": coords["trajectory"]} if same else {})}
+    grid |= _time_coords(item.ts)
+    return {
+        "predictions": _dataset(draws, grid, cells, attrs, lay_out=lay_out),
+        "predictions_constant_data": _constant(item.ts, None, grid, attrs),
+    }
+
+
+def _data(posterior: AbstractPosterior, coords, attrs) -> dict[str, xr.Dataset]:
+    data = posterior.problem.data
+    grid = {**coords, **_time_coords(data.ts)}
+    observed = _dataset({"y": data.ys}, grid, {"y": _CELLS}, attrs, sample_dims=(), lay_out=np.asarray)
+    return {"observed_data": observed, "constant_data": _constant(data.ts, data.y0, grid, attrs)}
+
+
+def _prior(posterior: AbstractPosterior, key: PRNGKeyArray, num: int, attrs) -> xr.Dataset:
+    thetas = prior_draws(posterior.problem.prior, posterior.parameters, key, num)
+    return _dataset(_named(posterior.parameters, thetas), {}, {}, attrs)
 
 
 def _joined(names: Iterable[str]) -> str:
@@ -137,7 +184,7 @@ def _joined(names: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
-def _check_coords(coords: Mapping[str, Sequence[Any]], shape: tuple[int, ...]) -> dict[str, Any]:
+def check_coords(coords: Mapping[str, Sequence[Any]], shape: tuple[int, ...]) -> dict[str, Any]:
     lengths = {"trajectory": shape[0], "channel": shape[2]}
     for name, values in coords.items():
         if name not in lengths:
@@ -153,8 +200,12 @@ def _time_coords(ts: Float[np.ndarray, "N T"]) -> dict[str, Any]:
     return {"time": ts[0] if shared else np.arange(ts.shape[1])}
 
 
-def _dataset(variables, coords, dims, attrs, sample_dims=("chain", "draw")) -> xr.Dataset:
-    values = {name: np.asarray(value)[None] if sample_dims else np.asarray(value) for name, value in variables.items()}
+def _one_chain(draws: Any) -> np.ndarray:
+    return np.asarray(draws)[None]
+
+
+def _dataset(variables, coords, dims, attrs, sample_dims=("chain", "draw"), lay_out=_one_chain) -> xr.Dataset:
+    values = {name: lay_out(value) for name, value in variables.items()}
     used = {dim for name in values for dim in dims.get(name, ())}
     return arviz_base.dict_to_dataset(
         values,
@@ -183,7 +234,9 @@ def _sample_stats(predictions: list[Predictions], keep: np.ndarray) -> tuple[dic
     return stats, attrs
 
 
-def _log_likelihood(posterior: AbstractPosterior, item: Predictions, keep: np.ndarray, coords, attrs) -> xr.Dataset:
+def _log_likelihood(
+    posterior: AbstractPosterior, item: Predictions, keep: np.ndarray, coords, attrs, lay_out
+) -> xr.Dataset:
     data = posterior.problem.data
     likelihoods = [component.problem.likelihood for component in posterior.components]
     log_prob = lambda i, predictions: likelihoods[i].log_prob(predictions, jnp.asarray(data.ys))
@@ -193,9 +246,9 @@ def _log_likelihood(posterior: AbstractPosterior, item: Predictions, keep: np.nd
     varies = np.ptp(values, axis=0) > 1e-12 * (1 + np.abs(values[0]))
     informative = data.observed & (varies | (len(values) == 1))
     if np.all(informative):
-        return _dataset({"y": values}, coords, {"y": _CELLS}, attrs)
+        return _dataset({"y": values}, coords, {"y": _CELLS}, attrs, lay_out=lay_out)
     where = np.nonzero(informative)
-    dataset = _dataset({"y": values[:, *where]}, {}, {"y": ["observation"]}, attrs)
+    dataset = _dataset({"y": values[:, *where]}, {}, {"y": ["observation"]}, attrs, lay_out=lay_out)
     labels = {dim: ("observation", coords[dim][index]) for dim, index in zip(_CELLS, where, strict=True)}
     return dataset.assign_coords(labels)
 
@@ -203,4 +256,4 @@ def _log_likelihood(posterior: AbstractPosterior, item: Predictions, keep: np.nd
 def _constant(ts, y0, coords, attrs) -> xr.Dataset:
     variables = {"ts": ts} | ({} if y0 is None else {"y0": y0})
     dims = {"ts": ["trajectory", "time"], "y0": ["trajectory", "state"]}
-    return _dataset(variables, coords, dims, attrs, sample_dims=[])
+    return _dataset(variables, coords, dims, attrs, sample_dims=(), lay_out=np.asarray)

@@ -151,7 +151,7 @@ def draw(posterior: AbstractPosterior, sampling: Sampling, key: PRNGKeyArray) ->
             ends = follow(surfaces[i], mean, share - mean, sampling.tolerance, progress=sampling.progress)
             return jax.tree.map(jnp.asarray, ends)
 
-        with _advice():
+        with advice():
             ends = over_components(along, component, straight)
         thetas, ok = ends.thetas, ends.ok
         _warn_of_failures(ends)
@@ -245,19 +245,19 @@ def _warn_of_weights(khat: float, sampling: Sampling) -> None:
     )
 
 
+def _solve(posterior: Posterior, ts, y0, args, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
+    model = posterior.unravel(theta)
+    return jax.vmap(ft.partial(predict_trajectory, model))(ts, starts(model, y0, len(ts)), args)
+
+
 @eqx.filter_jit
 def solve_at(posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
     """Predictions by a solve of its own for each parameter vector; not finite where it failed."""
-
-    def at(theta):
-        model = posterior.unravel(theta)
-        return jax.vmap(ft.partial(predict_trajectory, model))(ts, starts(model, y0, len(ts)), args)
-
-    return jax.vmap(at)(thetas)
+    return jax.vmap(ft.partial(_solve, posterior, ts, y0, args))(thetas)
 
 
 @contextlib.contextmanager
-def _advice():
+def advice():
     """What to do about a model that raises at a draw."""
     try:
         yield
@@ -276,7 +276,7 @@ def in_batches(function: Callable[[Array], Array], rows: Float[Array, "S P"], la
     num = rows.shape[0]
     batch = min(_BATCH, num)
     results = []
-    with _advice(), tqdm(total=num, desc=label, unit="draw", disable=label is None) as bar:
+    with advice(), tqdm(total=num, desc=label, unit="draw", disable=label is None) as bar:
         for start in range(0, num, batch):
             first = min(start, num - batch)  # one compiled shape for all
             results.append(function(rows[first : first + batch])[start - first :])
@@ -286,16 +286,26 @@ def in_batches(function: Callable[[Array], Array], rows: Float[Array, "S P"], la
 
 def log_joint(posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bool = False) -> Float[Array, " S"]:
     """log p(Y, θ) = log p(Y | θ) + log p(θ) of each parameter vector, in nats; −∞ where its solve failed."""
-    problem = posterior.problem
-    data = problem.data
+    data = posterior.problem.data
 
     def at(thetas):
         predictions = solve_at(posterior, data.ts, data.y0, data.args, thetas)
-        log_likelihood = jax.vmap(problem.log_likelihood)(predictions)
-        total = log_likelihood + log_prior(problem.prior, posterior.parameters, thetas)
+        total = jax.vmap(ft.partial(_log_density_of, posterior))(thetas, predictions)
         return jnp.where(jnp.isfinite(total), total, -jnp.inf)
 
     return in_batches(at, thetas, "Weighing draws" if progress else None)
+
+
+def log_joint_at(posterior: Posterior, theta: Float[Array, " P"]) -> Float[Array, ""]:
+    """The same of one parameter vector, for transformations, reverse mode too; not finite where its solve failed."""
+    data = posterior.problem.data
+    return _log_density_of(posterior, theta, _solve(posterior, data.ts, data.y0, data.args, theta))
+
+
+def _log_density_of(posterior: Posterior, theta: Float[Array, " P"], predictions: Float[Array, "N T F"]):
+    """log p(Y | predictions) + log p(θ)."""
+    problem = posterior.problem
+    return problem.log_likelihood(predictions) + log_prior(problem.prior, posterior.parameters, theta)
 
 
 # Fewer draws than these have no tail to which a Pareto distribution could be fitted.
@@ -318,7 +328,11 @@ def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> 
     if np.ptp(ratios[finite]) < 1e-6:
         weights[finite] = -np.log(np.sum(finite))
         return jnp.asarray(weights), float("-inf")
-    smoothed, khat = array_stats.psislw(-ratios[finite])  # it takes the log-likelihoods of leave-one-out
+    with np.errstate(all="ignore"):
+        smoothed, khat = array_stats.psislw(-ratios[finite])  # it takes the log-likelihoods of leave-one-out
+    # Where all weight is on a few draws, what is left of the others is zero to rounding, and no tail can be fitted.
+    if not np.all(np.isfinite(smoothed)):
+        smoothed, khat = ratios[finite], float("inf")
     weights[finite] = smoothed - np.logaddexp.reduce(smoothed)
     return jnp.asarray(weights), float(khat)
 

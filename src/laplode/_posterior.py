@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._curvature import AbstractCurvature, free_bytes
@@ -113,6 +114,17 @@ class AbstractPosterior(eqx.Module):
         """The model with parameters `theta`."""
         return self.parameters.unravel(theta)
 
+    def to_numpyro(self) -> dist.Distribution:
+        """The distribution of θ for a NumPyro model or guide, with event shape (P,).
+
+        ```python
+        theta = numpyro.sample("theta", posterior.to_numpyro())
+        model = posterior.unravel(theta)
+        ```
+        """
+        means = jnp.stack([component.mean for component in self.components])
+        return _GaussianMixture(means, tuple(c.structure for c in self.components), self.log_weights)
+
 
 # Bytes of normal random numbers made at once: several times as much goes into their making.
 _NORMAL_BYTES = 2**24
@@ -129,6 +141,51 @@ def _normals(keys: PRNGKeyArray, size: int) -> Float[Array, "n P"]:
         return jax.lax.dynamic_update_slice(normals, rows, (start, 0))
 
     return jax.lax.fori_loop(0, -(-num // block), fill, jnp.zeros((num, size)))
+
+
+def _log_normal(offset: Float[Array, "... P"], structure: AbstractStructure) -> Float[Array, "..."]:
+    quadratic = jnp.sum(offset * structure.precision_product(offset), axis=-1)
+    return 0.5 * (structure.log_det - offset.shape[-1] * math.log(2 * math.pi) - quadratic)
+
+
+class _GaussianMixture(dist.Distribution):
+    """Σ_c weight_c Normal(mean_c, Λ_c⁻¹), for NumPyro."""
+
+    support = dist.constraints.real_vector
+    pytree_data_fields = ("means", "structures", "log_weights")
+
+    def __init__(
+        self,
+        means: Float[Array, "C P"],
+        structures: tuple[AbstractStructure, ...],
+        log_weights: Float[Array, " C"],
+        *,
+        validate_args: bool | None = None,
+    ):
+        self.means, self.structures, self.log_weights = means, structures, log_weights
+        super().__init__(event_shape=means.shape[-1:], validate_args=validate_args)
+
+    def sample(self, key, sample_shape=()):
+        key_choice, key_normal = jax.random.split(key)
+        normals = jax.random.normal(key_normal, (*sample_shape, *self.event_shape))
+        draws = [mean + s.root_product(normals) for mean, s in zip(self.means, self.structures, strict=True)]
+        if len(draws) == 1:
+            return draws[0]
+        component = jax.random.categorical(key_choice, self.log_weights, shape=tuple(sample_shape))
+        return jax.lax.select_n(jnp.broadcast_to(component[..., None], normals.shape), *draws)
+
+    def log_prob(self, value, intermediates=None):
+        each = [_log_normal(value - mean, s) for mean, s in zip(self.means, self.structures, strict=True)]
+        return jax.scipy.special.logsumexp(jnp.stack(each, axis=-1) + self.log_weights, axis=-1)
+
+    @property
+    def mean(self):
+        return jnp.exp(self.log_weights) @ self.means
+
+    @property
+    def variance(self):
+        within = jnp.stack([structure.variance() for structure in self.structures])
+        return jnp.exp(self.log_weights) @ (within + (self.means - self.mean) ** 2)
 
 
 @eqx.filter_jit
@@ -172,9 +229,7 @@ class Posterior(AbstractPosterior):
 
     def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
         """log Normal(theta; mean, Λ⁻¹), in nats."""
-        offset = theta - self.mean
-        quadratic = jnp.sum(offset * self.structure.precision_product(offset), axis=-1)
-        return 0.5 * (self.structure.log_det - self.size * math.log(2 * math.pi) - quadratic)
+        return _log_normal(theta - self.mean, self.structure)
 
     def covariance(self) -> Float[Array, "P P"]:
         """Λ⁻¹, formed only when asked for."""

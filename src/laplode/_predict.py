@@ -143,7 +143,7 @@ def predict(
     importance sampling".
     """
     sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress)
-    grid = _Grid.of(posterior, ts, y0, args)
+    grid = Grid.of(posterior, ts, y0, args)
     key_theta, key_noise = jax.random.split(key)
     draws = draw(posterior, sampling, key_theta)
     trajectories = _linearized if sampling.method.linear else _solved
@@ -157,8 +157,6 @@ def predict(
         return _with_noise(component.problem.likelihood, predictions, ok, keys[i])
 
     ok, predictions, predictive = over_components(part, draws.component, draws.thetas, draws.ok)
-    channels = predictive.shape[-1]
-    log_scale = predictions[..., channels:]
     for i in set(range(len(posterior.components))) - set(means):  # too light for a draw
         part(i, draws.thetas[:1], draws.ok[:1])
     means, roots = ([of[i] for i in sorted(of)] for of in (means, roots))
@@ -166,9 +164,7 @@ def predict(
     result = Predictions(
         ts=grid.ts,
         mean=mixed_mean(posterior.weights, means),
-        epistemic=predictions[..., :channels],
-        predictive=predictive,
-        scale=jnp.exp(log_scale) if log_scale.shape[-1] else None,
+        **_parts(predictions, predictive),
         thetas=draws.thetas,
         component=draws.component,
         ok=ok,
@@ -184,6 +180,43 @@ def predict(
     return result
 
 
+def predict_at(
+    posterior: Posterior,
+    grid: "Grid",
+    thetas: Float[Array, "S P"],
+    *,
+    method: str,
+    key: PRNGKeyArray,
+    progress: bool = True,
+) -> Predictions:
+    """Solves at parameter vectors that are given, with noise."""
+    mean, predictions, _ = _solved(posterior, grid, thetas, progress)
+    ok = jnp.ones(len(thetas), bool)
+    ok, predictions, predictive = _with_noise(posterior.problem.likelihood, predictions, ok, key)
+    return Predictions(
+        ts=grid.ts,
+        mean=mean[..., : predictive.shape[-1]],
+        **_parts(predictions, predictive),
+        thetas=thetas,
+        component=np.zeros(len(thetas), int),
+        ok=ok,
+        log_p=None,
+        log_q=None,
+        log_weights=None,
+        khat=None,
+        method=method,
+        observed_grid=grid.observed,
+        _root=None,
+    )
+
+
+def _parts(predictions: Float[Array, "S N T F"], predictive: Float[Array, "S N T K"]) -> dict[str, Any]:
+    channels = predictive.shape[-1]
+    log_scale = predictions[..., channels:]
+    scale = jnp.exp(log_scale) if log_scale.shape[-1] else None
+    return {"epistemic": predictions[..., :channels], "predictive": predictive, "scale": scale}
+
+
 @eqx.filter_jit
 def _with_noise(
     likelihood: AbstractLikelihood, predictions: Float[Array, "S N T F"], ok: Bool[Array, " S"], key: PRNGKeyArray
@@ -196,7 +229,7 @@ def _with_noise(
     return ok, keep(predictions), keep(likelihood.sample(key, predictions))
 
 
-class _Grid(eqx.Module):
+class Grid(eqx.Module):
     """Where to predict. `skip` leading times only carry the solve from the initial state to the first time wanted."""
 
     ts: Float[np.ndarray, "N T"]
@@ -207,7 +240,7 @@ class _Grid(eqx.Module):
     observed: bool = eqx.field(static=True)
 
     @classmethod
-    def of(cls, posterior: AbstractPosterior, ts: Any, y0: Any, args: PyTree) -> "_Grid":
+    def of(cls, posterior: AbstractPosterior, ts: Any, y0: Any, args: PyTree) -> "Grid":
         data = posterior.problem.data
         ts = check_times("ts", ts)
         if y0 is not None:
@@ -257,7 +290,7 @@ class _Grid(eqx.Module):
         return cls(ts, np.concatenate([start, ts], axis=1), data.y0, data.args, 1, False)
 
 
-def _linearized(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
+def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], progress: bool):
     around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
     num = around.num_trajectories
     row_bytes = 8 * posterior.size * grid.ts.shape[1] * posterior.problem.prediction_shape[1]
@@ -300,7 +333,7 @@ def _covariance_root(posterior: Posterior, jacobian, shape: tuple[int, ...], ski
     return jax.lax.map(root, jnp.arange(num))
 
 
-def _solved(posterior: Posterior, grid: _Grid, thetas: Float[Array, "S P"], progress: bool):
+def _solved(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], progress: bool):
     solve = ft.partial(solve_at, posterior, grid.solve_ts, grid.y0, grid.args)
     rows = jnp.concatenate([posterior.mean[None], thetas])  # one program for the mean and the draws
     solved = in_batches(solve, rows, "Solving at draws" if progress else None)[:, :, grid.skip :]
