@@ -113,7 +113,9 @@ def test_the_groups_are_those_of_to_datatree(line, line_tree):
 
 def test_a_part_of_the_parameters_and_chains_one_after_another(growth, quiet):
     posterior = quiet(growth.model, growth.problem, where=lambda m: m.gain, curvature="ggn")
-    tree = lp.nuts(posterior, **LONG | {"num_samples": 300, "num_chains": 2, "chain_method": "sequential"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)  # two short chains may disagree a little
+        tree = lp.nuts(posterior, **LONG | {"num_samples": 300, "num_chains": 2, "chain_method": "sequential"})
     assert list(tree["posterior"].data_vars) == ["gain"] and tree["posterior"]["gain"].shape == (2, 300)
     assert len(np.unique(tree["posterior"]["gain"].values[:, 0])) == 2
     grid = np.linspace(1.0, 1.5, 201)
@@ -189,7 +191,8 @@ class Square(eqx.Module):
 
 
 def test_a_solve_that_fails_has_no_density_and_a_finite_force(pole):
-    model = lp.NeuralODE(Square(jnp.array(0.5)), solver=diffrax.Heun(), max_steps=128)
+    loose = diffrax.PIDController(rtol=1e-4, atol=1e-6)
+    model = lp.NeuralODE(Square(jnp.array(0.5)), solver=diffrax.Heun(), stepsize_controller=loose, max_steps=128)
     posterior = eqx.tree_at(lambda p: p.parameters, pole, parameters(model))
     target = _numpyro._Target(posterior, jnp.array(jnp.inf))
     at = jax.jit(jax.vmap(jax.value_and_grad(target.potential(posterior.mean))))
@@ -198,7 +201,7 @@ def test_a_solve_that_fails_has_no_density_and_a_finite_force(pole):
     assert nowhere == outside == np.inf and np.all(np.isfinite(force))
     theta = 0.5 + 0.1 * std
     expected = st.norm.logpdf(theta, 0.5, np.sqrt(0.5)) + st.norm.logpdf(np.log(2), -np.log1p(-theta), 5) - np.log(2)
-    np.testing.assert_allclose(-there, expected, rtol=1e-6)
+    np.testing.assert_allclose(-there, expected, rtol=1e-4)
 
 
 # ---- Several optima

@@ -315,6 +315,38 @@ def test_khat_without_a_finite_draw():
     assert khat == np.inf and np.all(log_weights == -np.inf)
 
 
+@pytest.mark.parametrize("scale", [1e3, 1e5, 1e9])
+def test_khat_where_one_draw_has_all_the_weight(scale):
+    """All the others round to zero, of which no tail can be fitted."""
+    log_p = -scale * np.random.default_rng(0).chisquare(3, size=1000)
+    log_weights, khat = importance_weights(jnp.asarray(log_p), jnp.zeros(1000))
+    assert khat > 10 and np.all(np.isfinite(log_weights))
+    np.testing.assert_allclose(np.sum(np.exp(log_weights)), 1, rtol=1e-12)
+
+
+def test_a_point_far_from_the_optimum_is_flagged(growth, growth_posterior):
+    away = eqx.tree_at(lambda m: m.rate, growth.model, jnp.array([0.6, -0.1]))
+    with pytest.warns(lp.LaplodeWarning, match="nats"):
+        posterior = lp.laplace(away, growth.problem, progress=False)
+    assert posterior.diagnostics.newton_decrement > 100 * growth_posterior.diagnostics.newton_decrement
+    with pytest.warns(lp.LaplodeWarning, match="Pareto k̂"):
+        assert draw(posterior, [0.0, 1.0], khat=True, num_samples=200).khat > 0.7
+
+
+def test_a_noise_scale_that_is_wrong_is_flagged(growth, growth_posterior):
+    """Draws represent the posterior of a wrong model well. That it is wrong shows in what each datum does to it."""
+    narrow = eqx.tree_at(lambda p: p.likelihood, growth.problem, lp.LogNormal(0.01))
+    refined = lp.refine(growth.model, narrow, curvature="ggn", progress=False)
+    posteriors = {"right": growth_posterior, "narrow": lp.laplace(refined.model, narrow, progress=False)}
+    assert lp.compare_evidence(posteriors).index[0] == "right"
+    khats = {}
+    for name, posterior in posteriors.items():
+        f = draw(posterior, growth.problem.data.ts, num_samples=1000).epistemic
+        log_likelihood = posterior.problem.likelihood.log_prob(f, growth.problem.data.ys).reshape(1000, -1)
+        khats[name] = [importance_weights(-values, jnp.zeros(1000))[1] for values in log_likelihood.T]
+    assert np.max(khats["right"]) < 0.7 < np.max(khats["narrow"])
+
+
 def test_high_khat_is_reported():
     # θ is the sinh of a normal variable, whose tails are far heavier than those of the Gaussian at the mode.
     class Compressed(Line):

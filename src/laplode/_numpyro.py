@@ -155,7 +155,7 @@ def nuts(
         )
     trace: _Trace = jax.tree.map(lambda *x: np.concatenate([a[:done] for a in x], axis=1).swapaxes(0, 1), *parts)
 
-    component = posterior.components[0]
+    component = target.posterior
     thetas = jnp.asarray(trace.theta).reshape(-1, posterior.size)
     options = {"method": "nuts", "progress": progress}
     predicted = predict_at(component, here, thetas, key=key_here, **options)
@@ -168,7 +168,7 @@ def nuts(
             stacklevel=2,
         )
     f = np.asarray(predicted.epistemic).reshape(num_chains, done, *data.ys.shape)
-    rhat, rhat_f = _rhat(trace.theta), _rhat(f)
+    rhat, rhat_f = _rhat(np.asarray(trace.theta)), _rhat(f)
     attrs = {
         "inference_library": "numpyro",
         "inference_library_version": version("numpyro"),

@@ -151,7 +151,7 @@ def _log_normal(offset: Float[Array, "... P"], structure: AbstractStructure) -> 
 class _GaussianMixture(dist.Distribution):
     """Σ_c weight_c Normal(mean_c, Λ_c⁻¹), for NumPyro."""
 
-    support = dist.constraints.real_vector
+    _support = dist.constraints.real_vector
     pytree_data_fields = ("means", "structures", "log_weights")
 
     def __init__(
@@ -165,7 +165,7 @@ class _GaussianMixture(dist.Distribution):
         self.means, self.structures, self.log_weights = means, structures, log_weights
         super().__init__(event_shape=means.shape[-1:], validate_args=validate_args)
 
-    def sample(self, key, sample_shape=()):
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()):
         key_choice, key_normal = jax.random.split(key)
         normals = jax.random.normal(key_normal, (*sample_shape, *self.event_shape))
         draws = [mean + s.root_product(normals) for mean, s in zip(self.means, self.structures, strict=True)]
