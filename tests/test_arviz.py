@@ -206,7 +206,7 @@ def test_failed_draws_are_left_out_and_counted(growth_posterior, here):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (dict(coords={"time": [1]}), '`coords` may name "trajectory" and "channel", got \'time\''),
+        (dict(coords={"time": [1]}), '`coords` may name "trajectory", "channel" and "state", got \'time\''),
         (dict(coords={"channel": ["hare"]}), "`coords` has 1 names for channel, but there are 2"),
     ],
 )
