@@ -115,6 +115,7 @@ def to_datatree(
     if predictions:
         groups = _predicted(posterior, predictions, layout, basis)
     else:
+        assert key is not None
         draw = lambda key, num: posterior.sample(key, num)
         blocks = (thetas for thetas, _ in _blocks(draw, jax.random.fold_in(key, 1), num_samples, posterior.size))
         values = _joined([summarize(posterior.parameters, thetas[None], layout) for thetas in blocks])
