@@ -98,7 +98,7 @@ def to_datatree(
         _check_predictions(name, given)
     if taken := [name for name in sets if name in _GROUPS or "/" in name]:
         raise LaplodeError(f"`{taken[0]}` can't name predictions: it is the name of a group of the DataTree.")
-    fits = (fit,) if isinstance(fit, Fit) else tuple(fit or ())
+    fits = (fit,) if isinstance(fit, Fit) else tuple(fit) if isinstance(fit, Sequence) else (fit,) if fit else ()
     if not all(isinstance(each, Fit) for each in fits):
         raise LaplodeError("`fit` must come from laplode.fit or laplode.refine, or be a list of such.")
     if not predictions and key is None:
@@ -149,9 +149,9 @@ _GROUPS = (
 
 
 def _check_predictions(name: str, given: Any) -> None:
-    if not isinstance(given, Sequence) or not all(isinstance(item, Predictions) for item in given):
-        wrong = next((item for item in given if not isinstance(item, Predictions)), given) if given else given
-        raise LaplodeError(f"`{name}` must come from laplode.predict, got {type(wrong).__name__}.")
+    items = given if isinstance(given, Sequence) else (given,)
+    if wrong := [item for item in items if not isinstance(item, Predictions)]:
+        raise LaplodeError(f"`{name}` must come from laplode.predict, got {type(wrong[0]).__name__}.")
     if not given and name != "predictions":
         raise LaplodeError(f"`{name}` holds no predictions.")
     here = sum(item.observed_grid for item in given)

@@ -13,6 +13,7 @@ from arviz_plots import visuals
 from arviz_plots.plot_collection import PlotCollection
 from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
 from jaxtyping import Array, Float, PRNGKeyArray
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.lines import Line2D
 
 from ._arviz import to_datatree
@@ -29,7 +30,7 @@ from ._function import predict_field
 from ._model import NeuralODE
 from ._posterior import AbstractPosterior, Posterior
 from ._predict import Predictions
-from ._problem import Trajectories
+from ._problem import AbstractLikelihood, Trajectories
 from ._vector import prior_vectors
 
 # From the color-blind safe palette of Okabe and Ito.
@@ -184,7 +185,7 @@ def _draw_observations(
     last = xr.concat([segment["ts"].max("time") for segment in segments], "segment").max("segment")
     horizon = horizon.where(last > horizon)
     if np.any(np.isfinite(horizon)):
-        lines = horizon.expand_dims(channel=observed["channel"]).to_dataset(name="y")
+        lines = horizon.expand_dims(channel=observed["channel"]).transpose("trajectory", "channel").to_dataset(name="y")
         dashed = dict(color=_GRAY, linestyle="C1", width=1)
         _put(plots, visuals.vline, "horizon", lines, dashed)
         entries.append(("last observation fitted", dashed))
@@ -200,7 +201,7 @@ def plot_phase(
     channels: tuple[int, int] = (0, 1),
     trajectory: int = 0,
     prob: float = 0.9,
-    num_draws: int = 30,
+    num_draws: int = 12,
     field: bool | None = None,
     labels: Sequence[str] | None = None,
     held_out: Trajectories | None = None,
@@ -245,27 +246,31 @@ def plot_phase(
         raise LaplodeError(f"`channels` must be two of the {num_channels} channels by number, got {channels}.")
     if not 0 <= trajectory < num:
         raise LaplodeError(f"`trajectory` must be one of {num} by number, got {trajectory}.")
-    model, data = posterior.parameters.model, posterior.problem.data
+    model, data, likelihood = posterior.parameters.model, posterior.problem.data, posterior.problem.likelihood
     can = isinstance(model, NeuralODE) and data.args is None and _num_states(model, data) == 2
     if field and not can:
         raise LaplodeError("`field`: only of a NeuralODE with D = 2 states and without `args` is the field a picture.")
     pair = list(channels)
     ts, draws = item.ts[trajectory], np.asarray(item.epistemic)[np.asarray(item.ok), trajectory][..., pair]
+    median = np.median(draws, axis=0)
     paths = xr.Dataset({"f": (("plot_axis", "draw", "time"), np.moveaxis(draws, -1, 0))}, {"plot_axis": ["x", "y"]})
-    plots = _grid(paths, size=(6.0, 5.2), axes=axes, backend=backend)
+    plots = _grid(paths, size=(6.4, 5.6), axes=axes, backend=backend)
     names = list(labels) if labels is not None else [_title("channel", k) for k in pair]
     same = num == data.ts.shape[0]
     ys = data.ys[trajectory][:, pair] if same else np.full((1, 2), np.nan)
-    points = [draws.reshape(-1, 2)[None], ys[None]]
     later = same & (ts >= data.ts[trajectory][np.any(data.observed[trajectory], axis=1)].max())
+    # A few draws that go far away would leave no room for the others.
+    most = np.quantile(draws.reshape(-1, 2), [0.02, 0.98], axis=0)
+    shown = [median, ys, most] + ([] if held_out is None else [held_out.ys[trajectory][:, pair]])
+    low, high = np.nanmin(np.concatenate(shown), axis=0), np.nanmax(np.concatenate(shown), axis=0)
+    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
 
     entries: list[tuple[str, dict[str, Any]]] = []
     if can if field is None else field:
-        low, high = np.nanquantile(np.concatenate([p.reshape(-1, 2) for p in points]), [0.005, 0.995], axis=0)
         entries += _draw_field(plots, posterior, item, trajectory, pair, low, high)
     few = paths["f"].isel(draw=slice(num_draws))
-    parts = [("draws", "draws", ~later | np.roll(~later, 1), _COLORS[0])]
-    if np.any(later) and not np.all(later):
+    parts = [("draws", "draws", ~later | np.roll(~later, 1), _COLORS[0])]  # up to the first later time, to join them
+    if np.sum(later) > 1 and not np.all(later):
         parts.append(("draws_forecast", "draws, forecast", later, _COLORS[1]))
     elif np.all(later):
         parts = [("draws", "draws, forecast", later, _COLORS[1])]
@@ -275,11 +280,10 @@ def plot_phase(
         _put(plots, visuals.line_xy, label, _xy(lines), style)
         entries.append((text, style))
     style = dict(color="black", width=1.6)
-    median = np.median(draws, axis=0).T
-    _put(plots, visuals.line_xy, "median", _xy(median), style)
+    _put(plots, visuals.line_xy, "median", _xy(median.T), style)
     entries.append(("median", style))
-    chosen = np.unique(np.linspace(0, len(ts) - 1, 9).astype(int))
-    rings = _broken(np.stack([_ring(draws[:, i], prob) for i in chosen], axis=1))
+    chosen = np.unique(np.linspace(0, len(ts) - 1, 6).astype(int))
+    rings = _broken(np.stack([_ring(likelihood, draws[:, i], prob) for i in chosen], axis=1))
     style = dict(color="black", width=0.8, linestyle="C2")
     _put(plots, visuals.line_xy, "rings", _xy(rings), style)
     entries.append((f"{100 * prob:g}% at one time", style))
@@ -292,7 +296,10 @@ def plot_phase(
         _put(plots, visuals.scatter_xy, "held_out", _xy(held_out.ys[trajectory][:, pair].T), style)
         entries.append(("held out", dict(edgecolor="black", marker="o", facecolor="white")))
     _label(plots, {}, title=None, x=names[0], y=names[1])
-    _legend(plots, entries)
+    drawing, panel = _drawing(plots), plots.get_target(None, {})
+    drawing.xlim((low[0], high[0]), panel)
+    drawing.ylim((low[1], high[1]), panel)
+    _legend(plots, entries, columns=3)
     return plots
 
 
@@ -300,15 +307,19 @@ def _num_states(model: NeuralODE, data: Trajectories) -> int:
     return data.y0.shape[1] if data.y0 is not None else 0 if model.y0 is None else len(model.y0)
 
 
-def _ring(draws: Float[np.ndarray, "S 2"], prob: float) -> Float[np.ndarray, "2 A"]:
-    """The ellipse that holds `prob` of a Gaussian with the mean and covariance of draws."""
+def _ring(likelihood: AbstractLikelihood, draws: Float[np.ndarray, "S 2"], prob: float) -> Float[np.ndarray, "2 A"]:
+    """What holds `prob` of draws: an ellipse, in the coordinate in which linearized predictions are Gaussian."""
+    draws = np.asarray(likelihood.stabilize(jnp.asarray(draws)))
     angle = np.linspace(0, 2 * np.pi, 41)
     eigenvalues, vectors = np.linalg.eigh(np.cov(draws.T))
     root = vectors * np.sqrt(np.maximum(eigenvalues, 0))
     radius = np.sqrt(-2 * np.log1p(-prob))  # of a chi-squared with two degrees of freedom
-    return np.mean(draws, axis=0)[:, None] + radius * root @ np.stack([np.cos(angle), np.sin(angle)])
+    ring = np.mean(draws, axis=0)[:, None] + radius * root @ np.stack([np.cos(angle), np.sin(angle)])
+    return np.asarray(likelihood.unstabilize(jnp.asarray(ring)))
 
 
+# Arrows along each axis.
+_CELLS = 15
 # The standard deviation of the vector field over its length, beyond which arrows are paler, and how they are drawn.
 _ARROWS = (
     (0.0, "field", "vector field", "#6b6b6b"),
@@ -323,26 +334,31 @@ def _draw_field(
     model = posterior.parameters.model
     assert isinstance(model, NeuralODE)
     y0 = None if posterior.problem.data.y0 is None else posterior.problem.data.y0[trajectory]
+    see = lambda y: model.observe_states(y[None], None)[0][jnp.asarray(pair)]
     lower, upper = low, high
-    if model.observe is not None:  # the states behind the picture are those that the fitted model goes through
+    if model.observe is not None:  # the states behind the picture lie around those that the fitted model goes through
         ts = np.concatenate([posterior.problem.data.ts[trajectory, :1], item.ts[trajectory]])
         states = np.asarray(_states(model, np.unique(ts), y0))
         lower, upper = np.min(states, axis=0), np.max(states, axis=0)
-        lower, upper = lower - 0.3 * (upper - lower), upper + 0.3 * (upper - lower)
-    mesh = np.meshgrid(*(np.linspace(a, b, 15) for a, b in zip(lower, upper, strict=True)), indexing="ij")
+        lower, upper = lower - 0.5 * (upper - lower), upper + 0.5 * (upper - lower)
+    elif pair == [1, 0]:
+        lower, upper = low[::-1], high[::-1]
+    mesh = np.meshgrid(*(np.linspace(a, b, 61) for a, b in zip(lower, upper, strict=True)), indexing="ij")
     states = np.stack([axis.ravel() for axis in mesh], axis=-1)
+    # One arrow for each cell of the picture.
+    cells = _CELLS * (np.asarray(jax.vmap(see)(jnp.asarray(states))) - low) / (high - low)
+    states, cells = (x[np.all((cells >= 0) & (cells < _CELLS), axis=1)] for x in (states, cells))
+    off = np.sum((cells % 1 - 0.5) ** 2, axis=1)
+    order = np.argsort(off, kind="stable")
+    states = states[order[np.unique(np.floor(cells[order]), axis=0, return_index=True)[1]]]
     found = predict_field(posterior, states, num_samples=1, key=jax.random.key(0), progress=False)  # no draws are used
     ratio = np.linalg.norm(found.std, axis=1) / np.linalg.norm(found.mean, axis=1)
-    see = lambda y: model.observe_states(y[None], None)[0][jnp.asarray(pair)]
     at, along = jax.vmap(lambda y, dy: jax.jvp(see, (y,), (dy,)))(jnp.asarray(states), found.mean)
-    inside = np.all(
-        (np.asarray(at) >= low - 0.1 * (high - low)) & (np.asarray(at) <= high + 0.1 * (high - low)), axis=1
-    )
     arrows = _arrows(np.asarray(at), np.asarray(along), high - low)
     entries = []
     edges = [edge for edge, *_ in _ARROWS] + [np.inf]
     for (edge, label, text, color), following in zip(_ARROWS, edges[1:], strict=True):
-        chosen = inside & (ratio >= edge) & (ratio < following)
+        chosen = (ratio >= edge) & (ratio < following)
         if np.any(chosen):
             style = dict(color=color, width=0.8)
             _put(plots, visuals.line_xy, label, _xy(_broken(arrows[:, chosen])), style)
@@ -365,10 +381,10 @@ def _states(model: NeuralODE, ts, y0) -> Float[Array, "T D"]:
 def _arrows(at: Float[np.ndarray, "G 2"], along: Float[np.ndarray, "G 2"], size: Float[np.ndarray, " 2"]):
     """Arrows of one length on the screen as paths (2, G, 5): to the tip, to one side, to the tip, to the other side."""
     unit = along / size
-    unit = 0.045 * unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-300)
+    unit = 0.042 * unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-300)
     side = np.stack([-unit[:, 1], unit[:, 0]], axis=1)
     tail, tip = at / size - unit / 2, at / size + unit / 2
-    barbs = [tip - 0.4 * unit + 0.25 * side, tip - 0.4 * unit - 0.25 * side]
+    barbs = [tip - 0.3 * unit + 0.16 * side, tip - 0.3 * unit - 0.16 * side]
     return np.moveaxis(np.stack([tail, tip, barbs[0], tip, barbs[1]], axis=1) * size, -1, 0)
 
 
@@ -513,6 +529,7 @@ def plot_time_correlation(
         rows="channel",
         cols="other_channel",
         size=(side * num_channels + 1.0, side * num_channels),
+        square=True,
         backend="matplotlib",
     )
     _put(plots, _heat, "correlation", data, {}, ts=ts[trajectory])
@@ -527,6 +544,10 @@ def plot_time_correlation(
                 x=f"{other}, {time}" if row == num_channels - 1 else None,
                 y=f"{name}, {time}" if column == 0 else None,
             )
+            _drawing(plots).set_ticklabel_visibility(
+                plots.get_target(None, place), axis="x", visible=row == num_channels - 1
+            )
+            _drawing(plots).set_ticklabel_visibility(plots.get_target(None, place), axis="y", visible=column == 0)
     panels: np.ndarray = plots.viz["plot"].to_numpy()  # pyright: ignore[reportAttributeAccessIssue]
     figure = panels.flat[0].figure
     drawn = plots.viz["correlation"]["correlation"].to_numpy().flat[0]
@@ -632,9 +653,12 @@ def _densities(draws, posterior, prior, names: list[str]) -> xr.Dataset:
     """Curves (parameter, x and y, point) in a window that shows the posterior."""
     curves = []
     for name in names:
-        at, density, _ = array_stats.kde(draws[name])
         center, width = np.mean(posterior[name]), np.std(posterior[name])
         reach = max(6 * width, min(3 * np.std(prior[name]), 12 * width))
+        values, margin = draws[name], np.std(draws[name])
+        # Room on both sides, where the density falls to zero.
+        limits = (float(values.min() - margin), float(values.max() + margin))
+        at, density, _ = array_stats.kde(values, custom_lims=limits, bound_correction=False, bw="scott")
         grid = np.linspace(center - reach, center + reach, 400)
         curves.append(np.stack([grid, np.interp(grid, at, density, left=0.0, right=0.0)]))
     dims = ("parameter", "plot_axis", "point")
@@ -652,6 +676,7 @@ def _grid(
     cols: str | None = None,
     wrap: int | None = None,
     log_y: bool = False,
+    square: bool = False,
     axes: Any = None,
     backend: str | None = None,
     **aesthetics: Any,
@@ -684,11 +709,13 @@ def _grid(
         coords = {dim: data[dim] for dim in dims}
         viz = xr.DataTree(xr.Dataset({"figure": ((), figure), "plot": (dims, panels), **numbers}, coords))
         return PlotCollection(data, viz, backend=backend, **aesthetics)
-    options: dict[str, Any] = {"figsize": size, "figsize_units": "inches"}
+    options: dict[str, Any] = {"figsize": size}
+    if backend != "matplotlib":
+        options = {"figsize": (100 * size[0], 100 * size[1]), "figsize_units": "dots"}
     if backend == "bokeh" and log_y:  # which is fixed when a panel is made
         options["subplot_kws"] = {"y_axis_type": "log"}
     if backend == "matplotlib":
-        options |= {"layout": "constrained", "sharex": wrap is None}
+        options |= {"layout": "compressed" if square else "constrained", "sharex": wrap is None and not square}
     if wrap is not None:
         return PlotCollection.wrap(data, cols=dims, col_wrap=wrap, backend=backend, figure_kwargs=options, **aesthetics)
     sides = {"rows": [] if rows is None else [rows], "cols": [] if cols is None else [cols]}
@@ -727,10 +754,12 @@ def _label(plots: PlotCollection, place: dict[str, Any], *, title, x, y, size: f
 
 def _legend(plots: PlotCollection, entries: list[tuple[str, dict[str, Any]]], columns: int = 6) -> None:
     texts = [text for text, _ in entries]
-    if plots.backend != "matplotlib":  # whose legends have lines only
-        lines = [
-            {k: v for k, v in style.items() if k in ("color", "alpha", "width", "linestyle")} for _, style in entries
-        ]
+    if plots.backend != "matplotlib":  # whose legends have only lines, and opaque ones
+        lines = []
+        for _, style in entries:
+            color = np.array(to_rgb(style.get("color", style.get("edgecolor"))))
+            opaque = to_hex(1 + style.get("alpha", 1.0) * (color - 1))
+            lines.append({"color": opaque, **{k: v for k, v in style.items() if k in ("width", "linestyle")}})
         _drawing(plots).legend(plots, lines, texts, legend_dim=(), update_visuals=False)
         return
     dashes = {"C1": "--", "C2": ":"}
