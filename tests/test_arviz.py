@@ -423,7 +423,7 @@ def test_bad_input(growth_posterior, here, later):
         lp.to_datatree(growth_posterior, here, here)
     with pytest.raises(lp.LaplodeError, match="`geodesic` holds 2 on the observed times"):
         lp.to_datatree(growth_posterior, here, geodesic=[here, here])
-    with pytest.raises(lp.LaplodeError, match="`num_sample` must come from .*, got int"):
+    with pytest.raises(lp.LaplodeError, match=r"`num_sample` must come from laplode\.predict, got int"):
         lp.to_datatree(growth_posterior, here, num_sample=3)
     with pytest.raises(lp.LaplodeError, match="`prior` can't name predictions"):
         lp.to_datatree(growth_posterior, here, prior=here)

@@ -323,8 +323,8 @@ _CELLS = 15
 # The standard deviation of the vector field over its length, beyond which arrows are paler, and how they are drawn.
 _ARROWS = (
     (0.0, "field", "vector field", "#6b6b6b"),
-    (1 / 3, "field_uncertain", "uncertain by a third", "#b3b3b3"),
-    (1.0, "field_unknown", "uncertain by itself", "#dedede"),
+    (1 / 3, "field_uncertain", "the same, sd above 1/3 of it", "#b3b3b3"),
+    (1.0, "field_unknown", "the same, sd above itself", "#dedede"),
 )
 
 
