@@ -21,8 +21,8 @@ from ._fit import Fit
 from ._model import NeuralODE
 from ._posterior import AbstractPosterior
 from ._predict import Predictions, with_noise
-from ._problem import Trajectories
 from ._prior import prior_draws
+from ._problem import Trajectories
 from ._vector import Parameters
 
 _CELLS = ["trajectory", "time", "channel"]
@@ -185,8 +185,11 @@ class Layout(NamedTuple):
         """`parameters` is "all" or "layers"; `coords` holds trajectory and channel, and state where there is one."""
         attrs = {"inference_library": "laplode", "inference_library_version": version("laplode")}
         model = posterior.parameters.model
-        own = isinstance(model, NeuralODE) and model.y0 is not None
-        dims = {"y0": ["state"]} if own else {}
+        dims = {}
+        if isinstance(model, NeuralODE) and model.y0 is not None:
+            dims["y0"] = ["state"] if model.y0.ndim == 1 else ["trajectory", "state"]
+        if isinstance(model, NeuralODE) and model.scale is not None:
+            dims["scale"] = ["channel"]
         if parameters == "layers":
             leaves = posterior.parameters.leaves
             dims |= {name: ["statistic"] for name, _, start, stop in leaves if stop - start > _SHORT}
@@ -196,7 +199,9 @@ class Layout(NamedTuple):
 def _check_coords(coords: Mapping[str, Sequence[Any]], posterior: AbstractPosterior) -> dict[str, Any]:
     data, model = posterior.problem.data, posterior.parameters.model
     neural = isinstance(model, NeuralODE)
-    num_states = data.y0.shape[1] if data.y0 is not None else len(model.y0) if neural and model.y0 is not None else 0
+    num_states = (
+        data.y0.shape[1] if data.y0 is not None else model.y0.shape[-1] if neural and model.y0 is not None else 0
+    )
     lengths = {"trajectory": data.ys.shape[0], "channel": data.ys.shape[2], "state": num_states}
     for name, values in coords.items():
         if name not in lengths:
@@ -257,7 +262,9 @@ def _dataset(variables, coords, dims, attrs, sample_dims: Sequence[str] = _SAMPL
 
 
 def summarize(view: Parameters, thetas: Float[Array, "C S P"], layout: Layout) -> dict[str, Array]:
-    """Draws of each leaf as the model knows it, (C, S, ...), or of its mean, standard deviation and norm, (C, S, 3), as `layout` wants it."""
+    """Draws of each leaf as the model knows it, (C, S, ...), or, where `layout` has them so, of its mean, standard
+    deviation and norm, (C, S, 3).
+    """
     known = jax.vmap(jax.vmap(lambda theta: view.constrained(view.with_vector(theta))))
     values = {}
     for (name, *_), leaf in zip(view.leaves, jax.tree.leaves(known(thetas)), strict=True):

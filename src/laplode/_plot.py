@@ -27,11 +27,11 @@ from ._curvature import (
 )
 from ._errors import LaplodeError, choose
 from ._function import predict_field
-from ._model import NeuralODE
+from ._model import NeuralODE, starts
 from ._posterior import AbstractPosterior, Posterior
 from ._predict import Predictions
+from ._prior import prior_vectors
 from ._problem import AbstractLikelihood, Trajectories
-from ._vector import prior_vectors
 
 # From the color-blind safe palette of Okabe and Ito.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -283,7 +283,9 @@ def plot_phase(
     _put(plots, visuals.line_xy, "median", _xy(median.T), style)
     entries.append(("median", style))
     chosen = np.unique(np.linspace(0, len(ts) - 1, 6).astype(int))
-    rings = _broken(np.stack([_ring(likelihood, draws[:, i], prob) for i in chosen], axis=1))
+    rings = _broken(
+        np.stack([_ring(None if item.scale is not None else likelihood, draws[:, i], prob) for i in chosen], axis=1)
+    )
     style = dict(color="black", width=0.8, linestyle="C2")
     _put(plots, visuals.line_xy, "rings", _xy(rings), style)
     entries.append((f"{100 * prob:g}% at one time", style))
@@ -304,18 +306,21 @@ def plot_phase(
 
 
 def _num_states(model: NeuralODE, data: Trajectories) -> int:
-    return data.y0.shape[1] if data.y0 is not None else 0 if model.y0 is None else len(model.y0)
+    return data.y0.shape[1] if data.y0 is not None else 0 if model.y0 is None else model.y0.shape[-1]
 
 
-def _ring(likelihood: AbstractLikelihood, draws: Float[np.ndarray, "S 2"], prob: float) -> Float[np.ndarray, "2 A"]:
+def _ring(
+    likelihood: AbstractLikelihood | None, draws: Float[np.ndarray, "S 2"], prob: float
+) -> Float[np.ndarray, "2 A"]:
     """What holds `prob` of draws: an ellipse, in the coordinate in which linearized predictions are Gaussian."""
-    draws = np.asarray(likelihood.stabilize(jnp.asarray(draws)))
+    if likelihood is not None:
+        draws = np.asarray(likelihood.stabilize(jnp.asarray(draws)))
     angle = np.linspace(0, 2 * np.pi, 41)
     eigenvalues, vectors = np.linalg.eigh(np.cov(draws.T))
     root = vectors * np.sqrt(np.maximum(eigenvalues, 0))
     radius = np.sqrt(-2 * np.log1p(-prob))  # of a chi-squared with two degrees of freedom
     ring = np.mean(draws, axis=0)[:, None] + radius * root @ np.stack([np.cos(angle), np.sin(angle)])
-    return np.asarray(likelihood.unstabilize(jnp.asarray(ring)))
+    return ring if likelihood is None else np.asarray(likelihood.unstabilize(jnp.asarray(ring)))
 
 
 # Arrows along each axis.
@@ -333,7 +338,8 @@ def _draw_field(
 ) -> list[tuple[str, dict[str, Any]]]:
     model = posterior.parameters.model
     assert isinstance(model, NeuralODE)
-    y0 = None if posterior.problem.data.y0 is None else posterior.problem.data.y0[trajectory]
+    y0 = starts(model, posterior.problem.data.y0, len(posterior.problem.data.ts))
+    y0 = None if y0 is None else y0[trajectory]
     see = lambda y: model.observe_states(y[None], None)[0][jnp.asarray(pair)]
     lower, upper = low, high
     if model.observe is not None:  # the states behind the picture lie around those that the fitted model goes through
@@ -757,7 +763,7 @@ def _legend(plots: PlotCollection, entries: list[tuple[str, dict[str, Any]]], co
     if plots.backend != "matplotlib":  # whose legends have only lines, and opaque ones
         lines = []
         for _, style in entries:
-            color = np.array(to_rgb(style.get("color", style.get("edgecolor"))))
+            color = np.array(to_rgb(style["color"] if "color" in style else style["edgecolor"]))
             opaque = to_hex(1 + style.get("alpha", 1.0) * (color - 1))
             lines.append({"color": opaque, **{k: v for k, v in style.items() if k in ("width", "linestyle")}})
         _drawing(plots).legend(plots, lines, texts, legend_dim=(), update_visuals=False)
