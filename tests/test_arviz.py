@@ -4,11 +4,14 @@ import sys
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
 
 import laplode as lp
+from laplode._structure import Diagonal
+from laplode._vector import parameters
 
 if sys.version_info >= (3, 12):
     import arviz as az
@@ -243,29 +246,27 @@ def test_parameters_by_layers(neural_posterior):
     assert len(summary) == len(az.summary(every, kind="stats")) == 27
 
 
-def test_a_large_array_becomes_three_rows(linear, monkeypatch):
+def test_a_large_array_becomes_three_rows(linear_ggn, monkeypatch):
     import laplode._arviz as module
 
     monkeypatch.setattr(module, "_SHORT", 5)
     monkeypatch.setattr(module, "_MOST_ROWS", 5)
     monkeypatch.setattr(module, "_BLOCK", 6 * 8)  # eight vectors at a time
-    posterior = lp.laplace(linear.model, linear.problem, progress=False)
-    tree = lp.to_datatree(posterior, key=KEY, num_samples=20)
+    tree = lp.to_datatree(linear_ggn, key=KEY, num_samples=20)
     assert tree["posterior"].attrs["parameters"] == "layers"
     summary = az.summary(tree, kind="stats", round_to="none")
     assert list(summary.index) == [f"vector_field.w[{name}]" for name in ("mean", "std", "norm")]
-    every = lp.to_datatree(posterior, key=KEY, num_samples=20, parameters="all")
+    every = lp.to_datatree(linear_ggn, key=KEY, num_samples=20, parameters="all")
     w = every["posterior"]["vector_field.w"].values.reshape(20, 6)
     assert len(np.unique(w[:, 0])) == 20  # blocks have keys of their own
     found = tree["posterior"]["vector_field.w"].values[0]
     np.testing.assert_allclose(found, np.stack([w.mean(1), w.std(1), np.linalg.norm(w, axis=1)], axis=1), rtol=1e-12)
 
 
-def test_a_learned_initial_state_has_the_names_of_states(linear, quiet):
-    model = lp.NeuralODE(linear.model.vector_field, y0=[1.0, 2.0])
-    data = linear.problem.data
-    problem = lp.Problem(lp.Trajectories(data.ts, data.ys), lp.Gaussian(0.1), 1.0)
-    posterior = quiet(model, problem, curvature="ggn")
+def test_a_learned_initial_state_has_the_names_of_states(linear_ggn):
+    model = lp.NeuralODE(linear_ggn.parameters.model.vector_field, y0=[1.0, 2.0])
+    changed = (parameters(model), Diagonal(jnp.ones(8)))
+    posterior = eqx.tree_at(lambda p: (p.parameters, p.structure), linear_ggn, changed)
     tree = lp.to_datatree(posterior, key=KEY, num_samples=5, coords={"channel": ["p", "q"]})
     assert list(tree["posterior"]["y0"]["state"].values) == ["p", "q"]  # without `observe` a channel is a state
 
