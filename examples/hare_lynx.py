@@ -85,9 +85,9 @@ print(
     )
 )
 
-axes = laplode.plot_trajectories(tree, held_out=held_out, labels={"time": "year", "y": "pelts (thousands)"})
-for ax in axes.flat:
+picture = laplode.plot_trajectories(tree, held_out=held_out, labels={"time": "year", "y": "pelts (thousands)"})
+for ax in picture.viz["plot"].values.flat:
     ax.set_yscale("log")
     ax.set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"])
     ax.minorticks_off()
-axes[0, 0].figure.savefig(options.out / "hare_lynx.png", dpi=110)
+picture.savefig(options.out / "hare_lynx.png", dpi=110)

@@ -4,11 +4,14 @@ import sys
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import xarray as xr
 
 import laplode as lp
+from laplode._structure import Diagonal
+from laplode._vector import parameters
 
 if sys.version_info >= (3, 12):
     import arviz as az
@@ -33,12 +36,37 @@ def later(growth_posterior):
     return draw(growth_posterior, np.linspace(5.5, 7, 4))
 
 
-COORDS = {"trajectory": ["north", "south"], "channel": ["hare", "lynx"]}
+COORDS = {"trajectory": ["north", "south"], "channel": ["hare", "lynx"], "state": ["a", "b"]}
 
 
 @pytest.fixture(scope="module")
-def tree(growth_posterior, here, later):
-    return lp.to_datatree(growth_posterior, here, later, key=KEY, num_samples=50, coords=COORDS)
+def sampled(growth_posterior):
+    return draw(growth_posterior, growth_posterior.problem.data.ts, method="sampled", key=jax.random.key(1))
+
+
+@pytest.fixture(scope="module")
+def history(growth):
+    """As `fit` and `refine` return it."""
+    stats = {"loss": -1.5, "restart_losses": np.array([-1.5, np.nan]), "horizons": [(3, 2), (9, 3)]}
+    first = lp.Fit(growth.model, np.arange(4.0), growth.problem, {**stats, "interrupted": True})
+    stats = {"loss": -2.0, "newton_decrement": 1e-9, "num_negative": None, "reason": "converged"}
+    return [first, lp.Fit(growth.model, np.array([-1.5, -2.0]), growth.problem, stats)]
+
+
+@pytest.fixture(scope="module")
+def tree(growth_posterior, here, later, sampled, history):
+    return lp.to_datatree(
+        growth_posterior,
+        here,
+        later,
+        fit=history,
+        key=KEY,
+        num_samples=50,
+        prior_predictive=True,
+        coords=COORDS,
+        progress=False,
+        sampled=[sampled],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +86,14 @@ def test_groups(tree):
         "predictions_constant_data",
         "sample_stats",
         "prior",
+        "prior_predictive",
         "observed_data",
         "constant_data",
+        "fit_history",
+        "sampled",
     }
+    inside = {"posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data"}
+    assert set(tree["sampled"].children) == inside
 
 
 def test_parameters_are_named_by_their_path(tree, here):
@@ -126,13 +159,116 @@ def test_sample_stats(tree, here):
     for name in ("log_p", "log_q", "log_weights"):
         np.testing.assert_array_equal(stats[name][0], getattr(here, name))
     assert stats.attrs["khat"] == here.khat and stats.attrs["num_failed"] == 0
-    assert tree["posterior"].attrs["inference_library"] == "laplode"
+    attrs = tree["posterior"].attrs
+    assert attrs["inference_library"] == "laplode" and attrs["method"] == "linearized"
+    assert (attrs["curvature"], attrs["structure"], attrs["regularization"]) == ("hessian", "Full", "none")
+    assert attrs["num_parameters"] == 3 and attrs["parameters"] == "all"
 
 
 def test_round_trip_keeps_every_value(tree, reopened):
-    assert set(reopened.children) == set(tree.children)
-    for group in tree.children:
+    assert set(reopened.groups) == set(tree.groups)
+    for group in tree.groups:
         xr.testing.assert_equal(reopened[group].to_dataset(), tree[group].to_dataset())
+        for name, value in tree[group].attrs.items():
+            np.testing.assert_array_equal(reopened[group].attrs[name], value)
+
+
+@pytest.mark.filterwarnings("ignore")  # zarr's own, of what its format does not promise yet
+def test_round_trip_through_zarr(growth_posterior, here, tmp_path):
+    pytest.importorskip("zarr")
+    # An infinite k̂ and names of trajectories, which a text format may stumble over.
+    few = eqx.tree_at(lambda p: p.khat, here, float("inf"))
+    tree = lp.to_datatree(growth_posterior, few, coords=COORDS, fit=())
+    tree.to_zarr(tmp_path / "tree.zarr")
+    opened = xr.open_datatree(tmp_path / "tree.zarr", engine="zarr").load()
+    for group in tree.groups:
+        xr.testing.assert_equal(opened[group].to_dataset(), tree[group].to_dataset())
+    assert opened["posterior"].attrs["khat"] == float("inf")
+
+
+def test_attributes_are_plain(tree):
+    """None and bool do not go into every file format, and a file written by one Python is read by another."""
+    for group in tree.groups:
+        for name, value in tree[group].attrs.items():
+            values = value if isinstance(value, list) else [value]
+            assert all(type(item) in (str, int, float) for item in values), (group, name, value)
+
+
+def test_named_predictions_keep_their_own_draws(tree, here, sampled):
+    np.testing.assert_array_equal(tree["posterior"]["gain"][0], here.thetas[:, 2])
+    np.testing.assert_array_equal(tree["sampled"]["posterior"]["gain"][0], sampled.thetas[:, 2])
+    assert tree["sampled"]["posterior"].attrs["method"] == "sampled"
+    np.testing.assert_array_equal(tree["sampled"]["posterior_predictive"]["f"][0], sampled.epistemic)
+    np.testing.assert_array_equal(tree["sampled"]["sample_stats"]["log_p"][0], sampled.log_p)
+
+
+def test_the_key_gives_the_same_draws_again(tree, growth_posterior, here):
+    key = jax.random.wrap_key_data(np.uint32(tree["posterior_predictive"].attrs["key"]))
+    again = draw(growth_posterior, growth_posterior.problem.data.ts, key=key)
+    np.testing.assert_array_equal(again.epistemic, here.epistemic)
+
+
+def test_prior_predictive_is_of_the_draws_of_the_prior(tree, growth):
+    """Half of the draws of the prior have a negative gain, at which a LogNormal likelihood has no answer."""
+    found, prior = tree["prior_predictive"], tree["prior"]
+    gain = prior["gain"][0].values
+    assert found.attrs["num_failed"] == np.sum(gain < 0) > 0
+    np.testing.assert_array_equal(found["draw"], np.flatnonzero(gain > 0))
+    at = int(found["draw"][3])
+    model = type(growth.model)(prior["rate"].values[0, at], gain[at])
+    for i, y0 in enumerate(growth.problem.data.y0):
+        np.testing.assert_allclose(found["f"].sel(draw=at)[0, i], model(growth.problem.data.ts[i], y0), rtol=1e-12)
+    noise = np.log(found["y"] / found["f"])
+    np.testing.assert_allclose(noise.std(), 0.1, rtol=5 / np.sqrt(2 * noise.size))
+
+
+def test_fit_history(tree):
+    found = tree["fit_history"]
+    np.testing.assert_array_equal(found["loss"], [0, 1, 2, 3, -1.5, -2])
+    np.testing.assert_array_equal(found["fit"], [0, 0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(found["num_times"], [3, 3, 9, 9, 9, 9])  # interrupted before the last step
+    np.testing.assert_array_equal(found["restart_loss"], [-1.5, np.nan])
+    assert found.attrs["fit_reason"] == "converged" and found.attrs["fit_loss"] == -2.0
+
+
+def test_parameters_by_layers(neural_posterior):
+    options = dict(key=KEY, num_samples=20)
+    every = lp.to_datatree(neural_posterior, **options, parameters="all")
+    layers = lp.to_datatree(neural_posterior, **options, parameters="layers")
+    assert layers["posterior"].attrs["parameters"] == "layers"
+    for group in ("posterior", "prior"):
+        weight = every[group]["vector_field.mlp.layers[0].weight"].values.reshape(1, 20, 10)
+        # Up to ten entries an array stays whole.
+        np.testing.assert_array_equal(
+            layers[group]["vector_field.mlp.layers[0].weight"].values.reshape(1, 20, 10), weight
+        )
+    summary = az.summary(layers, kind="stats")
+    assert len(summary) == len(az.summary(every, kind="stats")) == 27
+
+
+def test_a_large_array_becomes_three_rows(linear_ggn, monkeypatch):
+    import laplode._arviz as module
+
+    monkeypatch.setattr(module, "_SHORT", 5)
+    monkeypatch.setattr(module, "_MOST_ROWS", 5)
+    monkeypatch.setattr(module, "_BLOCK", 6 * 8)  # eight vectors at a time
+    tree = lp.to_datatree(linear_ggn, key=KEY, num_samples=20)
+    assert tree["posterior"].attrs["parameters"] == "layers"
+    summary = az.summary(tree, kind="stats", round_to="none")
+    assert list(summary.index) == [f"vector_field.w[{name}]" for name in ("mean", "std", "norm")]
+    every = lp.to_datatree(linear_ggn, key=KEY, num_samples=20, parameters="all")
+    w = every["posterior"]["vector_field.w"].values.reshape(20, 6)
+    assert len(np.unique(w[:, 0])) == 20  # blocks have keys of their own
+    found = tree["posterior"]["vector_field.w"].values[0]
+    np.testing.assert_allclose(found, np.stack([w.mean(1), w.std(1), np.linalg.norm(w, axis=1)], axis=1), rtol=1e-12)
+
+
+def test_a_learned_initial_state_has_the_names_of_states(linear_ggn):
+    model = lp.NeuralODE(linear_ggn.parameters.model.vector_field, y0=[1.0, 2.0])
+    changed = (parameters(model), Diagonal(jnp.ones(8)))
+    posterior = eqx.tree_at(lambda p: (p.parameters, p.structure), linear_ggn, changed)
+    tree = lp.to_datatree(posterior, key=KEY, num_samples=5, coords={"channel": ["p", "q"]})
+    assert list(tree["posterior"]["y0"]["state"].values) == ["p", "q"]  # without `observe` a channel is a state
 
 
 def test_summary(reopened, here):
@@ -156,6 +292,70 @@ def test_loo(reopened):
 @pytest.mark.filterwarnings("ignore:Deleting a single level of a MultiIndex:FutureWarning")  # inside arviz-plots
 def test_plot_ppc_dist(reopened):
     az.plot_ppc_dist(reopened, num_samples=20, backend="matplotlib")
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")  # few observations
+def test_loo_with_an_approximate_posterior(reopened):
+    """Of a posterior that is nearly exact, the correction by log_p and log_q changes little."""
+    stats = reopened["sample_stats"]
+    found = az.loo_approximate_posterior(reopened, log_p=stats["log_p"], log_q=stats["log_q"])
+    assert abs(found.elpd - az.loo(reopened).elpd) < 1
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")  # few observations
+def test_compare(reopened, growth, quiet):
+    noisy = lp.Problem(growth.problem.data, lp.LogNormal(1.0), 1.0)
+    posterior = quiet(growth.model, noisy, curvature="ggn")
+    other = lp.to_datatree(posterior, draw(posterior, growth.problem.data.ts))
+    table = az.compare({"noisy": other, "linearized": reopened, "sampled": reopened["sampled"]})
+    assert list(table.index)[-1] == "noisy" and set(table.index[:2]) == {"linearized", "sampled"}
+
+
+PANEL = {"channel": "hare", "trajectory": "south"}
+RECIPES = {
+    "plot_lm": lambda tree, **options: az.plot_lm(
+        tree.sel(PANEL), x="ts", y="y", plot_dim="time", ci_prob=[0.5, 0.9], smooth=False, **options
+    ),
+    "plot_lm of a forecast": lambda tree, **options: az.plot_lm(
+        tree.sel(PANEL), x="ts", y="y", plot_dim="time", group="predictions", smooth=False, **options
+    ),
+    "plot_ppc_dist": lambda tree, **options: az.plot_ppc_dist(tree, num_samples=20, **options),
+    "plot_ppc_dist of the prior": lambda tree, **options: az.plot_ppc_dist(
+        tree, group="prior_predictive", num_samples=10, **options
+    ),
+    "plot_ppc_pit": lambda tree, **options: az.plot_ppc_pit(tree.sel(PANEL), var_names="y", **options),
+    "plot_khat": lambda tree, **options: az.plot_khat(az.loo(tree, pointwise=True), **options),
+    "plot_forest": lambda tree, **options: az.plot_forest(tree, combined=True, **options),
+    "plot_pair": lambda tree, **options: az.plot_pair(tree, var_names=["rate", "gain"], **options),
+    "plot_loo_pit": lambda tree, **options: az.plot_loo_pit(tree, **options),
+    "plot_prior_posterior": lambda tree, **options: az.plot_prior_posterior(tree, **options),
+    "plot_ppc_dist of named predictions": lambda tree, **options: az.plot_ppc_dist(
+        tree["sampled"], num_samples=10, **options
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")  # few observations
+@pytest.mark.filterwarnings("ignore:Deleting a single level of a MultiIndex:FutureWarning")  # inside arviz-plots
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name, reopened):
+    picture = RECIPES[name](reopened, backend="none")
+    assert set(picture.viz.children) | set(picture.viz.data_vars), "nothing was drawn"
+
+
+def test_plot_lm_draws_the_data_and_the_mean(reopened, here):
+    picture = RECIPES["plot_lm"](reopened, backend="matplotlib", point_estimate="mean")
+    line = picture.viz["pe_line"]["ts"].item().get_xydata()
+    np.testing.assert_allclose(line[:, 1], here.predictive[:, 1, :, 0].mean(axis=0), rtol=1e-9)
+    points = picture.viz["observed_scatter"]["ts"].item().get_offsets()
+    np.testing.assert_allclose(points[:, 1], reopened["observed_data"]["y"].sel(PANEL), rtol=1e-12)
+
+
+def test_plot_pair_on_a_part_of_the_parameters(growth, quiet):
+    posterior = quiet(growth.model, growth.problem, curvature="ggn", where=lambda model: model.rate)
+    tree = lp.to_datatree(posterior, key=KEY, num_samples=20)
+    assert list(tree["posterior"].data_vars) == ["rate"]
+    az.plot_pair(tree, backend="none")
 
 
 @pytest.mark.filterwarnings("ignore:Estimated shape parameter of Pareto:UserWarning")  # few observations
@@ -206,7 +406,7 @@ def test_failed_draws_are_left_out_and_counted(growth_posterior, here):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (dict(coords={"time": [1]}), '`coords` may name "trajectory" and "channel", got \'time\''),
+        (dict(coords={"time": [1]}), '`coords` may name "trajectory", "channel" and "state", got \'time\''),
         (dict(coords={"channel": ["hare"]}), "`coords` has 1 names for channel, but there are 2"),
     ],
 )
@@ -220,8 +420,20 @@ def test_bad_input(growth_posterior, here, later):
         lp.to_datatree(here)
     with pytest.raises(lp.LaplodeError, match="`predictions` must come from"):
         lp.to_datatree(growth_posterior, growth_posterior)
-    with pytest.raises(lp.LaplodeError, match="`predictions` holds 2 on the observed times"):
+    with pytest.raises(lp.LaplodeError, match=r"`predictions` holds 2 on the observed times .* second=other\)"):
         lp.to_datatree(growth_posterior, here, here)
+    with pytest.raises(lp.LaplodeError, match="`geodesic` holds 2 on the observed times"):
+        lp.to_datatree(growth_posterior, here, geodesic=[here, here])
+    with pytest.raises(lp.LaplodeError, match=r"`num_sample` must come from laplode\.predict, got int"):
+        lp.to_datatree(growth_posterior, here, num_sample=3)
+    with pytest.raises(lp.LaplodeError, match="`prior` can't name predictions"):
+        lp.to_datatree(growth_posterior, here, prior=here)
+    with pytest.raises(lp.LaplodeError, match="`fit` must come from"):
+        lp.to_datatree(growth_posterior, here, fit=growth_posterior)
+    with pytest.raises(lp.LaplodeError, match='`parameters` must be one of "all", "layers"'):
+        lp.to_datatree(growth_posterior, here, parameters="some")
+    with pytest.raises(lp.LaplodeError, match="`key` is needed to draw from the prior"):
+        lp.to_datatree(growth_posterior, here, prior_predictive=True)
     with pytest.raises(lp.LaplodeError, match="`key` is needed"):
         lp.to_datatree(growth_posterior)
 

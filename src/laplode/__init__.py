@@ -20,7 +20,13 @@ from ._laplace import Estimate as Estimate, estimate as estimate, laplace as lap
 from ._mixture import MixturePosterior as MixturePosterior, mixture as mixture
 from ._model import NeuralODE as NeuralODE
 from ._numpyro import nuts as nuts
-from ._plot import plot_trajectories as plot_trajectories
+from ._plot import (
+    plot_marginals as plot_marginals,
+    plot_phase as plot_phase,
+    plot_spectrum as plot_spectrum,
+    plot_time_correlation as plot_time_correlation,
+    plot_trajectories as plot_trajectories,
+)
 from ._posterior import Diagnostics as Diagnostics, Posterior as Posterior
 from ._predict import Predictions as Predictions, predict as predict
 from ._problem import (

@@ -117,7 +117,7 @@ def nuts(
         raise LaplodeError(f"`dense_mass` must be True or False, got {dense_mass!r}.")
     vectorized = choose("chain_method", chain_method, {"vectorized": True, "sequential": False})
     data = posterior.problem.data
-    check_coords(coords or {}, data.ys.shape)
+    check_coords(coords or {}, posterior)
     here = Grid.of(posterior, data.ts, None, None)
     if ts is None and not (y0 is None and args is None):
         raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
@@ -181,7 +181,6 @@ def nuts(
     _warn(posterior, trace, settings, rhat, attrs)
     stats = {name: getattr(trace, name) for name in _Trace._fields if name != "theta"}
     stats["tree_depth"] = np.ceil(np.log2(trace.n_steps + 1)).astype(int)
-    key_prior = key_prior if num_prior else None
     return chains_to_datatree(posterior, [predicted, *others], stats, attrs, coords or {}, key_prior, num_prior)
 
 

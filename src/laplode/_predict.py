@@ -41,6 +41,7 @@ class Predictions(eqx.Module):
         al., 2024): above min(1 − 1/log10(S), 0.7) the draws do not represent the posterior; None unless asked for.
         After resampling the weights are equal, and k̂ is that of the draws before it.
     - `observed_grid`: whether the times and initial states are those of the data.
+    - `key`: the random key that was given.
     """
 
     ts: Float[np.ndarray, "N T"]
@@ -58,6 +59,7 @@ class Predictions(eqx.Module):
     method: str = eqx.field(static=True)
     observed_grid: bool = eqx.field(static=True)
     _root: Float[Array, "N TK R"] | None
+    key: PRNGKeyArray | None = None
 
     @property
     def predictions(self) -> Float[Array, "S N T F"]:
@@ -154,7 +156,7 @@ def predict(
         component = posterior.components[i]
         mean, predictions, roots[i] = trajectories(component, grid, thetas, progress)
         means[i] = mean[..., : component.problem.data.ys.shape[2]]
-        return _with_noise(component.problem.likelihood, predictions, ok, keys[i])
+        return with_noise(component.problem.likelihood, predictions, ok, keys[i])
 
     ok, predictions, predictive = over_components(part, draws.component, draws.thetas, draws.ok)
     for i in set(range(len(posterior.components))) - set(means):  # too light for a draw
@@ -175,6 +177,7 @@ def predict(
         method=method,
         observed_grid=grid.observed,
         _root=root,
+        key=key,
     )
     _warn(int(jnp.sum(draws.ok & ~ok)), len(ok))
     return result
@@ -192,7 +195,7 @@ def predict_at(
     """Solves at parameter vectors that are given, with noise."""
     mean, predictions, _ = _solved(posterior, grid, thetas, progress)
     ok = jnp.ones(len(thetas), bool)
-    ok, predictions, predictive = _with_noise(posterior.problem.likelihood, predictions, ok, key)
+    ok, predictions, predictive = with_noise(posterior.problem.likelihood, predictions, ok, key)
     return Predictions(
         ts=grid.ts,
         mean=mean[..., : predictive.shape[-1]],
@@ -207,6 +210,7 @@ def predict_at(
         method=method,
         observed_grid=grid.observed,
         _root=None,
+        key=key,
     )
 
 
@@ -218,7 +222,7 @@ def _parts(predictions: Float[Array, "S N T F"], predictive: Float[Array, "S N T
 
 
 @eqx.filter_jit
-def _with_noise(
+def with_noise(
     likelihood: AbstractLikelihood, predictions: Float[Array, "S N T F"], ok: Bool[Array, " S"], key: PRNGKeyArray
 ):
     """Which draws are trajectories that the likelihood allows, the draws, and the draws with noise."""
