@@ -137,6 +137,23 @@ def test_a_small_penalty_on_too_many_parameters_is_caught_from_float32(growth, d
         lp.problem_from_loss(growth.model, data, loss, l2=1e-4, penalized=lambda m: m.gain, precision=1.0)
 
 
+def test_a_loss_in_float32_meets_a_model_in_float32(growth, data):
+    """A model and data of single precision stay so, since a loss with a solve in it refuses a mixture."""
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), growth.model)
+    dtypes = []
+
+    def loss(m):
+        dtypes.append(m.rate.dtype)
+        ts, y0, ys = (jnp.asarray(x, dtype=jnp.float32) for x in (data.ts, data.y0, data.ys))
+        return jnp.mean((jax.vmap(m)(ts, y0) - ys) ** 2) + L2 * penalty(m)
+
+    found = lp.problem_from_loss(model, data, loss, l2=L2)
+    assert set(dtypes) == {jnp.dtype("float32")}
+    assert found.difference < 1e-5
+    with pytest.raises(lp.LaplodeError, match="times what was said"):
+        lp.problem_from_loss(model, data, loss, l2=L2, squares="sum")
+
+
 @pytest.mark.parametrize(
     "arguments, match",
     [

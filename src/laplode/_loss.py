@@ -11,13 +11,11 @@ from jaxtyping import Array, Float
 
 from ._curvature import check_x64
 from ._errors import LaplodeError, choose
-from ._model import check_model
+from ._model import check_model, is_real_array, predict_trajectory
 from ._problem import AbstractScaleLikelihood, Gaussian, GaussianPrior, LogNormal, Problem, Trajectories
-from ._solve import ForeignFlow
 from ._vector import Parameters, Where, parameters
 
-# Two gradients are the same when they agree to this, relative to their parts. Data and times that a loss keeps in
-# float32 cost 1e-7; a wrong factor or a missing half costs a half.
+# Two gradients are the same when they agree to this, relative to their parts: a wrong factor costs a half.
 _SAME = 1e-3
 
 # How far, relative to a leaf's size, the points lie from the fitted model at which gradients are compared too: at a
@@ -90,8 +88,8 @@ def problem_from_loss(
     - `model`: the fitted model.
     - `data`: what it was fitted to, all of it.
     - `loss`: the loss on all of `data`, a function `model -> scalar` of JAX operations, with its L2 penalty and without
-        the optimizer's weight decay. Its gradient is compared with that of what the other arguments say. None compares
-        nothing.
+        the optimizer's weight decay. Its gradient is compared with that of what the other arguments say, at models in
+        the precision of `model`. None compares nothing.
     - `squares`: the factor before Σ (f − y)²: "mean" (1 over the number of observed values), "sum" (1), or a number,
         such as 0.5 for half the sum, or 0.5 / ys.size for half the mean.
     - `errors`: "absolute" for y − f, or "log" for log y − log f, which is a `LogNormal` likelihood.
@@ -135,9 +133,7 @@ def problem_from_loss(
     decay = _spread(chosen, view, 2 * l2 + in_optimizer)
     _check_priors(view, decay, precision, decoupled and weight_decay > 0)
 
-    y0 = None if data.y0 is None else jnp.asarray(data.y0)
-    flow = ForeignFlow(view, jnp.asarray(data.ts), y0, data.args)
-    of_squares = _SumOfSquares(flow, jnp.asarray(data.ys), transform)
+    of_squares = _SumOfSquares(view, view.model, data, transform)
     theta = view.vector
     total, gradient = _value_and_gradient(of_squares, theta)
     if not np.isfinite(total) or not np.all(np.isfinite(gradient)):
@@ -152,7 +148,8 @@ def problem_from_loss(
     difference = None
     if loss is not None:
         claim = _Claim(squares, factor, in_loss)
-        difference = _compare(loss, view, of_squares, claim, data)
+        own = _SumOfSquares(view, model, data, transform)
+        difference = _compare(_OfLoss(view, model, loss), own, claim)
     return MatchedLoss(problem, float(scale), float(nats), difference, imbalance)
 
 
@@ -201,19 +198,37 @@ def _prior(view: Parameters, decay: Float[np.ndarray, " P"], nats: float, precis
     return GaussianPrior(jax.tree.unflatten(jax.tree.structure(view.selected), values))
 
 
-class _SumOfSquares(eqx.Module):
-    """θ ↦ Σ (f − y)² over what was observed."""
+def _in_precision_of(like: Any, model: Any) -> Any:
+    same = lambda leaf, other: leaf.astype(other.dtype) if eqx.is_inexact_array(other) else leaf
+    return jax.tree.map(same, model, like)
 
-    flow: ForeignFlow
-    ys: Float[Array, "N T K"]
+
+class _SumOfSquares(eqx.Module):
+    """θ ↦ Σ (f − y)² over what was observed, of a model and data in the precision of `like`.
+
+    Times and states in another precision are solved on other steps, where a tolerance is loose.
+    """
+
+    view: Parameters
+    like: Any
+    data: Trajectories
     transform: Callable[[Array], Array] = eqx.field(static=True)
+
+    @property
+    def dtype(self) -> Any:
+        """The precision."""
+        return jnp.result_type(*[leaf for leaf in jax.tree.leaves(self.like) if eqx.is_inexact_array(leaf)])
 
     def errors(self, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
         """f − y, and 0 where nothing was observed."""
-        observed = ~jnp.isnan(self.ys)
-        predictions = self.flow(theta)
-        both = self.transform(jnp.where(observed, predictions, 1)), self.transform(jnp.where(observed, self.ys, 1))
-        return both[0] - both[1]
+        data, dtype = self.data, self.dtype
+        cast = lambda leaf: jnp.asarray(leaf, dtype=dtype) if is_real_array(leaf) else leaf
+        model = _in_precision_of(self.like, self.view.unravel(theta))
+        one = lambda ts, y0, args: predict_trajectory(model, ts, y0, args, dtype)
+        predictions = jax.vmap(one)(*jax.tree.map(cast, (data.ts, data.y0, data.args)))
+        observed = ~jnp.isnan(data.ys)
+        ys = jnp.where(observed, cast(data.ys), 1)
+        return self.transform(jnp.where(observed, predictions, 1)) - self.transform(ys)
 
     def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
         return jnp.sum(self.errors(theta) ** 2)
@@ -242,13 +257,14 @@ class _Claim(NamedTuple):
 
 
 class _OfLoss(eqx.Module):
-    """θ ↦ the user's loss."""
+    """θ ↦ the user's loss, of a model in the precision in which it was trained: its data may be in no other."""
 
     view: Parameters
+    like: Any
     loss: Callable[[Any], Any] = eqx.field(static=True)
 
     def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
-        value = self.loss(self.view.unravel(theta))
+        value = self.loss(_in_precision_of(self.like, self.view.unravel(theta)))
         if not eqx.is_array_like(value) or jnp.shape(value) != ():
             found = f"shape {jnp.shape(value)}" if eqx.is_array_like(value) else type(value).__name__
             raise LaplodeError(
@@ -258,8 +274,8 @@ class _OfLoss(eqx.Module):
         return jnp.asarray(value, dtype=float)
 
 
-def _points(view: Parameters) -> list[Float[np.ndarray, " P"]]:
-    """The model, and two points near it."""
+def _points(view: Parameters, like: Any) -> list[Float[np.ndarray, " P"]]:
+    """The model, and two points near it, all of which the precision of `like` has."""
     theta = np.asarray(view.vector)
     size = np.concatenate(
         [np.full(stop - start, np.sqrt(np.mean(theta[start:stop] ** 2))) for _, _, start, stop in view.leaves]
@@ -267,16 +283,19 @@ def _points(view: Parameters) -> list[Float[np.ndarray, " P"]]:
     size = np.where(size > 0, size, np.sqrt(np.mean(theta**2)) or 1.0)
     count = np.arange(theta.size)
     # Any direction will do, as long as no parameter stays where it is.
-    return [theta, *(theta + _AWAY * size * wave(1 + 2.4 * count) for wave in (np.cos, np.sin))]
+    points = [theta, *(theta + _AWAY * size * wave(1 + 2.4 * count) for wave in (np.cos, np.sin))]
+    rounded = lambda point: parameters(_in_precision_of(like, view.unravel(jnp.asarray(point)))).vector
+    return [np.asarray(rounded(point)) for point in points]
 
 
-def _compare(loss, view: Parameters, of_squares: _SumOfSquares, claim: _Claim, data: Trajectories) -> float:
+def _compare(of_loss: _OfLoss, of_squares: _SumOfSquares, claim: _Claim) -> float:
     """The relative difference between the gradients of the loss and of what is claimed of it."""
-    if not callable(loss):
-        raise LaplodeError(f"`loss` must be a function of the model, model -> scalar, got {type(loss).__name__}.")
-    of_loss = _OfLoss(view, loss)
+    if not callable(of_loss.loss):
+        found = type(of_loss.loss).__name__
+        raise LaplodeError(f"`loss` must be a function of the model, model -> scalar, got {found}.")
+    view = of_squares.view
     thetas, gradients, squares = [], [], []
-    for theta in _points(view):
+    for theta in _points(view, of_squares.like):
         try:
             _, gradient = _value_and_gradient(of_loss, jnp.asarray(theta))
         except LaplodeError:
@@ -298,8 +317,8 @@ def _compare(loss, view: Parameters, of_squares: _SumOfSquares, claim: _Claim, d
     parts = claim.factor * norm(squares) + norm(claim.decay * thetas)
     # At the minimum of a loss without a penalty there is rounding only.
     difference = float(np.max(norm(gradients - claimed) / np.maximum(parts, 1e-3 * parts.max())))
-    found = _measured(thetas, gradients, squares, view)
-    _check_measured(found, claim, view, data)
+    found = _measured(thetas, gradients, squares, view, float(jnp.finfo(of_squares.dtype).eps))
+    _check_measured(found, claim, view, of_squares.data)
     return difference
 
 
@@ -315,29 +334,26 @@ class _Measured(NamedTuple):
     unexplained: float
 
 
-def _measured(thetas, gradients, squares, view: Parameters) -> _Measured:
+def _measured(thetas, gradients, squares, view: Parameters, epsilon: float) -> _Measured:
+    leaves = [slice(start, stop) for _, _, start, stop in view.leaves]
     # Each point counts alike, so that the model itself does, where the squares' gradient balances the penalty.
     size = np.linalg.norm(squares, axis=1, keepdims=True)
     weight = 1 / np.maximum(size, 1e-3 * size.max())
-    thetas, gradients, squares = weight * thetas, weight * gradients, weight * squares
-    leaves = [slice(start, stop) for _, _, start, stop in view.leaves]
-    squared = np.array([np.sum(thetas[:, leaf] ** 2) for leaf in leaves])
-    along = lambda rows: np.array([np.sum(thetas[:, l] * rows[:, l]) for l in leaves]) / squared
-
-    def across(rows):
-        rest = rows.copy()
-        for leaf, share in zip(leaves, along(rows), strict=True):
-            rest[:, leaf] -= share * thetas[:, leaf]
-        return rest
-
-    alone, other = across(squares), across(gradients)
+    x, y, z = weight * thetas, weight * gradients, weight * squares
+    squared = np.array([np.sum(x[:, leaf] ** 2) for leaf in leaves])
+    along = lambda rows: np.array([np.sum(x[:, leaf] * rows[:, leaf]) for leaf in leaves]) / squared
+    spread = lambda values: np.concatenate(
+        [np.full(leaf.stop - leaf.start, value) for leaf, value in zip(leaves, values, strict=True)]
+    )
+    alone, other = (rows - spread(along(rows)) * x for rows in (z, y))
     factor = float(np.sum(alone * other) / np.sum(alone**2))
-    residual = other - factor * alone
-    freedom = max(residual.size - len(leaves) - 1, 1)
-    rounding = 1e-10 * abs(factor)  # of gradients whose norm is about the factor
-    error = np.hypot(np.linalg.norm(residual) / np.sqrt(freedom), rounding) / np.sqrt(squared)
-    unexplained = float(np.linalg.norm(residual) / max(np.linalg.norm(gradients), 1e-300))
-    return _Measured(factor, along(gradients - factor * squares), error, unexplained)
+    decay = along(y - factor * z)
+    freedom = max(x.size - len(leaves) - 1, 1)
+    rounding = max(1e-10, 100 * epsilon) * abs(factor)  # of gradients whose norm is about the factor
+    error = np.hypot(np.linalg.norm(other - factor * alone) / np.sqrt(freedom), rounding) / np.sqrt(squared)
+    # At a minimum rounding may be most of the gradient, so that this counts as gradients come.
+    rest = gradients - factor * squares - spread(decay) * thetas
+    return _Measured(factor, decay, error, float(np.linalg.norm(rest) / max(np.linalg.norm(gradients), 1e-300)))
 
 
 def _check_measured(found: _Measured, claim: _Claim, view: Parameters, data: Trajectories) -> None:
