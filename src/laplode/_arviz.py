@@ -53,8 +53,6 @@ def to_datatree(
     - `num_samples`: how many draws when no predictions are given.
     - `coords`: names for "trajectory" and "channel"; they are numbered by default.
 
-    **Returns:** the tree.
-
     **Raises:** `LaplodeError` when several predictions compete for a group, or names do not fit. Warns
     (`LaplodeWarning`) when draws without a solution are left out.
     """

@@ -35,7 +35,7 @@ def plot_trajectories(
 
     **Arguments:**
 
-    - `source`, `predictions`: a DataTree from `to_datatree`, or a posterior and its predictions.
+    - `source`: a DataTree from `to_datatree`, or a posterior followed by its predictions.
     - `held_out`: trajectories that were not fitted, drawn as open circles.
     - `prob`: probability within the central ribbons.
     - `num_draws`: how many noise-free draws to show.
