@@ -5,7 +5,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import laplode as lp
@@ -209,41 +208,25 @@ class DiffraxNeuralODE(eqx.Module):
         ).ys
 
 
-def test_someone_elses_model_and_loop_go_in_unchanged(quiet):
-    """Trained in float32 by AdaBelief; the posterior is that of its vector field in a `NeuralODE` of the same steps."""
+def test_someone_elses_model_and_loss_go_in_unchanged(quiet):
+    """In float32, as it was written; the posterior and its ribbon come out in float64."""
     ts = jnp.linspace(0, 2, 6, dtype=jnp.float32)
     y0 = jnp.array([[0.5, 0.2], [-0.4, 0.8]], dtype=jnp.float32)
     ys = jnp.stack([y0 * jnp.cos(t) + y0[:, ::-1] * jnp.sin(t) * jnp.array([1, -1]) for t in ts], axis=1)
     mlp = eqx.nn.MLP(2, 2, 3, 1, jax.nn.softplus, key=jax.random.key(0), dtype=jnp.float32)
     model = DiffraxNeuralODE(Func(mlp))
 
-    def loss(model, ts, ys):
+    def loss(model):
         return jnp.mean((ys - jax.vmap(model, in_axes=(None, 0))(ts, ys[:, 0])) ** 2)
 
-    optimizer = optax.adabelief(1e-2)
-
-    @eqx.filter_jit
-    def step(model, state):
-        value, gradient = eqx.filter_value_and_grad(loss)(model, ts, ys)
-        updates, state = optimizer.update(gradient, state)
-        return value, eqx.apply_updates(model, updates), state
-
-    state = optimizer.init(eqx.filter(model, eqx.is_inexact_array))
-    losses = []
-    for _ in range(20):
-        value, model, state = step(model, state)
-        losses.append(float(value))
-    assert losses[-1] < losses[0]
     data = lp.Trajectories(ts, ys, y0)
-    match = lp.problem_from_loss(model, data, lambda m: loss(m, ts, ys), precision=1.0)
+    match = lp.problem_from_loss(model, data, loss, precision=1.0)
     assert match.difference < 1e-4
     posterior = quiet(model, match.problem, curvature="ggn")
-    own = lp.NeuralODE(
-        model.func, stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6), dt0=float(ts[1] - ts[0])
-    )
-    other = quiet(own, match.problem, curvature="ggn")
     assert posterior.mean.dtype == np.float64
-    np.testing.assert_allclose(posterior.covariance(), other.covariance(), rtol=1e-5, atol=1e-7)
-    ribbon = [lp.predict(p, ts, y0[:1] / 2, num_samples=50, key=jax.random.key(1)) for p in (posterior, other)]
-    assert np.all(ribbon[0].epistemic[:, :, 1:].std(axis=0) > 0)
-    np.testing.assert_allclose(ribbon[0].covariance(), ribbon[1].covariance(), rtol=1e-5, atol=1e-7)
+    assert posterior.diagnostics.effective_dof > 1
+    ribbon = lp.predict(posterior, ts, num_samples=50, key=jax.random.key(1)).epistemic
+    np.testing.assert_allclose(ribbon[:, :, 0], np.broadcast_to(y0, (50, 2, 2)), rtol=1e-12)  # given, so known
+    assert np.all(ribbon[:, :, 1:].std(axis=0) > 0)
+    # Of what the model itself says in float32, on steps of its own.
+    np.testing.assert_allclose(ribbon.mean(axis=0), jax.vmap(model, (None, 0))(ts, y0), atol=3 * ribbon.std() / 50**0.5)

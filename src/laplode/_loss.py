@@ -133,13 +133,13 @@ def problem_from_loss(
     decay = _spread(chosen, view, 2 * l2 + in_optimizer)
     _check_priors(view, decay, precision, decoupled and weight_decay > 0)
 
-    of_squares = _SumOfSquares(view, view.model, data, transform)
+    of_squares = _SumOfSquares(view, model, data, transform)
     theta = view.vector
     total, gradient = _value_and_gradient(of_squares, theta)
     if not np.isfinite(total) or not np.all(np.isfinite(gradient)):
         raise LaplodeError("The squared errors of `model` on `data`, or their gradient, are not finite.")
     if scale is None:
-        scale = _residual_scale(of_squares, theta)
+        scale = _residual_scale(_SumOfSquares(view, view.model, data, transform), theta)
     nats = 1 / (2 * factor * scale**2)
     problem = Problem(data, kind(scale), _prior(view, decay, nats, precision))  # pyright: ignore[reportCallIssue]
     pull = decay * np.asarray(theta)
@@ -148,8 +148,7 @@ def problem_from_loss(
     difference = None
     if loss is not None:
         claim = _Claim(squares, factor, in_loss)
-        own = _SumOfSquares(view, model, data, transform)
-        difference = _compare(_OfLoss(view, model, loss), own, claim)
+        difference = _compare(_OfLoss(view, model, loss), of_squares, claim)
     return MatchedLoss(problem, float(scale), float(nats), difference, imbalance)
 
 
