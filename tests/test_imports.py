@@ -103,14 +103,16 @@ def test_public_names_have_docstrings(name):
 
 FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(lp, name))]
 MADE_BY_USERS = [
-    "NeuralODE",
-    "Trajectories",
     "Gaussian",
     "GaussianPrior",
     "LogNormal",
+    "NamedPriors",
+    "NegativeBinomial",
+    "NeuralODE",
     "Poisson",
     "Problem",
     "StudentT",
+    "Trajectories",
 ]
 
 

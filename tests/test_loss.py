@@ -9,8 +9,9 @@ import pytest
 
 import laplode as lp
 from laplode._curvature import value_and_gradient
+from laplode._prior import prior_vectors
 from laplode._solve import flow
-from laplode._vector import parameters, prior_vectors
+from laplode._vector import parameters
 
 L2 = 1e-3
 

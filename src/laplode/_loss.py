@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from ._curvature import check_x64
 from ._errors import LaplodeError, choose
-from ._model import check_model, is_real_array, predict_trajectory
+from ._model import check_model, is_real_array, predict_trajectory, starts
 from ._problem import AbstractScaleLikelihood, Gaussian, GaussianPrior, LogNormal, Problem, Trajectories
 from ._vector import Parameters, Where, parameters
 
@@ -124,8 +124,7 @@ def problem_from_loss(
     for name, value in (("precision", precision), ("scale", scale)):
         if value is not None and (not _is_number(value) or value <= 0):
             raise LaplodeError(f"`{name}` must be a positive number or None, got {value!r}.")
-    kind(1.0).check(data.ys)
-    check_model(model, data)
+    check_model(model, Problem(data, kind(1.0), 1.0))  # pyright: ignore[reportCallIssue]
     view = parameters(model)
     chosen = parameters(model, penalized)
     in_optimizer = 0.0 if decoupled else weight_decay
@@ -224,7 +223,8 @@ class _SumOfSquares(eqx.Module):
         cast = lambda leaf: jnp.asarray(leaf, dtype=dtype) if is_real_array(leaf) else leaf
         model = _in_precision_of(self.like, self.view.unravel(theta))
         one = lambda ts, y0, args: predict_trajectory(model, ts, y0, args, dtype)
-        predictions = jax.vmap(one)(*jax.tree.map(cast, (data.ts, data.y0, data.args)))
+        y0 = starts(model, data.y0, len(data.ts))
+        predictions = jax.vmap(one)(*jax.tree.map(cast, (data.ts, y0, data.args)))
         observed = ~jnp.isnan(data.ys)
         ys = jnp.where(observed, cast(data.ys), 1)
         return self.transform(jnp.where(observed, predictions, 1)) - self.transform(ys)
