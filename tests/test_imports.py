@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ ORDER = [
     "_prior",
     "_solve",
     "_curvature",
+    "_loss",
     "_structure",
     "_posterior",
     "_laplace",
@@ -96,3 +99,77 @@ def test_public_names_have_docstrings(name):
             public = inspect.isfunction(member) or isinstance(member, property)
             if public and not attribute.startswith("_"):
                 assert inspect.getdoc(getattr(value, attribute)), f"{name}.{attribute} has no docstring"
+
+
+FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(lp, name))]
+MADE_BY_USERS = [
+    "Gaussian",
+    "GaussianPrior",
+    "LogNormal",
+    "NamedPriors",
+    "NegativeBinomial",
+    "NeuralODE",
+    "Poisson",
+    "Problem",
+    "StudentT",
+    "Trajectories",
+]
+
+
+def section(doc: str, title: str) -> str:
+    """What a docstring says under **title:**, up to the next section or paragraph that is not part of a list."""
+    found = re.search(rf"\*\*{title}:?\*\*:?(.*?)(?=\n\n(?![ \n]*-)|\Z)", doc, re.DOTALL)
+    return found.group(1) if found else ""
+
+
+def named_arguments(doc: str) -> set[str]:
+    """The names in an **Arguments** section, those of the function it refers to included."""
+    text = section(doc, "Arguments")
+    names = set()
+    for item in re.findall(r"^\s*- ((?:`\w+`(?:, )?)+):", text, re.MULTILINE):
+        names |= set(re.findall(r"`(\w+)`", item))
+    for other in re.findall(r"as (?:for|in) `(\w+)`", text.split("\n\n- ")[0]):
+        names |= named_arguments(inspect.getdoc(getattr(lp, other)))
+    return names
+
+
+def raises(function) -> bool:
+    """Whether a function itself raises; what it calls, it may say or not."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + MADE_BY_USERS)
+def test_docstrings_are_complete(name):
+    value = getattr(lp, name)
+    doc = inspect.getdoc(value)
+    purpose = doc.split("\n\n")[0]
+    assert purpose.endswith((".", ":")) and len(purpose) < 240, f"{name} does not begin with its purpose"
+    signature = inspect.signature(value)
+    parameters = {p.name for p in signature.parameters.values()}
+    missing = parameters - named_arguments(doc)
+    assert not missing, f"{name} does not explain {missing}"
+    unknown = named_arguments(doc) - parameters if "as for `" not in doc else set()
+    assert not unknown, f"{name} explains {unknown}, which it does not take"
+    if inspect.isfunction(value):
+        assert section(doc, "Returns"), f"{name} does not say what it returns"
+        assert section(doc, "Raises") or not raises(value), f"{name} does not say what it raises"
+    elif value.__init__.__code__.co_filename != "<string>":  # not a dataclass's own
+        assert section(doc, "Raises") or not raises(value.__init__), f"{name} does not say what it raises"
+
+
+def test_the_reader_of_docstrings_misses_nothing():
+    doc = """Purpose.
+
+    **Arguments:**
+
+    - `a`: one, as in
+        `laplace`.
+    - `b`, `c`: two.
+
+    **Returns:** `d`.
+    """
+    assert named_arguments(inspect.cleandoc(doc)) == {"a", "b", "c"}
+    assert section(inspect.cleandoc(doc), "Returns") == " `d`."
+    assert not section(inspect.cleandoc(doc), "Raises")
+    assert named_arguments("Purpose.\n\n**Arguments:** as for `laplace`.") >= {"model", "problem", "where"}

@@ -17,6 +17,7 @@ from ._function import (
     predict_function as predict_function,
 )
 from ._laplace import Estimate as Estimate, estimate as estimate, laplace as laplace
+from ._loss import MatchedLoss as MatchedLoss, problem_from_loss as problem_from_loss
 from ._mixture import MixturePosterior as MixturePosterior, mixture as mixture
 from ._model import NeuralODE as NeuralODE
 from ._numpyro import nuts as nuts

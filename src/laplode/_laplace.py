@@ -246,6 +246,10 @@ def estimate(
 ) -> Estimate:
     """What `laplace` would do with the same arguments, how much memory it would take, and roughly how long.
 
+    **Arguments:** as for `laplace`.
+
+    **Returns:** an `Estimate`.
+
     **Raises:** `LaplodeError` as `laplace` does, also when the result would not fit in memory.
     """
     method = Method(curvature, structure, "none", rank, num_probes, None, key)

@@ -158,15 +158,16 @@ def starts(model: Any, y0: Any, num: int) -> Any:
     return y0
 
 
-def predict_trajectory(model: Callable, ts, y0, args) -> Float[Array, "T F"]:
+def predict_trajectory(model: Callable, ts, y0, args, dtype: Any = float) -> Float[Array, "T F"]:
     """Call any model on one trajectory; failed solves of a `NeuralODE` come back as infinities.
 
-    A foreign model is called as `(ts, y0, args)`, or `(ts, y0)` when it takes no third positional argument.
+    A foreign model is called as `(ts, y0, args)`, or `(ts, y0)` when it takes no third positional argument,
+    with times and states of `dtype`.
     """
     if isinstance(model, NeuralODE):
         return model(ts, y0, args, throw=False)
-    ts = jnp.asarray(ts, dtype=float)
-    y0 = None if y0 is None else jnp.asarray(y0, dtype=float)
+    ts = jnp.asarray(ts, dtype=dtype)
+    y0 = None if y0 is None else jnp.asarray(y0, dtype=dtype)
     try:
         inspect.signature(model).bind(ts, y0, args)
     except TypeError:
