@@ -61,7 +61,7 @@ def plot_trajectories(
 
     **Arguments:**
 
-    - `source`: a DataTree from `to_datatree`, or a posterior followed by its predictions.
+    - `source`, `predictions`: a DataTree from `to_datatree`, or a posterior and its predictions.
     - `held_out`: trajectories that were not fitted, drawn as open circles.
     - `prob`: probability within the central ribbons.
     - `num_draws`: how many noise-free draws to show.
