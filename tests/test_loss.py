@@ -1,6 +1,5 @@
 """From a training loop's loss to the problem it solves, and the claims about it that are wrong."""
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -182,52 +181,3 @@ def test_bad_arguments_are_refused(growth, data, arguments, match):
 def test_refuses_other_data():
     with pytest.raises(lp.LaplodeError, match=r"`data` must be laplode\.Trajectories"):
         lp.problem_from_loss(None, np.ones(3))
-
-
-class Func(eqx.Module):
-    mlp: eqx.nn.MLP
-
-    def __call__(self, t, y, args):
-        return self.mlp(y)
-
-
-class DiffraxNeuralODE(eqx.Module):
-    """In the form of the Neural ODE of Diffrax's documentation, which knows nothing of laplode."""
-
-    func: Func
-
-    def __call__(self, ts, y0):
-        return diffrax.diffeqsolve(
-            diffrax.ODETerm(self.func),
-            diffrax.Tsit5(),
-            t0=ts[0],
-            t1=ts[-1],
-            dt0=ts[1] - ts[0],
-            y0=y0,
-            stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-6),
-            saveat=diffrax.SaveAt(ts=ts),
-        ).ys
-
-
-def test_someone_elses_model_and_loss_go_in_unchanged(quiet):
-    """In float32, as it was written; the posterior and its ribbon come out in float64."""
-    ts = jnp.linspace(0, 2, 6, dtype=jnp.float32)
-    y0 = jnp.array([[0.5, 0.2], [-0.4, 0.8]], dtype=jnp.float32)
-    ys = jnp.stack([y0 * jnp.cos(t) + y0[:, ::-1] * jnp.sin(t) * jnp.array([1, -1]) for t in ts], axis=1)
-    mlp = eqx.nn.MLP(2, 2, 3, 1, jax.nn.softplus, key=jax.random.key(0), dtype=jnp.float32)
-    model = DiffraxNeuralODE(Func(mlp))
-
-    def loss(model):
-        return jnp.mean((ys - jax.vmap(model, in_axes=(None, 0))(ts, ys[:, 0])) ** 2)
-
-    data = lp.Trajectories(ts, ys, y0)
-    match = lp.problem_from_loss(model, data, loss, precision=1.0)
-    assert match.difference < 1e-4
-    posterior = quiet(model, match.problem, curvature="ggn")
-    assert posterior.mean.dtype == np.float64
-    assert posterior.diagnostics.effective_dof > 1
-    ribbon = lp.predict(posterior, ts, num_samples=50, key=jax.random.key(1)).epistemic
-    np.testing.assert_allclose(ribbon[:, :, 0], np.broadcast_to(y0, (50, 2, 2)), rtol=1e-12)  # given, so known
-    assert np.all(ribbon[:, :, 1:].std(axis=0) > 0)
-    # Of what the model itself says in float32, on steps of its own.
-    np.testing.assert_allclose(ribbon.mean(axis=0), jax.vmap(model, (None, 0))(ts, y0), atol=3 * ribbon.std() / 50**0.5)

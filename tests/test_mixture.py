@@ -179,7 +179,7 @@ def test_each_component_has_its_noise(problem, optima):
     expected = -0.5 * ((y - f) / scale) ** 2 - np.log(scale * np.sqrt(2 * np.pi))
     np.testing.assert_allclose(tree["log_likelihood"]["y"].values[0], expected, rtol=1e-6)
     assert tree["posterior"].attrs["structure"] == "Full, Diagonal" and tree["posterior"].attrs["num_components"] == 2
-    assert lp.plot_trajectories(tree).shape == (1, 1)
+    assert lp.plot_trajectories(tree).viz["plot"].shape == (1, 1)
 
 
 def test_a_component_too_light_for_a_draw(problem, optima):

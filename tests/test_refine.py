@@ -124,7 +124,7 @@ def test_parameters_outside_of_where_stay(growth, curve):
     assert not np.allclose(fit.model.rate, model.rate)
 
 
-@pytest.mark.parametrize("seed, steps, newton_steps", [(0, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 1), (2, 2, 1)])
+@pytest.mark.parametrize("seed, steps, newton_steps", [(0, 0, 0), (0, 1, 0), (1, 2, 1)])
 def test_never_worse(neural, seed, steps, newton_steps):
     rng = np.random.default_rng(seed)
     noisy = lambda x: x + rng.normal(size=x.shape) if eqx.is_inexact_array(x) else x

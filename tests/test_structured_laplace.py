@@ -90,8 +90,11 @@ def test_local_hessian_equals_tangents_through_the_solve(name, request, monkeypa
     np.testing.assert_allclose(batched.matrix, local.matrix, rtol=0, atol=1e-12 * np.abs(local.matrix).max())
 
 
-@pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
-@pytest.mark.parametrize("where", [None, lambda m: m.vector_field.mlp.layers[-1]], ids=["all", "last layer"])
+@pytest.mark.parametrize(
+    ("curvature", "where"),
+    [("hessian", None), ("ggn", lambda m: m.vector_field.mlp.layers[-1]), ("fisher", None)],
+    ids=["hessian", "ggn of the last layer", "fisher"],
+)
 @pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")  # the model is not fitted
 def test_structures_are_parts_of_the_full_matrix(plain, curvature, where):
     model, problem = plain

@@ -71,6 +71,7 @@ def _density(prior: dist.Distribution, transform: Transform | None) -> Callable[
     return log_prob
 
 
+@eqx.filter_jit
 def prior_vectors(prior: AbstractPrior, view: Parameters) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
     """Mean and precision, both (P,), of the Gaussian that the prior looks like from the parameters as they are.
 
@@ -94,6 +95,7 @@ def _derivatives(prior: dist.Distribution, transform: Transform | None, free: Ar
     return first.ravel(), second.ravel()
 
 
+@eqx.filter_jit
 def prior_deficit(prior: AbstractPrior, view: Parameters) -> Float[Array, " P"]:
     """What the precision of `prior_vectors` has more than the prior's curvature: positive where that bends upward."""
     deficit = jnp.zeros(view.size)
@@ -103,6 +105,7 @@ def prior_deficit(prior: AbstractPrior, view: Parameters) -> Float[Array, " P"]:
     return deficit
 
 
+@eqx.filter_jit
 def log_prior(prior: AbstractPrior, view: Parameters, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
     """log p(θ) in nats, of each vector along the last axis."""
     mean, precision = _rest(prior, view)
