@@ -126,7 +126,11 @@ def predictions(target: Target, models: list[Any], num_geodesics: int):
         ("geodesic, Student-t, resampled", ggn[0], geodesic | dict(resample=True, proposal="student_t")),
     ):
         began = time.process_time()
-        found = laplode.predict(posterior, target.ts, key=jax.random.key(1), progress=False, **options)
+        try:
+            found = laplode.predict(posterior, target.ts, key=jax.random.key(1), progress=False, **options)
+        except laplode.LaplodeError as error:
+            print(f"| {name} | {error} |", flush=True)
+            continue
         seconds = time.process_time() - began
         yield name, np.asarray(found.epistemic)[np.asarray(found.ok), 0], found.khat, 1 - np.mean(found.ok), seconds
 
@@ -176,8 +180,11 @@ def main():
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, draws, khat, failed, seconds in predictions(target, models, 100):
         other, other_width, _ = bands(draws)
-        ratio, shift = other_width / width, np.abs(other - center) / std
-        cells = [np.mean(x[part]) for x in (ratio, shift) for part in (inside, beyond)]
+        cells = [
+            np.mean(x[part] / y[part])
+            for x, y in ((other_width, width), (np.abs(other - center), std))
+            for part in (inside, beyond)
+        ]
         k = "" if khat is None else f"{khat:.2f}"
         print(
             f"| {name} | {k} | {failed:.0%} | " + " | ".join(f"{x:.2f}" for x in cells) + f" | {seconds:.0f} |",
