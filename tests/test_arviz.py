@@ -377,6 +377,12 @@ def test_missing_values(growth, here, quiet, tmp_path):
     assert at.sum() == 1
     np.testing.assert_allclose(found[0, :, np.flatnonzero(at)[0]], expected[:, 1, 1, 1], rtol=1e-14)
     assert az.loo(tree, var_name="y").n_data_points == 33
+    at = {dim: found[dim] for dim in ("trajectory", "time", "channel")}
+    flat = tree.copy()
+    for group in ("posterior_predictive", "observed_data"):
+        flat[group] = xr.DataTree(tree[group].to_dataset().sel(at))
+    assert flat["posterior_predictive"]["y"].dims == found.dims
+    assert az.plot_loo_pit(flat, backend="none").viz["plot"].size == 1
     assert np.isnan(tree["observed_data"]["y"].values).sum() == 3
     az.plot_ppc_dist(tree, num_samples=20, backend="matplotlib")
 
