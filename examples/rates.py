@@ -76,5 +76,5 @@ tree = laplode.to_datatree(posterior, draws, coords={"channel": ["hare", "lynx"]
 tree.to_netcdf(options.out / "rates.nc")
 print(arviz_stats.summary(tree, kind="stats", round_to=4))
 
-axes = laplode.plot_trajectories(tree, labels={"time": "year", "y": "pelts (thousands)"})
-axes[0, 0].figure.savefig(options.out / "rates.png", dpi=110)
+picture = laplode.plot_trajectories(tree, labels={"time": "year", "y": "pelts (thousands)"})
+picture.savefig(options.out / "rates.png", dpi=110)
