@@ -196,3 +196,16 @@ def test_structures_are_pytrees():
     structure = build_low_rank(_factor(4), _prior(True), CLIP, _sizes(4)).structure
     same = eqx.filter_jit(lambda s: s)(structure)
     assert jax.tree.structure(same) == jax.tree.structure(structure)
+
+
+@pytest.mark.parametrize("build", [build_full, build_low_rank], ids=["full", "low_rank"])
+def test_eigenvalues_farther_apart_than_float64_can_add(build):
+    """Curvatures of 10²⁰ beside a prior precision of 2, as of a trajectory that grows without bound."""
+    rows = np.linalg.qr(np.random.default_rng(0).normal(size=(SIZE, 4)))[0].T
+    found = lc.FactoredCurvature(jnp.asarray(1e10 * rows), jnp.ones(4))
+    built = build(found, jnp.full(SIZE, 2.0), NONE, _sizes(4))
+    covariance = (np.eye(SIZE) - rows.T @ rows) / 2 + rows.T @ rows / (1e20 + 2)
+    np.testing.assert_allclose(built.structure.covariance_product(jnp.eye(SIZE)), covariance, atol=1e-7)
+    log_det = 4 * np.log(1e20) + (SIZE - 4) * np.log(2)
+    np.testing.assert_allclose(built.structure.log_det, log_det, rtol=1e-8)
+    np.testing.assert_allclose([built.eigenvalue_min, built.eigenvalue_max], [2, 1e20], rtol=1e-6)

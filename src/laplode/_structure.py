@@ -367,10 +367,20 @@ def lessened(
     return lessened(DenseCurvature(found.matrix(), 0.0), structure, diagonal, leaves)
 
 
-def _from_factor(matrix: Float[Array, "P P"], prior_precision: Float[Array, " P"]) -> Built:
+def _from_factor(found: FactoredCurvature, prior_precision: Float[Array, " P"]) -> Built:
     """From a positive semidefinite curvature."""
-    structure = Full(_factored(matrix + jnp.diag(prior_precision)))
-    low, high = _extreme_eigenvalues(structure, prior_precision.size)
+    cholesky = jnp.linalg.cholesky(found.matrix() + jnp.diag(prior_precision))
+    if not np.all(np.isfinite(cholesky)):
+        # Where eigenvalues lie too far apart for Λ, they do not for its root, of which they are squares.
+        rows = [jnp.sqrt(found.weights)[:, None] * found.factor, jnp.diag(jnp.sqrt(prior_precision))]
+        root = jnp.linalg.qr(jnp.concatenate(rows), mode="r")
+        cholesky = (root * jnp.where(jnp.diagonal(root) < 0, -1, 1)[:, None]).T
+    structure = Full(cholesky)
+    if prior_precision.size <= _DENSE_SPECTRUM:
+        spectrum = np.linalg.svd(np.asarray(cholesky), compute_uv=False) ** 2
+        low, high = float(spectrum[-1]), float(spectrum[0])
+    else:
+        low, high = _extreme_eigenvalues(structure, prior_precision.size)
     return Built(structure, low, high, high / low, 0, None)
 
 
@@ -408,7 +418,7 @@ def _factored(precision: Float[Array, "P P"]) -> Float[Array, "P P"]:
 
 def build_full(found: AbstractCurvature, prior_precision, regularize: Regularize, sizes: Sizes) -> Built:
     if isinstance(found, FactoredCurvature):
-        return _from_factor(found.matrix(), prior_precision)
+        return _from_factor(found, prior_precision)
     assert isinstance(found, DenseCurvature)
     return _from_dense(np.asarray(found.matrix), prior_precision, regularize)
 
@@ -444,7 +454,8 @@ def build_block_diagonal(found: AbstractCurvature, prior_precision, regularize: 
     else:
         assert isinstance(found, FactoredCurvature)
         for size in sizes.leaves:
-            built.append(_from_factor(found.block(start, start + size), prior_precision[start : start + size]))
+            part = FactoredCurvature(found.factor[:, start : start + size], found.weights)
+            built.append(_from_factor(part, prior_precision[start : start + size]))
             start += size
     low, high = min(b.eigenvalue_min for b in built), max(b.eigenvalue_max for b in built)
     changes = [b.regularized for b in built if b.regularized is not None]
