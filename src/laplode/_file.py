@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -54,7 +55,7 @@ def check_path(name: str, path: Any) -> str:
 
 
 def write(path: Path, header: dict[str, Any], arrays: Sequence[Array | np.ndarray]) -> None:
-    """Write `arrays` under a JSON `header`. What stands at `path` is replaced when all is on the disk, or not at all."""
+    """Write `arrays` under a JSON `header`. The file at `path` is replaced when all is on the disk, or not at all."""
     target = check_path("path", path)
     description = {
         "laplode": _version(),
@@ -182,7 +183,7 @@ def fingerprint(tree: Any) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         digest.update(jax.tree_util.keystr(path).encode())
-        if eqx.is_array(leaf) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if eqx.is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         if eqx.is_array(leaf) or isinstance(leaf, np.generic | bool | int | float | complex):
             array = np.asarray(leaf)

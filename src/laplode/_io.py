@@ -7,6 +7,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 from jaxtyping import Array
@@ -155,7 +156,7 @@ def _encode(value: Any, path: str, arrays: _Arrays) -> Any:
         return ["float", value.hex()]
     if isinstance(value, np.generic):
         return ["scalar", arrays.place(np.asarray(value))]
-    if isinstance(value, Array) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+    if isinstance(value, Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         impl = jax.random.key_impl(value)
         if not isinstance(impl, str):
             raise LaplodeError(f"{path} is a random key of a kind of its own, {impl}, which `save` does not know.")
@@ -171,7 +172,7 @@ def _encode(value: Any, path: str, arrays: _Arrays) -> Any:
         return ["dict", [[key, _encode(item, f"{path}[{key!r}]", arrays)] for key, item in value.items()]]
     if isinstance(value, Parameters):
         return _encode_parameters(value, path, arrays)
-    if _NAMED.get(type(value).__name__) is type(value):
+    if type(value) in _PARTS:
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         return ["part", type(value).__name__, {k: _encode(v, f"{path}.{k}", arrays) for k, v in fields.items()}]
     if isinstance(value, _OF_NUMPYRO) and _class_of_numpyro(type(value).__module__, type(value).__qualname__):
@@ -271,7 +272,7 @@ class _Decoder:
         array = self._arrays[place]
         if like is dataclasses.MISSING:
             return array
-        floats = lambda dtype: jax.numpy.issubdtype(dtype, np.floating)
+        floats = lambda dtype: jnp.issubdtype(dtype, np.floating)
         same = eqx.is_array(like) and like.shape == array.shape
         # The precision is that of the file.
         if not same or not (like.dtype == array.dtype or (floats(like.dtype) and floats(array.dtype))):
