@@ -101,19 +101,19 @@ def test_a_neural_ode_on_its_grid_of_steps(growth_posterior, neural, tmp_path):
     assert_same(lp.load(tmp_path / "p", like=fit_of(neural)), posterior)
 
 
-def test_named_priors_and_their_transformations(growth, quiet, tmp_path):
+def test_named_priors_and_their_transformations(growth, growth_posterior, tmp_path):
     priors = {"gain": dist.HalfNormal(2.0), "rate": dist.TruncatedNormal(0.0, 1.0, low=-2.0, high=3.0)}
-    posterior = quiet(growth.model, lp.Problem(growth.problem.data, lp.LogNormal(0.1), lp.NamedPriors(priors)))
+    problem = lp.Problem(growth.problem.data, lp.LogNormal(0.1), lp.NamedPriors(priors))
+    view = lp._vector.parameters(growth.model, None, problem.prior)
+    posterior = dataclasses.replace(growth_posterior, parameters=view, problem=problem)
     lp.save(tmp_path / "p", posterior)
     loaded = lp.load(tmp_path / "p", like=fresh(growth.model))
-    # Transformations of NumPyro have no equality by value: compare what they do.
+    # Transformations of NumPyro have no equality by value: compare their texts and what they do.
     assert text_of(jax.tree.structure(loaded)) == text_of(jax.tree.structure(posterior))
-    assert [np.asarray(x).tobytes() for x in jax.tree.leaves(loaded)] == [
-        np.asarray(x).tobytes() for x in jax.tree.leaves(posterior)
-    ]
-    theta = posterior.mean + 0.1
-    assert_same(loaded.unravel(theta), posterior.unravel(theta))
-    np.testing.assert_array_equal(lp._draws.log_joint(loaded, theta[None]), lp._draws.log_joint(posterior, theta[None]))
+    assert_same(jax.tree.leaves(loaded), jax.tree.leaves(posterior))
+    assert_same(loaded.unravel(posterior.mean + 0.1), posterior.unravel(posterior.mean + 0.1))
+    for prior, same in zip(priors.values(), loaded.problem.prior.named.values(), strict=True):
+        np.testing.assert_array_equal(same.log_prob(0.7), prior.log_prob(0.7))
 
 
 def test_a_mixture(growth, growth_posterior, quiet, tmp_path):
@@ -173,19 +173,19 @@ def test_code_outside_of_the_model_comes_from_the_problem(growth, quiet, tmp_pat
         lp.load(tmp_path / "p", like=(growth.model, problem(0.2, power=3)))
 
 
-def test_values_of_every_kind(growth, whole, tmp_path):
+def test_values_of_every_kind(growth, tmp_path):
     stats = {
         "nan": float("nan"), "small": 5e-324, "int": 2**80, "none": None, "text": "θ", "scalar": np.float32(0.1),
-        "list": [True, (1, -0.0)], "key": jax.random.key(3), "half": jnp.ones(2, jnp.bfloat16), 
+        "list": [True, (1, -0.0)], "key": jax.random.key(3), "half": jnp.ones(2, jnp.bfloat16),
         "empty": np.zeros((0, 3)),
         "bits": np.array([True]), "complex": np.array(1j), "fortran": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
     }  # fmt: skip
-    lp.save(tmp_path / "f", eqx.tree_at(lambda f: f.stats, whole, stats, is_leaf=lambda x: x is whole.stats))
+    lp.save(tmp_path / "f", dataclasses.replace(fit_of(growth), stats=stats))
     found = lp.load(tmp_path / "f", like=growth.model).stats
     assert repr(found) == repr(stats)
     assert {k: type(v) for k, v in found.items()} == {k: type(v) for k, v in stats.items()}
     with pytest.raises(lp.LaplodeError, match="`save` does not write: make it numbers"):
-        lp.save(tmp_path / "f", eqx.tree_at(lambda f: f.losses, whole, np.array(["a", None], object)))
+        lp.save(tmp_path / "f", dataclasses.replace(fit_of(growth), losses=np.array(["a", None], object)))
 
 
 # ---- What differs is named before any array is read
@@ -235,7 +235,7 @@ def test_another_activation_or_setting_is_refused(neural, tmp_path):
 
 
 def test_64_bits_are_asked_for(growth, stored):
-    with jax.experimental.disable_x64(), pytest.raises(lp.LaplodeError, match="jax_enable_x64"):
+    with jax.enable_x64(False), pytest.raises(lp.LaplodeError, match="jax_enable_x64"):
         lp.load(stored, like=growth.model)
 
 
@@ -361,7 +361,7 @@ def test_headers_made_by_hand(tmp_path, header):
 def test_a_full_disk_leaves_the_file_before(growth, growth_posterior, stored, tmp_path):
     path = tmp_path / "p"
     path.write_bytes(stored.read_bytes())
-    for free in (0, 100, 4000, 6000):
+    for free in (0, 100, 3000, len(stored.read_bytes()) - 1):
         with full_disk(free), pytest.raises(lp.LaplodeError, match=r"can't be written: .*File too large"):
             lp.save(path, growth_posterior)
         assert path.read_bytes() == stored.read_bytes()

@@ -104,6 +104,8 @@ def load(path: Path, like: Any = None) -> Any:
     def check(header: dict[str, Any], forms: list[jax.ShapeDtypeStruct]) -> None:
         if header["holds"] not in {kind.__name__ for kind in _RESULTS}:
             raise LaplodeError(f"`path`: {path} holds {header['holds']}, which laplode.load does not read.")
+        if header["value"][:2] != ["part", header["holds"]]:
+            raise ValueError(f"no {header['holds']} in it")
         _Decoder(code, forms).decode(header["value"], header["holds"])
 
     header, arrays = read(path, check)
