@@ -13,6 +13,7 @@ import laplode as lp
 PACKAGE = Path(lp.__file__).parent
 ORDER = [
     "_errors",
+    "_file",
     "_problem",
     "_model",
     "_vector",

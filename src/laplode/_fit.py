@@ -1,9 +1,10 @@
 """From a first guess to a fitted model: maximum a posteriori by Optax."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -15,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ._curvature import NegativeLogLikelihood
 from ._errors import FitError, LaplodeError, LaplodeWarning
+from ._file import Path, check_path, fingerprint, read, text_of, write
 from ._model import check_model, starts
 from ._prior import log_prior
 from ._problem import AbstractScaleLikelihood, Problem, check_problem
@@ -59,6 +61,14 @@ class _State(eqx.Module):
     losses: Array
 
 
+class _Stage(NamedTuple):
+    """Where a fit has come to: the best of the stage before this one, if any, and what was done of this one."""
+
+    before: tuple[PyTree, Array] | None
+    index: int
+    done: int
+
+
 def fit(
     model: Any,
     problem: Problem,
@@ -70,6 +80,8 @@ def fit(
     restarts: int = 1,
     initialize: Callable[[PRNGKeyArray], Any] | None = None,
     where: Where = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
     progress: bool = True,
 ) -> Fit:
     """Minimize −log p(Y | θ) − log p(θ), and over learned noise scales, with any Optax optimizer.
@@ -90,17 +102,22 @@ def fit(
         initializations is a fresh draw.
     - `initialize`: `key -> model` of the same structure, for the restarts.
     - `where`: the parameters to fit, as in `laplace`.
+    - `checkpoint`: a file to keep the state of the fit in. Where it exists, the same call goes on from it, to the same
+        bits as without a break; when it is of a finished fit, that is returned at once.
+    - `checkpoint_every`: steps between two checkpoints, rounded up to a multiple of 25. The file is replaced as a
+        whole, so that a crash leaves the checkpoint before; where the disk is full, the fit warns and goes on.
     - `progress`: whether to show a progress bar with the loss.
 
     **Returns:** a `Fit` holding the best model met at the full horizon. After Ctrl-C, the best so far.
 
     **Raises:** `FitError` when every restart has met a loss or gradient that is not finite, with the step, the loss,
-    and the best model before it; `LaplodeError` when an argument does not fit.
+    and the best model before it; `LaplodeError` when an argument does not fit, or `checkpoint` is damaged or of other
+    arguments.
     """
     check_problem(problem)
     if not isinstance(optimizer, optax.GradientTransformation):
         raise LaplodeError(f"`optimizer` must be an Optax optimizer such as optax.adam(1e-2), got {optimizer!r}.")
-    for name, value in (("steps", steps), ("restarts", restarts)):
+    for name, value in (("steps", steps), ("restarts", restarts), ("checkpoint_every", checkpoint_every)):
         if not isinstance(value, int | np.integer) or value < 1:
             raise LaplodeError(f"`{name}` must be a positive integer, got {value!r}.")
     lengths = _stage_lengths(horizons, problem.data.ts.shape[1])
@@ -135,42 +152,57 @@ def fit(
     share[-1] += steps - sum(share)
     losses: list[np.ndarray] = []
     interrupted = False
-    shorter: Fit | None = None
+    at = _Stage(None, 0, 0)
+    saved: _Checkpoint | None = None
+    if checkpoint is not None:
+        saved = _Checkpoint(checkpoint, _arguments(view, problem, optimizer, state, (lengths, share)), state)
+        if saved.exists:
+            state, losses, at = saved.read()
 
-    def result() -> Fit | None:
-        """The best so far: on this horizon, or else on the one before."""
-        every = np.asarray(state.best_loss)
+    def best_of(best: PyTree, best_loss: Array, losses: list[np.ndarray]) -> Fit | None:
+        every = np.asarray(best_loss)
         if not np.any(np.isfinite(every)):
-            return shorter
-        best = int(np.nanargmin(np.where(np.isfinite(every), every, np.inf)))
-        selected, found = _split(problem, jax.tree.map(lambda x: x[best], state.best))
+            return None
+        first = int(np.nanargmin(np.where(np.isfinite(every), every, np.inf)))
+        selected, found = _split(problem, jax.tree.map(lambda x: x[first], best))
         stats = {
-            "loss": float(every[best]),
+            "loss": float(every[first]),
             "restart_losses": np.where(np.isfinite(every), every, np.nan),
             "horizons": list(zip(lengths, share, strict=True)),
             "interrupted": interrupted,
         }
-        history = np.concatenate(losses, axis=1)[best] if losses else np.zeros(0)
+        history = np.concatenate(losses, axis=1)[first] if losses else np.zeros(0)
         order = [int(i) for i in np.argsort(every) if restarts > 1 and np.isfinite(every[i])]
-        others = (_split(problem, jax.tree.map(lambda x, i=i: x[i], state.best))[0] for i in order)
+        others = (_split(problem, jax.tree.map(lambda x, i=i: x[i], best))[0] for i in order)
         models = tuple(view.build(other) for other in others)
         return Fit(view.build(selected), history, found, stats, models)
 
+    def result() -> Fit | None:
+        """The best so far: on this horizon, or else on the one before."""
+        found = best_of(state.best, state.best_loss, losses)
+        return found if found is not None or at.before is None else best_of(*at.before, losses)
+
     with tqdm(total=steps, desc="Fit", unit="step", disable=not progress) as bar:
+        bar.update(sum(part.shape[1] for part in losses))
         try:
-            for length, share_of_steps in zip(lengths, share, strict=True):
-                # What was best on a shorter series is not comparable.
-                shorter = result()
-                state = eqx.tree_at(lambda s: (s.best, s.best_loss), state, (state.trainable, infinite))
-                stage = eqx.tree_at(lambda p: p.data, problem, problem.data.until(length))
-                for done in range(0, share_of_steps, _CHUNK):
-                    num = min(_CHUNK, share_of_steps - done)
+            for index in range(at.index, len(lengths)):
+                if at.index < index or not at.done:
+                    before = (state.best, state.best_loss) if index else None
+                    # What was best on a shorter series is not comparable.
+                    state = eqx.tree_at(lambda s: (s.best, s.best_loss), state, (state.trainable, infinite))
+                    at = _Stage(before, index, 0)
+                stage = eqx.tree_at(lambda p: p.data, problem, problem.data.until(lengths[index]))
+                for done in range(at.done, share[index], _CHUNK):
+                    num = min(_CHUNK, share[index] - done)
                     state = _advance(view, stage, optimizer, state, jnp.asarray(num))
                     losses.append(np.asarray(state.losses)[:, :num])
+                    at = at._replace(done=done + num)
                     if not np.any(state.alive):
                         raise _diverged(losses, steps, np.asarray(state.gradient_failed), result())
                     bar.update(num)
-                    bar.set_postfix(loss=f"{float(np.min(state.best_loss)):.4g}", times=length)
+                    bar.set_postfix(loss=f"{float(np.min(state.best_loss)):.4g}", times=lengths[index])
+                    if saved is not None and saved.is_due(losses, checkpoint_every, steps):
+                        saved.write(state, losses, at)
         except KeyboardInterrupt:
             interrupted = True
             if result() is None:
@@ -179,6 +211,77 @@ def fit(
     best = result()
     assert best is not None
     return best
+
+
+# What a checkpoint is compared by → the arguments that it comes from.
+_ARGUMENTS = {
+    "model": "`model`, `where`, `initialize`, `key` or `restarts`",
+    "problem": "`problem`",
+    "optimizer": "`optimizer` (or the version of JAX or Optax)",
+    "steps": "`steps` or `horizons`",
+}
+
+
+def _arguments(view: Parameters, problem: Problem, optimizer, state: _State, steps: Any) -> dict[str, str]:
+    """Digests of all that a fit depends on. Code is told by its names, that of the optimizer by what it computes."""
+    update = jax.make_jaxpr(jax.vmap(optimizer.update))(state.trainable, state.optimizer_state, state.trainable)
+    return {
+        "model": fingerprint(
+            (state.trainable, view.rest, text_of(view.transforms), str(jax.tree.structure(view.where)))
+        ),
+        "problem": fingerprint((problem, text_of(jax.tree.structure(problem)))),
+        "optimizer": fingerprint((state.optimizer_state, text_of(update), update.consts)),
+        "steps": fingerprint(steps),
+    }
+
+
+class _Checkpoint:
+    """The file of a fit with these arguments, whose state is of the form of `like`."""
+
+    def __init__(self, path: Path, arguments: dict[str, str], like: _State):
+        self._path = path
+        self._arguments = arguments
+        self._like = like
+        self.exists = os.path.exists(check_path("checkpoint", path))
+        self._written = 0
+
+    def is_due(self, losses: list[np.ndarray], every: int, steps: int) -> bool:
+        ran = sum(part.shape[1] for part in losses)
+        return ran - self._written >= every or ran == steps
+
+    def write(self, state: _State, losses: list[np.ndarray], at: _Stage) -> None:
+        self._written = sum(part.shape[1] for part in losses)
+        arrays = [*jax.tree.leaves(state), *jax.tree.leaves(at.before), np.concatenate(losses, axis=1)]
+        where = {"index": at.index, "done": at.done, "arguments": self._arguments}
+        try:
+            write(self._path, {"holds": "a checkpoint of fit", **where}, arrays)
+        except LaplodeError as error:  # a full disk is no reason to lose the fit itself
+            warnings.warn(f"The fit goes on without a new checkpoint. {error}", LaplodeWarning, stacklevel=3)
+
+    def read(self) -> tuple[_State, list[np.ndarray], _Stage]:
+        """What `write` wrote."""
+        leaves, structure = jax.tree.flatten(self._like)
+        pair, pair_structure = jax.tree.flatten((self._like.best, self._like.best_loss))
+
+        def check(header: dict[str, Any], forms: list[jax.ShapeDtypeStruct]) -> None:
+            if header["holds"] != "a checkpoint of fit":
+                raise LaplodeError(f"`checkpoint`: {self._path} holds {header['holds']}. Take another path.")
+            found = header["arguments"]
+            if other := [_ARGUMENTS[name] for name, digest in self._arguments.items() if found[name] != digest]:
+                raise LaplodeError(
+                    f"`checkpoint`: {self._path} is of a fit with other arguments: {', '.join(other)}. Call `fit` as "
+                    "before to go on with it; to begin anew, remove the file or take another path."
+                )
+            expected = [*leaves, *(pair if header["index"] else [])]
+            if [(x.shape, x.dtype) for x in expected] != [(x.shape, x.dtype) for x in forms[:-1]]:
+                raise LaplodeError(f"`checkpoint`: {self._path} holds arrays of other shapes. Remove it.")
+
+        header, arrays = read(self._path, check)
+        state = jax.tree.unflatten(structure, arrays[: len(leaves)])
+        before = jax.tree.unflatten(pair_structure, arrays[len(leaves) : -1]) if header["index"] else None
+        losses = np.asarray(arrays[-1])
+        self._written = losses.shape[1]
+        return state, [losses], _Stage(before, header["index"], header["done"])
 
 
 def _stage_lengths(horizons: Sequence[float], num_times: int) -> list[int]:
