@@ -175,7 +175,8 @@ def _encode(value: Any, path: str, arrays: _Arrays) -> Any:
     if isinstance(value, Parameters):
         return _encode_parameters(value, path, arrays)
     if type(value) in _PARTS:
-        fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        names = [field.name for field in dataclasses.fields(value)]  # pyright: ignore[reportArgumentType]
+        fields = {name: getattr(value, name) for name in names}
         return ["part", type(value).__name__, {k: _encode(v, f"{path}.{k}", arrays) for k, v in fields.items()}]
     if isinstance(value, _OF_NUMPYRO) and _class_of_numpyro(type(value).__module__, type(value).__qualname__):
         data, settings = value.tree_flatten()
