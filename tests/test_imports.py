@@ -31,6 +31,7 @@ ORDER = [
     "_draws",
     "_function",
     "_predict",
+    "_design",
     "_arviz",
     "_plot",
     "_numpyro",

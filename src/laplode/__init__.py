@@ -2,6 +2,12 @@
 
 from ._arviz import to_datatree as to_datatree
 from ._curvature import CurvatureProducts as CurvatureProducts, curvature_products as curvature_products
+from ._design import (
+    InformationGain as InformationGain,
+    Measurements as Measurements,
+    choose_measurements as choose_measurements,
+    information_gain as information_gain,
+)
 from ._errors import FitError as FitError, LaplodeError as LaplodeError, LaplodeWarning as LaplodeWarning
 from ._evidence import (
     Evidence as Evidence,
