@@ -22,6 +22,7 @@ from ._function import (
     predict_field as predict_field,
     predict_function as predict_function,
 )
+from ._identify import Identifiability as Identifiability, identifiability as identifiability
 from ._laplace import Estimate as Estimate, estimate as estimate, laplace as laplace
 from ._loss import MatchedLoss as MatchedLoss, problem_from_loss as problem_from_loss
 from ._mixture import MixturePosterior as MixturePosterior, mixture as mixture
