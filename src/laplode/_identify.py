@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -140,9 +139,7 @@ def _blocks(structure: AbstractStructure, prior: Float[np.ndarray, " P"]) -> Ite
         # Of a mode without strength, the right singular vector can't be had from the left one.
         strengths = np.asarray(structure.strengths)
         kept = np.flatnonzero(strengths > _noise(strengths, strengths.size))
-        root = jnp.sqrt(structure.strengths[kept])
-        vectors = structure._lift(jnp.eye(strengths.size)[kept] / root[:, None])
-        yield _Block(0, prior.size, strengths[kept], np.asarray(vectors))
+        yield _Block(0, prior.size, strengths[kept], np.asarray(structure.right_vectors(kept)))
     else:
         assert isinstance(structure, Full | BlockDiagonal)
         start = 0
