@@ -166,3 +166,19 @@ def test_float32_models_are_checked_as_they_will_be_used():
     model = Trained(jnp.float32(0.5), jnp.ones(2, jnp.float32))
     posterior = lp.laplace(model, lp.Problem(data(y0=None), lp.Gaussian(1.0), 1.0), curvature="ggn", progress=False)
     assert posterior.mean.dtype == jnp.float64
+
+
+@pytest.mark.parametrize(
+    ("piece", "match"),
+    [
+        (diffrax.ODETerm(lambda t, y, args: -y), "term.vector_field"),
+        (diffrax.ControlTerm(lambda t, y, args: y, lambda t0, t1: t1 - t0), "ControlTerm.*controlled"),
+        (diffrax.MultiTerm(diffrax.ODETerm(lambda t, y, args: -y)), "MultiTerm.*stochastic"),
+        (diffrax.VirtualBrownianTree(0.0, 1.0, 1e-3, (2,), jax.random.key(0)), "drift"),
+        (diffrax.LinearInterpolation(jnp.arange(2.0), jnp.zeros((2, 1))), "LinearInterpolation.*derivative"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_stochastic_and_controlled_equations_are_refused(piece, match):
+    with pytest.raises(lp.LaplodeError, match=match):
+        lp.NeuralODE(piece)

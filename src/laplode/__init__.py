@@ -2,6 +2,12 @@
 
 from ._arviz import to_datatree as to_datatree
 from ._curvature import CurvatureProducts as CurvatureProducts, curvature_products as curvature_products
+from ._design import (
+    InformationGain as InformationGain,
+    Measurements as Measurements,
+    choose_measurements as choose_measurements,
+    information_gain as information_gain,
+)
 from ._errors import FitError as FitError, LaplodeError as LaplodeError, LaplodeWarning as LaplodeWarning
 from ._evidence import (
     Evidence as Evidence,
@@ -16,6 +22,7 @@ from ._function import (
     predict_field as predict_field,
     predict_function as predict_function,
 )
+from ._identify import Identifiability as Identifiability, identifiability as identifiability
 from ._io import load as load, save as save
 from ._laplace import Estimate as Estimate, estimate as estimate, laplace as laplace
 from ._loss import MatchedLoss as MatchedLoss, problem_from_loss as problem_from_loss

@@ -256,6 +256,14 @@ def solve_at(posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"]) ->
     return jax.vmap(ft.partial(_solve, posterior, ts, y0, args))(thetas)
 
 
+@eqx.filter_jit
+def solve_from(posterior: Posterior, ts, args, rows: Float[Array, "B P+ND"]) -> Float[Array, "B N T K"]:
+    """The same where each parameter vector is followed by initial states of its own."""
+    states = rows[:, posterior.size :].reshape(len(rows), len(ts), -1)
+    solve = lambda theta, y0: _solve(posterior, ts, y0, args, theta)
+    return jax.vmap(solve)(rows[:, : posterior.size], states)
+
+
 @contextlib.contextmanager
 def advice():
     """What to do about a model that raises at a draw."""

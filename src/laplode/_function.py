@@ -149,7 +149,7 @@ def _predict(
     function: Callable[[Any], Any], posterior: AbstractPosterior, sampling: Sampling, key: PRNGKeyArray
 ) -> FunctionPredictions:
     maps = [OfModel(component.parameters, function) for component in posterior.components]
-    at_means = [_at_mean(each) for each in maps]
+    at_means = [value_at_mean(each, "function") for each in maps]
     drawn = draw(posterior, sampling, key)
     if sampling.method.linear:
         jacobians = [linearize(each)[1] for each in maps]
@@ -192,17 +192,18 @@ def _predict(
     )
 
 
-def _at_mean(function: OfModel) -> Float[Array, "..."]:
+def value_at_mean(function: OfModel, name: str) -> Float[Array, "..."]:
+    """The function of the fitted model, or a `LaplodeError` about the argument `name`."""
     try:
         value = jnp.asarray(_at(function, function.parameters.vector[None])[0])
     except LaplodeError:
         raise
     except Exception as error:
-        raise LaplodeError(f"`function` fails at the fitted model: {type(error).__name__}: {error}") from error
+        raise LaplodeError(f"`{name}` fails at the fitted model: {type(error).__name__}: {error}") from error
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise LaplodeError(f"`function` must return floating point numbers, got {value.dtype}.")
+        raise LaplodeError(f"`{name}` must return floating point numbers, got {value.dtype}.")
     if not jnp.all(jnp.isfinite(value)):
-        raise LaplodeError("`function` is not finite at the fitted model.")
+        raise LaplodeError(f"`{name}` is not finite at the fitted model.")
     return value
 
 

@@ -55,6 +55,7 @@ class NeuralODE(eqx.Module):
         max_steps: int = 4096,
         scale: Any = None,
     ):
+        _check_no_term(vector_field)
         if not callable(vector_field):
             raise LaplodeError(f"`vector_field` must be callable as (t, y, args), got {type(vector_field).__name__}.")
         if observe is not None and not callable(observe):
@@ -147,6 +148,29 @@ class NeuralODE(eqx.Module):
         adjoint = diffrax.RecursiveCheckpointAdjoint()
         solution = self.solve(ts, y0, args, saveat=diffrax.SaveAt(ts=ts), adjoint=adjoint, throw=throw)
         return self.observe_states(solution.ys, args)  # pyright: ignore[reportArgumentType]
+
+
+def _check_no_term(vector_field: Any) -> None:
+    """Raise `LaplodeError` where a piece of Diffrax stands for the vector field."""
+    name = type(vector_field).__name__
+    if isinstance(vector_field, diffrax.ODETerm):
+        raise LaplodeError(
+            "`vector_field` must be callable as (t, y, args), got the diffrax.ODETerm of one: give what is in it, "
+            "NeuralODE(term.vector_field)."
+        )
+    if isinstance(vector_field, diffrax.AbstractBrownianPath):
+        raise LaplodeError(
+            f"`vector_field` is a {name}: stochastic differential equations are not supported, since a posterior over "
+            "the parameters does not say where the noise takes a trajectory. Give the drift alone, and let the "
+            "likelihood have the noise."
+        )
+    if isinstance(vector_field, diffrax.AbstractTerm | diffrax.AbstractPath):
+        raise LaplodeError(
+            f"`vector_field` is a {name}: stochastic and controlled differential equations are not supported, only "
+            "dy/dt = vector_field(t, y, args). Of a stochastic one give the drift alone; a control with a derivative, "
+            "such as a diffrax.CubicInterpolation made from `args`, can be written out: "
+            "lambda t, y, args: field(t, y) @ control.derivative(t)."
+        )
 
 
 def starts(model: Any, y0: Any, num: int) -> Any:

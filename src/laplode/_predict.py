@@ -1,5 +1,6 @@
 """Trajectories from a posterior: linearized, or by solving again at draws of its parameters."""
 
+import dataclasses
 import functools as ft
 import warnings
 from typing import Any
@@ -8,15 +9,17 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from ._draws import Sampling, draw, in_batches, mixed_mean, mixed_root, over_components, solve_at
+from ._draws import Sampling, draw, in_batches, mixed_mean, mixed_root, over_components, solve_at, solve_from
 from ._errors import LaplodeError, LaplodeWarning
 from ._geodesic import TOLERANCE
 from ._model import predicted_shape
 from ._posterior import AbstractPosterior, Posterior
 from ._problem import AbstractLikelihood, check_args, check_initial_state, check_solvable, check_times
 from ._solve import flow, linearize
+from ._start import UncertainStart, sensitivity
 from ._structure import over_columns
 
 # Bytes of Jacobian held at once: that of a few trajectories, where parameters are many.
@@ -42,6 +45,7 @@ class Predictions(eqx.Module):
         After resampling the weights are equal, and k̂ is that of the draws before it.
     - `observed_grid`: whether the times and initial states are those of the data.
     - `key`: the random key that was given.
+    - `y0`: the initial states of the draws, (S, N, D), where they are uncertain; else None.
     """
 
     ts: Float[np.ndarray, "N T"]
@@ -60,6 +64,7 @@ class Predictions(eqx.Module):
     observed_grid: bool = eqx.field(static=True)
     _root: Float[Array, "N TK R"] | None
     key: PRNGKeyArray | None = None
+    y0: Float[Array, "S N D"] | None = None
 
     @property
     def predictions(self) -> Float[Array, "S N T F"]:
@@ -72,7 +77,8 @@ class Predictions(eqx.Module):
         """The joint covariance J Λ⁻¹ Jᵀ over times and channels of each trajectory, (N, T·K, T·K), times outermost.
 
         In the units of the prediction and to first order in θ − θ*, exact for a linear model. Observation noise is not
-        included. Of a mixture that within its components and that between them.
+        included. Of a mixture that within its components and that between them. Of an uncertain initial state there
+        is (∂f/∂y0) Cov[y0] (∂f/∂y0)ᵀ more.
 
         **Raises:** `LaplodeError` unless the predictions were linearized.
         """
@@ -107,7 +113,9 @@ def predict(
     - `posterior`: from `laplace` or `mixture`.
     - `ts`: times, shape (T,) or (N, T), strictly increasing. Without a new `y0` they may start later than the data, but
         not earlier.
-    - `y0`: initial states at ts[:, 0], shape (N, D). None continues the observed trajectories, from their own initial
+    - `y0`: initial states at ts[:, 0], shape (N, D), or a NumPyro distribution of them where they are uncertain:
+        independent numbers of batch shape (N, D), or vectors of batch shape (N,) and event shape (D,), independent of
+        θ and of one another. None continues the observed trajectories, from their own initial
         states at their own first times, with their own `args`.
     - `args`: as in `Trajectories`, for new initial states.
     - `method`: "linearized": y = f(θ*) + J (θ − θ*), in the coordinate in which the likelihood's information is
@@ -145,22 +153,24 @@ def predict(
     importance sampling".
     """
     sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress)
-    grid = Grid.of(posterior, ts, y0, args)
-    key_theta, key_noise = jax.random.split(key)
+    start = UncertainStart.of(y0) if isinstance(y0, dist.Distribution) else None
+    grid = dataclasses.replace(Grid.of(posterior, ts, y0 if start is None else start.mean, args), start=start)
+    key_theta, key_noise, key_start = jax.random.split(key, 3)
     draws = draw(posterior, sampling, key_theta)
+    states = grid.draw_states(key_start, num_samples)
     trajectories = _linearized if sampling.method.linear else _solved
     keys = jax.random.split(key_noise, len(posterior.components))
     means, roots = {}, {}
 
-    def part(i, thetas, ok):
+    def part(i, thetas, ok, states):
         component = posterior.components[i]
-        mean, predictions, roots[i] = trajectories(component, grid, thetas, progress)
+        mean, predictions, roots[i] = trajectories(component, grid, thetas, states, progress)
         means[i] = mean[..., : component.problem.data.ys.shape[2]]
         return with_noise(component.problem.likelihood, predictions, ok, keys[i])
 
-    ok, predictions, predictive = over_components(part, draws.component, draws.thetas, draws.ok)
+    ok, predictions, predictive = over_components(part, draws.component, draws.thetas, draws.ok, states)
     for i in set(range(len(posterior.components))) - set(means):  # too light for a draw
-        part(i, draws.thetas[:1], draws.ok[:1])
+        part(i, draws.thetas[:1], draws.ok[:1], states[:1])
     means, roots = ([of[i] for i in sorted(of)] for of in (means, roots))
     root = mixed_root(posterior.weights, means, roots) if sampling.method.linear else None
     result = Predictions(
@@ -178,6 +188,7 @@ def predict(
         observed_grid=grid.observed,
         _root=root,
         key=key,
+        y0=None if start is None else states,
     )
     _warn(int(jnp.sum(draws.ok & ~ok)), len(ok))
     return result
@@ -193,7 +204,7 @@ def predict_at(
     progress: bool = True,
 ) -> Predictions:
     """Solves at parameter vectors that are given, with noise."""
-    mean, predictions, _ = _solved(posterior, grid, thetas, progress)
+    mean, predictions, _ = _solved(posterior, grid, thetas, jnp.zeros((len(thetas), 0)), progress)
     ok = jnp.ones(len(thetas), bool)
     ok, predictions, predictive = with_noise(posterior.problem.likelihood, predictions, ok, key)
     return Predictions(
@@ -234,7 +245,10 @@ def with_noise(
 
 
 class Grid(eqx.Module):
-    """Where to predict. `skip` leading times only carry the solve from the initial state to the first time wanted."""
+    """Where to predict. `skip` leading times only carry the solve from the initial state to the first time wanted.
+
+    Where there is a `start`, `y0` is its mean.
+    """
 
     ts: Float[np.ndarray, "N T"]
     solve_ts: Float[np.ndarray, "N skip+T"]
@@ -242,6 +256,11 @@ class Grid(eqx.Module):
     args: PyTree
     skip: int = eqx.field(static=True)
     observed: bool = eqx.field(static=True)
+    start: UncertainStart | None = None
+
+    def draw_states(self, key: PRNGKeyArray, num: int) -> Float[Array, "S ..."]:
+        """Initial states, (S, N, D); (S, 0) where they are known."""
+        return jnp.zeros((num, 0)) if self.start is None else self.start.sample(key, num)
 
     @classmethod
     def of(cls, posterior: AbstractPosterior, ts: Any, y0: Any, args: PyTree) -> "Grid":
@@ -294,7 +313,7 @@ class Grid(eqx.Module):
         return cls(ts, np.concatenate([start, ts], axis=1), data.y0, data.args, 1, False)
 
 
-def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], progress: bool):
+def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], states: Array, progress: bool):
     around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
     num = around.num_trajectories
     row_bytes = 8 * posterior.size * grid.ts.shape[1] * posterior.problem.prediction_shape[1]
@@ -302,9 +321,16 @@ def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], p
     parts = []
     for start in range(0, num, together):
         first = min(start, num - together)  # one compiled shape for all
-        mean, jacobian = linearize(around.part(slice(first, first + together)))
-        epistemic = _linear_draws(posterior, mean, jacobian, thetas)
+        some = slice(first, first + together)
+        mean, jacobian = linearize(around.part(some))
         root = _covariance_root(posterior, jacobian, mean.shape, grid.skip)
+        shift = jnp.zeros(())
+        if grid.start is not None:
+            by_state = sensitivity(around.part(some))
+            shift = jnp.einsum("ntfd,snd->sntf", by_state, states[:, some] - grid.start.mean[some])
+            spread = by_state[:, :, : posterior.problem.data.ys.shape[2]] @ grid.start.root[some, None]
+            root = jnp.concatenate([root, spread.reshape(*root.shape[:2], -1)], axis=-1)
+        epistemic = _linear_draws(posterior, mean, jacobian, thetas, shift)
         new = start - first
         parts.append((mean[new:, grid.skip :], epistemic[:, new:, grid.skip :], root[new:]))
         del jacobian
@@ -313,13 +339,15 @@ def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], p
 
 
 @eqx.filter_jit
-def _linear_draws(posterior: Posterior, mean, jacobian: Float[Array, "N*T*K P"], thetas) -> Float[Array, "S N T K"]:
+def _linear_draws(
+    posterior: Posterior, mean, jacobian: Float[Array, "N*T*K P"], thetas, shift
+) -> Float[Array, "S N T K"]:
     likelihood = posterior.problem.likelihood
     # stabilize is elementwise, so its derivative is a scale.
     stabilized, scale = jax.jvp(likelihood.stabilize, (mean,), (jnp.ones_like(mean),))
     add = lambda total, take: total + (take(thetas) - take(posterior.mean)) @ take(jacobian).T
     change = over_columns(add, jnp.zeros((len(thetas), len(jacobian))), posterior.size)
-    return likelihood.unstabilize(stabilized + scale * change.reshape(-1, *mean.shape))
+    return likelihood.unstabilize(stabilized + scale * (change.reshape(-1, *mean.shape) + shift))
 
 
 @eqx.filter_jit
@@ -337,9 +365,13 @@ def _covariance_root(posterior: Posterior, jacobian, shape: tuple[int, ...], ski
     return jax.lax.map(root, jnp.arange(num))
 
 
-def _solved(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], progress: bool):
-    solve = ft.partial(solve_at, posterior, grid.solve_ts, grid.y0, grid.args)
+def _solved(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], states: Array, progress: bool):
     rows = jnp.concatenate([posterior.mean[None], thetas])  # one program for the mean and the draws
+    solve = ft.partial(solve_at, posterior, grid.solve_ts, grid.y0, grid.args)
+    if grid.start is not None:
+        states = jnp.concatenate([grid.start.mean[None], states]).reshape(len(rows), -1)
+        rows = jnp.concatenate([rows, states], axis=1)
+        solve = ft.partial(solve_from, posterior, grid.solve_ts, grid.args)
     solved = in_batches(solve, rows, "Solving at draws" if progress else None)[:, :, grid.skip :]
     return solved[0], solved[1:], None
 

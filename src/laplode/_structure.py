@@ -188,6 +188,11 @@ class LowRank(AbstractStructure):
         """Aᵀ U c."""
         return ((c @ self.modes.T) * self.scale) @ self.factor / jnp.sqrt(self.prior_precision)
 
+    def right_vectors(self, kept: np.ndarray) -> Float[Array, "R P"]:
+        """The right singular vectors V of the modes with the numbers `kept`, whose strength is not 0."""
+        chosen = jnp.eye(self.strengths.size)[kept]
+        return self._lift(chosen / jnp.sqrt(self.strengths[kept])[:, None])
+
     def _shrinkage(self) -> Array:
         """(1 − 1/√(1 + x)) / x, which tends to ½ with x."""
         x = self.strengths
