@@ -375,7 +375,7 @@ def test_a_full_disk_leaves_the_file_before(growth, growth_posterior, stored, tm
 def fit(growth, checkpoint, **options):
     defaults = dict(steps=75, key=KEY, horizons=(0.5, 1.0), restarts=2, progress=False, optimizer=ADAM)
     given = {"model": growth.model, "problem": growth.problem, **defaults, **options}
-    return lp.fit(**given, checkpoint=checkpoint, checkpoint_every=25)
+    return lp.fit(**given, checkpoint=checkpoint, checkpoint_every=1)
 
 
 @pytest.fixture(scope="module")

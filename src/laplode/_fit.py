@@ -104,7 +104,7 @@ def fit(
     - `where`: the parameters to fit, as in `laplace`.
     - `checkpoint`: a file to keep the state of the fit in. Where it exists, the same call goes on from it, to the same
         bits as without a break; when it is of a finished fit, that is returned at once.
-    - `checkpoint_every`: steps between two checkpoints, rounded up to a multiple of 25. The file is replaced as a
+    - `checkpoint_every`: at least so many steps lie between two checkpoints, at most 24 more. The file is replaced as a
         whole, so that a crash leaves the checkpoint before; where the disk is full, the fit warns and goes on.
     - `progress`: whether to show a progress bar with the loss.
 
