@@ -257,7 +257,7 @@ def _candidates(posterior: Any, ts, y0, args, criterion: str, target: Any) -> tu
     _check_memory(posterior, grid)
     wanted = None
     if target is not None:
-        of_target = OfModel(posterior.parameters, target)
+        of_target = OfModel(posterior.parameters, target)  # pyright: ignore[reportArgumentType]
         value_at_mean(of_target, "target")
         wanted = linearize(of_target)[1]
     predictions, jacobian = linearize(flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args))

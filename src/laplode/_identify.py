@@ -41,17 +41,20 @@ class Identifiability(eqx.Module):
     @property
     def uninformed(self) -> pd.DataFrame:
         """The directions that are left to the prior."""
-        return self.directions[self.directions["determined"] < self.threshold]
+        return self.directions.loc[np.asarray(self.directions["determined"]) < self.threshold]
 
     def __str__(self) -> str:
+        size, determined = np.sum(np.asarray(self.leaves[["size", "determined"]]), axis=0)
+        uninformed = self.uninformed.to_dict("records")
         lines = [
-            f"{self.leaves['determined'].sum():.2f} of {int(self.leaves['size'].sum())} parameters are determined by "
-            f"the data; {int(self.uninformed['count'].sum())} directions are less than {self.threshold:g} so."
+            f"{determined:.2f} of {int(size)} parameters are determined by the data; "
+            f"{sum(row['count'] for row in uninformed)} directions are less than {self.threshold:g} so."
         ]
-        for row in self.uninformed.head(10).itertuples():
-            several = f"{row.count} directions, " if row.count != 1 else ""  # pyright: ignore[reportAttributeAccessIssue]
-            named = ", ".join(f"{name} {share:.2f}" for name, share in zip(row.parameters, row.loadings, strict=True))  # pyright: ignore[reportArgumentType]
-            lines.append(f"  {several}determined {row.determined:.3g}: {named}")
+        for row in uninformed[:10]:
+            several = f"{row['count']} directions, " if row["count"] != 1 else ""
+            pairs = zip(row["parameters"], row["loadings"], strict=True)
+            named = ", ".join(f"{name} {share:.2f}" for name, share in pairs)
+            lines.append(f"  {several}determined {row['determined']:.3g}: {named}")
         if len(self.uninformed) > 10:
             lines.append(f"  … ({len(self.uninformed)} in all)")
         return "\n".join([*lines, "", self.leaves.to_string(float_format=lambda x: f"{x:.3g}")])
