@@ -1,14 +1,13 @@
 """What structure in the vector field does to uncertainty: the comparison of Ott, Tiemann and Hennig (2023).
 
-"Uncertainty and structure in neural ordinary differential equations", arXiv 2305.13290. Systems, initial states, training
-times, noise and networks (one tanh layer of 6 units) are theirs; the noise scale is found by the evidence, as is the
-prior precision. Other than theirs: fits are 1000 steps of Adam at a rate of 0.01 over a growing horizon, where theirs are
-of 0.1, from 2 restarts, and end with Levenberg-Marquardt steps; the solver is adaptive; observation times are those of
-all trajectories together.
+"Uncertainty and structure in neural ordinary differential equations", arXiv 2305.13290. Systems, initial states,
+training times, noise and networks (one tanh layer of 6 units) are theirs; the noise scale is found by the evidence, as
+is the prior precision. Other than theirs: fits are 1000 steps of Adam at a rate of 0.01 over a growing horizon, where
+theirs are of 0.1, from 2 restarts, and end with Levenberg-Marquardt steps; the solver is adaptive.
 
 - Lotka-Volterra, seen for a full and for half a period.
-- A harmonic oscillator, seen for a half, three quarters and a full period: a plain network, and a Hamiltonian one, whose
-  field conserves a learned energy.
+- A harmonic oscillator, seen for a half, three quarters and a full period: a plain network, and a Hamiltonian one,
+  whose field conserves a learned energy.
 - A damped pendulum: a plain network, and a pendulum without friction (its frequency a parameter) plus a network.
 
 Prints a table, and writes structure_trajectories.png and structure_fields.png.

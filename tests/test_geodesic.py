@@ -1,7 +1,5 @@
 """Draws along geodesics: where the answer is known, and where plain draws fail."""
 
-import warnings
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -42,7 +40,7 @@ def test_all_methods_agree_on_a_linear_model(linear, linear_posterior):
     assert abs(np.mean(white**2) - 1) < 5 * np.sqrt(2 / white.size)
 
 
-# ---- Strongly curved: y' = -(b + a²) y, whose data fix b + a² alone
+# ---- Strongly curved: y' = -(b + a²) y, whose data fix b + a² to 0.03 while a is anywhere within ±2
 
 
 class Parabola(eqx.Module):
@@ -53,58 +51,46 @@ class Parabola(eqx.Module):
         return -(self.b + self.a**2) * y
 
 
-BANANA_TS = np.linspace(0, 2, 6)
-RATE, NOISE = 0.0, 0.1
+BANANA_TS, NOISE, PRECISION = np.linspace(0, 2, 6), 0.1, np.array([1.0, 0.01])
 
 
 @pytest.fixture(scope="module")
-def banana():
-    ys = np.exp(-RATE * BANANA_TS)[:, None]
+def banana(quiet):
+    ys = np.ones((6, 1))
     ys[0] = np.nan  # known
-    data = lp.Trajectories(BANANA_TS, ys, np.ones(1))
-    problem = lp.Problem(data, lp.LogNormal(NOISE), 1.0)
-    model = lp.NeuralODE(Parabola(jnp.array(0.1), jnp.array(0.1)))
-    fit = lp.refine(model, problem, curvature="ggn", decrement=1e-10, progress=False)
-    return lp.laplace(fit.model, fit.problem, curvature="ggn", progress=False)
+    problem = lp.Problem(lp.Trajectories(BANANA_TS, ys, np.ones(1)), lp.LogNormal(NOISE), PRECISION)
+    model = lp.NeuralODE(Parabola(jnp.array(0.0), jnp.array(0.0)))
+    return quiet(model, problem, curvature="ggn")  # which says that a is without influence: at 0 it is
 
 
-@pytest.fixture(scope="module")
-def banana_exactly():
-    """The moments and the evidence of (a, b), by quadrature in a and c = b + a²."""
-    a, c = np.linspace(-4, 4, 2001), np.linspace(RATE - 1, RATE + 1, 2001)
+def banana_by_quadrature():
+    """Mean and variance of a and b, and the log evidence, on a grid of a and c = b + a²; log y = −c t."""
+    a, c = np.linspace(-6, 6, 1001), np.linspace(-0.5, 0.5, 1001)
     b = c[:, None] - a**2
-    rates = np.broadcast_to(c[:, None], b.shape)
-    squares = np.sum(BANANA_TS**2)
-    # log y = -c t, seen where it is -RATE t
-    log_p = -0.5 * (rates - RATE) ** 2 * squares / NOISE**2 - 0.5 * (a**2 + b**2)
-    p = np.exp(log_p)
+    misfit = np.sum(BANANA_TS**2) * c[:, None] ** 2 / NOISE**2
+    p = np.exp(-0.5 * (misfit + PRECISION[0] * a**2 + PRECISION[1] * b**2))
     over = lambda f: si.simpson(si.simpson(f * p, a), c)
     total = over(1.0)
-    moments = [over(f) / total for f in (a, b, a**2, b**2, a * b)]
-    jacobian = np.sum(RATE * BANANA_TS[1:])  # of log y
-    constants = -0.5 * 5 * np.log(2 * np.pi * NOISE**2) + jacobian - np.log(2 * np.pi)
-    return np.array(moments), np.log(total) + constants
-
-
-def moments_of(thetas, log_weights):
-    a, b = np.asarray(thetas).T
-    return np.exp(np.asarray(log_weights)) @ np.stack([a, b, a**2, b**2, a * b], axis=1)
+    mean = np.array([over(a), over(b)]) / total
+    variance = np.array([over(a**2), over(b**2)]) / total - mean**2
+    log_evidence = np.log(total) - 5 / 2 * np.log(2 * np.pi * NOISE**2)
+    return mean, variance, log_evidence + 0.5 * np.sum(np.log(PRECISION / (2 * np.pi)))
 
 
 @pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")
-def test_a_banana(banana, banana_exactly):
-    moments, log_evidence = banana_exactly
-    geodesic, plain = (draw(banana, method=method, num_samples=1000) for method in ("geodesic", "sampled"))
+def test_a_banana(banana):
+    num = 2000
+    geodesic, plain = (draw(banana, method=method, num_samples=num) for method in ("geodesic", "sampled"))
     assert np.all(geodesic.ok) and geodesic.khat < 0.7 < plain.khat
-    a, b = np.asarray(geodesic.thetas).T
-    weights = np.exp(np.asarray(geodesic.log_weights))
-    found = weights @ np.stack([a, b, a**2, b**2, a * b], axis=1)
-    np.testing.assert_allclose(found[[1, 2, 3]], moments[[1, 2, 3]], rtol=0.1)
-    np.testing.assert_allclose(found[[0, 4]], 0, atol=0.1 * np.sqrt(moments[[2, 3]]))  # by symmetry
-    # This surface is a cylinder, so that the density of the draws is exact: the mean weight is the evidence.
-    mean = jax.scipy.special.logsumexp(geodesic.log_p - geodesic.log_q) - np.log(1000)
-    np.testing.assert_allclose(mean, log_evidence, atol=0.1)
-    print(moments, found, geodesic.khat, plain.khat, mean, log_evidence)
+    exact_mean, exact_variance, log_evidence = banana_by_quadrature()
+    thetas, scale = np.asarray(geodesic.thetas), np.sqrt(exact_variance)
+    for weights in (np.exp(np.asarray(geodesic.log_weights)), np.full(num, 1 / num)):
+        mean = weights @ thetas
+        np.testing.assert_allclose((mean - exact_mean) / scale, 0, atol=0.1)
+        np.testing.assert_allclose(np.sqrt(weights @ (thetas - mean) ** 2), scale, rtol=0.1)
+    # The surface is a cylinder, where the density of the draws is exact: their mean weight is the evidence.
+    mean_weight = jax.scipy.special.logsumexp(geodesic.log_p - geodesic.log_q) - np.log(num)
+    np.testing.assert_allclose(mean_weight, log_evidence, atol=0.05)
 
 
 # ---- Weakly identified: y' = -v y / (k + y), whose data hardly tell k
@@ -118,25 +104,14 @@ class MichaelisMenten(eqx.Module):
         return -jnp.exp(self.log_v) * y / (jnp.exp(self.log_k) + y)
 
 
-@pytest.mark.parametrize("method", ["sampled", "geodesic"])
-def test_heavy_tails_are_reported(method):
+def test_heavy_tails_are_reported():
     truth = np.log([1.0, 2.0])
     model = lp.NeuralODE(MichaelisMenten(*map(jnp.asarray, truth)))
     ts = np.linspace(0, 4, 8)
     data = lp.Trajectories(ts, model(ts, jnp.ones(1)), np.ones(1))
     # The prior is wide, and centered at the truth so that the optimum is known.
-    for noise in (0.02, 0.05, 0.1):
-        for prec in (0.01, 0.1):
-            problem = lp.Problem(data, lp.Gaussian(noise), lp.GaussianPrior(prec, truth))
-            posterior = lp.laplace(model, problem, curvature="ggn", progress=False)
-            found = draw(posterior, method=method, num_samples=1000)
-            print(
-                noise,
-                prec,
-                method,
-                posterior.marginal_std(),
-                found.khat,
-                found.ok.mean(),
-                float(posterior.log_evidence),
-                jax.scipy.special.logsumexp(found.log_p - found.log_q) - np.log(1000),
-            )
+    problem = lp.Problem(data, lp.Gaussian(0.1), lp.GaussianPrior(0.01, truth))
+    posterior = lp.laplace(model, problem, curvature="ggn", progress=False)
+    with pytest.warns(lp.LaplodeWarning, match="Pareto k̂ = .* is above 0.67"):
+        found = draw(posterior, method="sampled", num_samples=1000)
+    assert found.khat > 0.7

@@ -5,10 +5,10 @@
 
 `run` adds a line for each seed to DIR/SYSTEM.jsonl, and leaves out those that are there; `table` reads all of them.
 
-Each seed has its own initial state (known) and noise: 41 times to t = 10, two channels, standard deviation 0.1, which the
-methods have to find. The truth continues to t = 15. The field is a basis linear in its parameters for `linear`, whose
-truth is drawn from the prior; otherwise an MLP 2-16-2 (P = 82), which knows nothing of the system. Restarts are fitted
-side by side by Adam; then, each for itself, refine(curvature="ggn"), laplace(curvature="ggn") and
+Each seed has its own initial state (known) and noise: 41 times to t = 10, two channels, standard deviation 0.1, which
+the methods have to find. The truth continues to t = 15. The field is a basis linear in its parameters for `linear`,
+whose truth is drawn from the prior; otherwise an MLP 2-16-2 (P = 82), which knows nothing of the system. Restarts are
+fitted side by side by Adam; then, each for itself, refine(curvature="ggn"), laplace(curvature="ggn") and
 maximize_evidence(online=True). Methods:
 
 - linearized, geodesic, sampled: of the restart of highest evidence; weighted: the geodesic draws by their importance
