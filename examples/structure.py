@@ -32,7 +32,7 @@ import laplode
 
 jax.config.update("jax_enable_x64", True)
 matplotlib.use("Agg")
-warnings.filterwarnings("ignore", "The evidence", laplode.LaplodeWarning)  # what remains is in the table
+warnings.simplefilter("ignore", laplode.LaplodeWarning)  # how far from an optimum a fit is stands in the table
 
 ADAM = optax.adam(1e-2)
 PERIOD = 2 * math.pi / math.sqrt(2)  # of the harmonic oscillator
@@ -159,6 +159,7 @@ class Result(NamedTuple):
     states: np.ndarray
     field: laplode.FunctionPredictions
     noise: np.ndarray
+    decrement: float
 
     def row(self):
         error, inside = np.abs(self.mean - self.truth), self.ts <= self.case.end
@@ -175,6 +176,7 @@ class Result(NamedTuple):
         row["sd of field"] = float(np.mean(self.field.std))
         row["error of field"] = root_mean_square(miss)
         row["noise found / true"] = float(np.mean(self.noise)) / self.case.noise
+        row["decrement (nats)"] = self.decrement
         return row
 
 
@@ -203,7 +205,8 @@ def analyze(case, seed, quick):
     field = laplode.predict_field(posterior, states, num_samples=1, key=keys[2], progress=False)
     truth, std = solve(case.truth, ts, case.y0), np.sqrt(np.maximum(variance, 0))
     noise = np.asarray(posterior.problem.likelihood.scale)
-    return Result(case, data, ts, truth, np.asarray(found.mean), std, states, field, noise)
+    decrement = posterior.diagnostics.newton_decrement
+    return Result(case, data, ts, truth, np.asarray(found.mean), std, states, field, noise, decrement)
 
 
 # ---- Pictures
@@ -227,7 +230,7 @@ def draw_trajectories(results, path):
             ax.set_visible(True)
             case = result.case
             color = COLORS["structured" if case.structured else "plain"]
-            ax.axvspan(0, case.end, color="0.93", zorder=0)
+            ax.axvspan(0, case.end, color="0.93", zorder=0, label="seen in training")
             mean, std = result.mean[0, :, 0], result.std[0, :, 0]
             ax.fill_between(result.ts, mean - 2 * std, mean + 2 * std, color=color, alpha=0.3, lw=0)
             ax.plot(result.ts, mean, color=color, lw=1.5, label="mean ± 2 sd")
@@ -237,12 +240,13 @@ def draw_trajectories(results, path):
             room = 0.6 * np.ptp(truth)
             ax.set_ylim(truth.min() - room, truth.max() + room)
             ax.set_xlim(0, case.last)
-            ax.set_title(f"{name}: {case.field.__name__.lower()} field", fontsize=9)
+            ax.set_title(f"{name}: {case.field.__name__}", fontsize=9)
+            ax.set_ylabel("first state", fontsize=8)
             ax.tick_params(labelsize=8)
-    axes[0, 0].legend(fontsize=7, ncols=3, loc="upper right", frameon=False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, ncols=4, loc="outside upper center", frameon=False)
     for ax in axes[-1]:
         ax.set_xlabel("t")
-    figure.supylabel("first state; gray: seen in training", fontsize=9)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -267,12 +271,12 @@ def draw_fields(results, path):
         seen = result.ts <= result.case.end
         for trajectory in result.truth:
             ax.plot(*trajectory[seen].T, color="white", lw=0.8, alpha=0.8)
-        ax.set_title(f"{result.case.name}: {result.case.field.__name__.lower()} field", fontsize=9)
+        ax.set_title(f"{result.case.name}: {result.case.field.__name__}", fontsize=9)
         ax.set(xlabel="q", ylabel="p", xlim=result.case.box[:2], ylim=result.case.box[2:])
         ax.tick_params(labelsize=8)
     assert picture is not None
-    bar = figure.colorbar(picture, ax=axes, shrink=0.6)
-    bar.set_label("sd of the vector field / its size", fontsize=9)
+    bar = figure.colorbar(picture, ax=axes, aspect=30)
+    bar.set_label("sd of the field / its size", fontsize=9)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
