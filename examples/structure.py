@@ -277,7 +277,7 @@ def draw_fields(results, path):
     assert picture is not None
     bar = figure.colorbar(picture, ax=axes, aspect=30)
     bar.set_label("sd of the field / its size", fontsize=9)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=65)
     plt.close(figure)
 
 
