@@ -23,6 +23,7 @@ from ._geodesic import Geodesics, Surface, follow, log_volume
 from ._model import predict_trajectory, starts
 from ._posterior import AbstractPosterior, Posterior
 from ._prior import log_prior
+from ._vector import Parameters
 
 # Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
 _BATCH = 64
@@ -245,15 +246,20 @@ def _warn_of_weights(khat: float, sampling: Sampling) -> None:
     )
 
 
-def _solve(posterior: Posterior, ts, y0, args, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
-    model = posterior.unravel(theta)
+def _solve(view: Parameters, ts, y0, args, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
+    model = view.unravel(theta)
     return jax.vmap(ft.partial(predict_trajectory, model))(ts, starts(model, y0, len(ts)), args)
 
 
-@eqx.filter_jit
 def solve_at(posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
     """Predictions by a solve of its own for each parameter vector; not finite where it failed."""
-    return jax.vmap(ft.partial(_solve, posterior, ts, y0, args))(thetas)
+    # Not of the whole posterior, whose diagnostics are numbers of its own: each would be compiled anew.
+    return _solve_at(posterior.parameters, ts, y0, args, thetas)
+
+
+@eqx.filter_jit
+def _solve_at(view: Parameters, ts, y0, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
+    return jax.vmap(ft.partial(_solve, view, ts, y0, args))(thetas)
 
 
 @eqx.filter_jit
@@ -307,7 +313,7 @@ def log_joint(posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bo
 def log_joint_at(posterior: Posterior, theta: Float[Array, " P"]) -> Float[Array, ""]:
     """The same of one parameter vector, for transformations, reverse mode too; not finite where its solve failed."""
     data = posterior.problem.data
-    return _log_density_of(posterior, theta, _solve(posterior, data.ts, data.y0, data.args, theta))
+    return _log_density_of(posterior, theta, _solve(posterior.parameters, data.ts, data.y0, data.args, theta))
 
 
 def _log_density_of(posterior: Posterior, theta: Float[Array, " P"], predictions: Float[Array, "N T F"]):

@@ -20,7 +20,7 @@ from ._posterior import AbstractPosterior, Posterior
 from ._problem import AbstractLikelihood, check_args, check_initial_state, check_solvable, check_times
 from ._solve import flow, linearize
 from ._start import UncertainStart, sensitivity
-from ._structure import over_columns
+from ._structure import AbstractStructure, over_columns
 
 # Bytes of Jacobian held at once: that of a few trajectories, where parameters are many.
 _JACOBIAN_BYTES = 2**28
@@ -315,7 +315,7 @@ class Grid(eqx.Module):
 
 def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], states: Array, progress: bool):
     around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
-    num = around.num_trajectories
+    num, channels = around.num_trajectories, posterior.problem.data.ys.shape[2]
     row_bytes = 8 * posterior.size * grid.ts.shape[1] * posterior.problem.prediction_shape[1]
     together = min(max(_JACOBIAN_BYTES // row_bytes, 1), num)
     parts = []
@@ -323,14 +323,14 @@ def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], s
         first = min(start, num - together)  # one compiled shape for all
         some = slice(first, first + together)
         mean, jacobian = linearize(around.part(some))
-        root = _covariance_root(posterior, jacobian, mean.shape, grid.skip)
+        root = _covariance_root(posterior.structure, jacobian, mean.shape, channels, grid.skip)
         shift = jnp.zeros(())
         if grid.start is not None:
             by_state = sensitivity(around.part(some))
             shift = jnp.einsum("ntfd,snd->sntf", by_state, states[:, some] - grid.start.mean[some])
-            spread = by_state[:, :, : posterior.problem.data.ys.shape[2]] @ grid.start.root[some, None]
+            spread = by_state[:, :, :channels] @ grid.start.root[some, None]
             root = jnp.concatenate([root, spread.reshape(*root.shape[:2], -1)], axis=-1)
-        epistemic = _linear_draws(posterior, mean, jacobian, thetas, shift)
+        epistemic = _linear_draws(posterior.problem.likelihood, mean, jacobian, posterior.mean, thetas, shift)
         new = start - first
         parts.append((mean[new:, grid.skip :], epistemic[:, new:, grid.skip :], root[new:]))
         del jacobian
@@ -340,25 +340,25 @@ def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], s
 
 @eqx.filter_jit
 def _linear_draws(
-    posterior: Posterior, mean, jacobian: Float[Array, "N*T*K P"], thetas, shift
-) -> Float[Array, "S N T K"]:
-    likelihood = posterior.problem.likelihood
+    likelihood: AbstractLikelihood, mean, jacobian: Float[Array, "N*T*F P"], center: Float[Array, " P"], thetas, shift
+) -> Float[Array, "S N T F"]:
     # stabilize is elementwise, so its derivative is a scale.
     stabilized, scale = jax.jvp(likelihood.stabilize, (mean,), (jnp.ones_like(mean),))
-    add = lambda total, take: total + (take(thetas) - take(posterior.mean)) @ take(jacobian).T
-    change = over_columns(add, jnp.zeros((len(thetas), len(jacobian))), posterior.size)
+    add = lambda total, take: total + (take(thetas) - take(center)) @ take(jacobian).T
+    change = over_columns(add, jnp.zeros((len(thetas), len(jacobian))), center.size)
     return likelihood.unstabilize(stabilized + scale * (change.reshape(-1, *mean.shape) + shift))
 
 
 @eqx.filter_jit
-def _covariance_root(posterior: Posterior, jacobian, shape: tuple[int, ...], skip: int) -> Float[Array, "N TK TK"]:
+def _covariance_root(
+    structure: AbstractStructure, jacobian, shape: tuple[int, ...], channels: int, skip: int
+) -> Float[Array, "N TK TK"]:
     """A root of J Λ⁻¹ Jᵀ for each trajectory, of the locations."""
     num, num_times, _ = shape
-    channels = posterior.problem.data.ys.shape[2]
     rows = jacobian.reshape(*shape, -1)[:, skip:, :channels].reshape(num, (num_times - skip) * channels, -1)
 
     def root(i):
-        covariance = posterior.structure.predictive_covariance(rows[i])
+        covariance = structure.predictive_covariance(rows[i])
         eigenvalues, vectors = jnp.linalg.eigh((covariance + covariance.T) / 2)
         return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
 

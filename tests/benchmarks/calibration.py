@@ -1,0 +1,379 @@
+"""Do the intervals cover the truth as often as they say? Simulated data of five systems, many seeds. Run by hand:
+
+    python tests/benchmarks/calibration.py run linear|oscillator|predator|vanderpol|fitzhugh FIRST LAST --out DIR
+    python tests/benchmarks/calibration.py table DIR
+
+`run` adds a line for each seed to DIR/SYSTEM.jsonl, and leaves out those that are there; `table` reads all of them.
+
+Each seed has its own initial state (known) and noise: 41 times to t = 10, two channels, standard deviation 0.1, which
+the methods have to find. The truth continues to t = 15. The field is a basis linear in its parameters for `linear`,
+whose truth is drawn from the prior; otherwise an MLP 2-16-2 (P = 82), which knows nothing of the system. Restarts are
+fitted side by side by Adam; then, each for itself, refine(curvature="ggn"), laplace(curvature="ggn") and
+maximize_evidence(online=True). Methods:
+
+- linearized, geodesic, sampled: of the restart of highest evidence; weighted: the geodesic draws by their importance
+    weights, which is what resampling stands for;
+- mixture: of all restarts by their evidence, each linearized;
+- ensemble: all restarts as Adam left them, a deep ensemble: the mean of their trajectories, the standard deviation
+    between them, and the noise from their residuals. Refined, they fall into the same optimum and say nothing.
+
+Steps of the solver are constant, so that all seeds and systems have the same shapes, and each program is compiled once.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import scipy.stats as st
+
+import laplode
+
+jax.config.update("jax_enable_x64", True)
+warnings.simplefilter("ignore", laplode.LaplodeWarning)
+
+ADAM = optax.adam(1e-2)
+NOISE, TRAIN = 0.1, 41
+TS = np.linspace(0, 15, 61)
+METHODS = ("linearized", "geodesic", "sampled", "weighted", "mixture", "ensemble")
+
+
+# ---- Systems
+
+
+class Oscillator(eqx.Module):
+    start = (2.0, 0.0)
+
+    def __call__(self, t, y, args):
+        return jnp.stack([y[1], -y[0] - 0.2 * y[1]])
+
+
+class Predator(eqx.Module):
+    start = (1.5, 0.8)
+
+    def __call__(self, t, y, args):
+        return jnp.stack([1.3 * y[0] - 0.9 * y[0] * y[1], 0.8 * y[0] * y[1] - 1.8 * y[1]])
+
+
+class VanDerPol(eqx.Module):
+    start = (1.0, 0.5)
+
+    def __call__(self, t, y, args):
+        return jnp.stack([y[1], (1 - y[0] ** 2) * y[1] - y[0]])
+
+
+class FitzHugh(eqx.Module):
+    """In time units six times as long as usual, in which its period is about 6.5."""
+
+    start = (-1.0, 0.5)
+
+    def __call__(self, t, y, args):
+        return 6 * jnp.stack([y[0] - y[0] ** 3 / 3 - y[1] + 0.5, 0.08 * (y[0] + 0.7 - 0.8 * y[1])])
+
+
+class Basis(eqx.Module):
+    w: jax.Array
+    start = (1.0, -1.0)
+
+    def __call__(self, t, y, args):
+        phases = jnp.arange(1, 4) * t / 2
+        return self.w @ jnp.concatenate([jnp.sin(phases), jnp.cos(phases)])
+
+
+class Neural(eqx.Module):
+    mlp: eqx.nn.MLP
+
+    def __call__(self, t, y, args):
+        return self.mlp(y)
+
+
+SYSTEMS = {
+    "linear": Basis,
+    "oscillator": Oscillator,
+    "predator": Predator,
+    "vanderpol": VanDerPol,
+    "fitzhugh": FitzHugh,
+}
+
+
+def solved(field):
+    steps = diffrax.ConstantStepSize()
+    return laplode.NeuralODE(field, stepsize_controller=steps, dt0=0.2, max_steps=80)
+
+
+def simulate(name, seed):
+    """The model to begin with, the observations up to t = 10, and the truth and new observations up to t = 15."""
+    rng = np.random.default_rng([list(SYSTEMS).index(name), seed])
+    key = jax.random.key(seed)
+    if name == "linear":
+        field, model = Basis(jnp.asarray(rng.normal(size=(2, 6)))), solved(Basis(jnp.zeros((2, 6))))
+    else:
+        field, model = SYSTEMS[name](), solved(Neural(eqx.nn.MLP(2, 2, 16, 1, jnp.tanh, key=key)))
+    y0 = np.array(field.start) + 0.2 * rng.normal(size=2)
+    exact = laplode.NeuralODE(field, stepsize_controller=diffrax.PIDController(1e-9, 1e-9))
+    truth = np.asarray(exact(TS, y0))
+    old, new = truth + NOISE * rng.normal(size=(2, *truth.shape))
+    return model, laplode.Trajectories(TS[:TRAIN], old[:TRAIN], y0), truth, new
+
+
+# ---- What a method predicts, and how well
+
+
+class Marginals(NamedTuple):
+    """A mixture of Gaussians for each noise-free value, (C, T, K), and the noise of each component."""
+
+    weights: np.ndarray
+    means: np.ndarray
+    variances: np.ndarray
+    noise: np.ndarray
+    draws: bool
+
+    @classmethod
+    def of_draws(cls, predictions, noise, log_weights=None):
+        ok = np.asarray(predictions.ok)
+        means = np.asarray(predictions.epistemic)[ok, 0]
+        weights = np.full(len(means), 1 / len(means)) if log_weights is None else np.exp(np.asarray(log_weights))[ok]
+        return cls(weights / weights.sum(), means, np.zeros_like(means), np.broadcast_to(noise, means.shape), True)
+
+    def std(self):
+        mean = np.tensordot(self.weights, self.means, 1)
+        return np.sqrt(np.tensordot(self.weights, self.variances + (self.means - mean) ** 2, 1))
+
+    def pit(self, values, noise: bool):
+        """The probability below each value: uniform where all is well."""
+        scale = np.sqrt(self.variances + self.noise**2 * noise)
+        if self.draws and not noise:
+            below = np.tensordot(self.weights, (self.means < values).astype(float), 1)
+            return (len(self.means) * below + 0.5) / (len(self.means) + 1)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.tensordot(self.weights, st.norm.cdf((values - self.means) / scale), 1)
+
+    def log_density(self, values):
+        """Of new observations."""
+        scale = np.sqrt(self.variances + self.noise**2)
+        with np.errstate(divide="ignore"):
+            each = st.norm.logpdf(values, self.means, scale) + np.log(self.weights)[:, None, None]
+        return np.logaddexp.reduce(each)
+
+    def crps(self, values):
+        """Of new observations; Grimit et al. (2006)."""
+        variances = self.variances + self.noise**2
+
+        def absolute(mean, variance):  # E|X|
+            scale = np.sqrt(variance)
+            return 2 * scale * st.norm.pdf(mean / scale) + mean * (2 * st.norm.cdf(mean / scale) - 1)
+
+        apart = sum(
+            w * np.tensordot(self.weights, absolute(self.means - m, variances + v), 1)
+            for w, m, v in zip(self.weights, self.means, variances, strict=True)
+        )
+        return np.tensordot(self.weights, absolute(self.means - values, variances), 1) - 0.5 * apart
+
+
+def closed_form(posteriors, weights):
+    """Each linearized."""
+    means, variances = [], []
+    for posterior in posteriors:
+        found = laplode.predict(posterior, TS, num_samples=1, key=jax.random.key(0), progress=False)
+        means.append(np.asarray(found.mean[0]))
+        variances.append(np.diagonal(np.asarray(found.covariance()[0])).reshape(means[-1].shape))
+    noise = np.stack([np.broadcast_to(scale_of(p), means[0].shape) for p in posteriors])
+    return Marginals(np.asarray(weights), np.stack(means), np.maximum(np.stack(variances), 0), noise, False)
+
+
+def ensemble(models, data):
+    members = np.stack([np.asarray(_solve(model, data.y0[0])) for model in models])
+    mean, variance = members.mean(axis=0)[None], np.var(members, axis=0, ddof=1)[None]
+    residuals = (members[:, :TRAIN] - data.ys[0])[:, 1:]
+    noise = np.sqrt(np.mean(residuals**2, axis=(0, 1)))
+    return Marginals(np.ones(1), mean, variance, np.broadcast_to(noise, mean.shape), False)
+
+
+@eqx.filter_jit
+def _solve(model, y0):
+    return model(TS, y0)
+
+
+def scale_of(posterior):
+    return np.asarray(posterior.problem.likelihood.scale)
+
+
+def timed(clock, name, function):
+    start = time.perf_counter()
+    result = function()
+    jax.block_until_ready(jax.tree.leaves(eqx.filter(result, eqx.is_array)))
+    clock[name] = time.perf_counter() - start
+    return result
+
+
+def posteriors_of(name, model, data, seed, restarts, steps, clock):
+    scale = 0.1 * float(np.std(data.ys))
+    problem = laplode.Problem(data, laplode.Gaussian(np.full(2, scale)), 1.0)
+    models = [model]
+    if name != "linear":
+        adam = lambda: laplode.fit(
+            model, problem, ADAM, steps=steps, key=jax.random.key(seed), restarts=restarts, progress=False
+        )
+        models = timed(clock, "fit", adam).restarts
+    found = []
+    start = time.perf_counter()
+    for each in models:
+        # As far as is of use: with the hyperparameters the optimum will move, and online=True refines again.
+        fit = laplode.refine(each, problem, curvature="ggn", decrement=1e-2, progress=False)
+        posterior = laplode.laplace(fit.model, problem, curvature="ggn", progress=False)
+        found.append(laplode.maximize_evidence(posterior, online=True, progress=False))
+    clock["refine and evidence"] = (time.perf_counter() - start) / len(models)
+    return sorted(found, key=lambda p: -float(p.log_evidence)), models
+
+
+def one(name, seed, draws, restarts, steps):
+    clock = {}
+    model, data, truth, new = simulate(name, seed)
+    posteriors, models = posteriors_of(name, model, data, seed, restarts, steps, clock)
+    best = posteriors[0]
+    mixed = laplode.mixture(posteriors)
+    noise = scale_of(best)
+    found = {
+        "linearized": timed(clock, "linearized", lambda: closed_form([best], [1.0])),
+        "mixture": closed_form(mixed.components, mixed.weights),
+    }
+    khat = {}
+    if draws:
+        for method in ("geodesic", "sampled"):
+            options = dict(method=method, num_samples=draws, key=jax.random.key(seed), progress=False)
+            predictions = timed(clock, method, lambda options=options: laplode.predict(best, TS, **options))
+            khat[method] = predictions.khat
+            if np.sum(predictions.ok) > 1:
+                found[method] = Marginals.of_draws(predictions, noise)
+                found[f"{method} ok"] = float(np.mean(predictions.ok))
+                if method == "geodesic":
+                    found["weighted"] = Marginals.of_draws(predictions, noise, predictions.log_weights)
+    if len(models) > 1:
+        found["ensemble"] = ensemble(models, data)
+    rounded = lambda x: np.round(np.asarray(x, dtype=float), 4).tolist()
+    record = {
+        "system": name,
+        "seed": seed,
+        "scale": rounded(noise),
+        "precision": float(best.problem.prior.precision),
+        "dof": best.diagnostics.effective_dof,
+        "decrement": best.diagnostics.newton_decrement,
+        "log_evidence": [float(p.log_evidence) for p in posteriors],
+        "components": len(mixed.components),
+        "khat": khat,
+        "draws": draws,
+        "seconds": clock,
+        "methods": {},
+    }
+    for method in METHODS:
+        if method not in found:
+            continue
+        marginals = found[method]
+        # The initial state is known: nothing is said about it.
+        record["methods"][method] = {
+            "ok": found.get(f"{method} ok", 1.0),
+            "std": rounded(marginals.std()[1:]),
+            "error": rounded((np.tensordot(marginals.weights, marginals.means, 1) - truth)[1:]),
+            "pit": rounded(marginals.pit(truth, False)[1:]),
+            "pit_new": rounded(marginals.pit(new, True)[1:]),
+            "crps": rounded(marginals.crps(new)[1:]),
+            "log_density": rounded(marginals.log_density(new)[1:]),
+        }
+    return record
+
+
+def run(options):
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.system}.jsonl"
+    done = {r["seed"] for r in read(path)}
+    for seed in range(options.first, options.last):
+        if seed in done:
+            continue
+        record = one(options.system, seed, options.draws, options.restarts, options.steps)
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        clock = ", ".join(f"{k} {v:.1f} s" for k, v in record["seconds"].items())
+        inside = {
+            m: f"{np.mean(np.abs(np.array(r['pit'])[: TRAIN - 1] - 0.5) < 0.45):.0%}/"
+            f"{np.mean(np.abs(np.array(r['pit'])[TRAIN - 1 :] - 0.5) < 0.45):.0%}"
+            for m, r in record["methods"].items()
+        }
+        print(
+            f"{options.system} {seed}: scales {record['scale']}, precision {record['precision']:.3g}, "
+            f"dof {record['dof']:.1f}, decrement {record['decrement']:.1e}, evidence "
+            f"{[round(x, 1) for x in record['log_evidence']]}, k̂ {record['khat']}; {clock}; {inside}",
+            flush=True,
+        )
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# ---- The table
+
+
+def table(folder):
+    """Rows of a Markdown table; ± is the standard error over seeds, each seed being one cluster."""
+    for part, rows in (("inside", slice(None, TRAIN - 1)), ("beyond", slice(TRAIN - 1, None))):
+        print(f"\n{part}\n")
+        print(
+            "| system | method | seeds | covers at 50% | 90% | 95% | new data at 90% | CRPS | log density | spread | "
+            "s a draw |\n|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
+        )
+        for name in SYSTEMS:
+            records = read(Path(folder) / f"{name}.jsonl")
+            for method in METHODS:
+                having = [r for r in records if method in r["methods"]]
+                if having:
+                    print(_row(name, method, having, rows))
+
+
+def _row(name, method, records, rows):
+    pick = lambda key: np.stack([np.array(r["methods"][method][key])[rows] for r in records])
+
+    def covers(key, level):
+        each = np.mean(np.abs(pick(key) - 0.5) < level / 2, axis=(1, 2))
+        error = np.std(each, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else np.nan
+        return f"{100 * np.mean(each):.0f} ± {100 * error:.0f}"
+
+    linear = np.stack([np.array(r["methods"]["linearized"]["std"])[rows] for r in records])
+    ratio = np.median(np.mean(pick("std"), axis=(1, 2)) / np.mean(linear, axis=(1, 2)))
+    seconds = [r["seconds"][method] / r["draws"] for r in records if r["draws"] and method in r["seconds"]]
+    took = "" if method == "linearized" or not seconds else f"{np.median(seconds):.2g}"
+    return (
+        f"| {name} | {method} | {len(records)} | {covers('pit', 0.5)} | {covers('pit', 0.9)} | {covers('pit', 0.95)} | "
+        f"{covers('pit_new', 0.9)} | {np.mean(pick('crps')):.4f} | {np.mean(pick('log_density')):.2f} | {ratio:.2f} | "
+        f"{took} |"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("run")
+    command.add_argument("system", choices=SYSTEMS)
+    command.add_argument("first", type=int)
+    command.add_argument("last", type=int)
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--draws", type=int, default=60, help="of geodesic and sampled; 0 leaves these out")
+    command.add_argument("--restarts", type=int, default=3)
+    command.add_argument("--steps", type=int, default=800, help="of Adam")
+    command.set_defaults(do=run)
+    command = commands.add_parser("table")
+    command.add_argument("folder", type=Path)
+    command.set_defaults(do=lambda options: table(options.folder))
+    options = parser.parse_args()
+    options.do(options)
+
+
+if __name__ == "__main__":
+    main()
