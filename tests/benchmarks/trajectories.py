@@ -54,7 +54,7 @@ def misfit(problem, draws):
     return 0.5 * np.sum(residuals**2, axis=(1, 2, 3))
 
 
-def geodesic(seed, num=200):
+def geodesic(seed, num=50):
     task, key = problem(seed), jax.random.key(seed)
     model = laplode.NeuralODE(Neural(eqx.nn.MLP(2, 2, 16, 2, jnp.tanh, key=key)))
     fit = laplode.fit(model, task, ADAM, steps=2500, key=key, progress=False)
@@ -89,7 +89,7 @@ def geodesic(seed, num=200):
 
 def main():
     name = sys.argv[1]
-    seeds = range(int(sys.argv[2]), int(sys.argv[3])) if len(sys.argv) > 3 else range(5)
+    seeds = range(int(sys.argv[2]), int(sys.argv[3])) if len(sys.argv) > 3 else range(3)
     found = [globals()[name](seed) for seed in seeds]
     print(f"good {sum(found)} of {len(found)}")
 
