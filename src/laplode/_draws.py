@@ -262,12 +262,15 @@ def _solve_at(view: Parameters, ts, y0, args, thetas: Float[Array, "B P"]) -> Fl
     return jax.vmap(ft.partial(_solve, view, ts, y0, args))(thetas)
 
 
-@eqx.filter_jit
 def solve_from(posterior: Posterior, ts, args, rows: Float[Array, "B P+ND"]) -> Float[Array, "B N T K"]:
     """The same where each parameter vector is followed by initial states of its own."""
     states = rows[:, posterior.size :].reshape(len(rows), len(ts), -1)
-    solve = lambda theta, y0: _solve(posterior, ts, y0, args, theta)
-    return jax.vmap(solve)(rows[:, : posterior.size], states)
+    return _solve_from(posterior.parameters, ts, states, args, rows[:, : posterior.size])
+
+
+@eqx.filter_jit
+def _solve_from(view: Parameters, ts, states, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
+    return jax.vmap(lambda theta, y0: _solve(view, ts, y0, args, theta))(thetas, states)
 
 
 @contextlib.contextmanager
