@@ -106,6 +106,7 @@ def fit(
         bits as without a break; when it is of a finished fit, that is returned at once.
     - `checkpoint_every`: at least so many steps lie between two checkpoints, at most 24 more. The file is replaced as a
         whole, so that a crash leaves the checkpoint before; where the disk is full, the fit warns and goes on.
+        A process killed while writing leaves a part beside it, named `.tmp`, to be removed by hand.
     - `progress`: whether to show a progress bar with the loss.
 
     **Returns:** a `Fit` holding the best model met at the full horizon. After Ctrl-C, the best so far.

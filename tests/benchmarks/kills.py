@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -38,7 +39,7 @@ def job(checkpoint: str | None = None) -> lp.Fit:
     ys = np.exp(-ts)[None, :, None] + 0.1 * np.random.default_rng(0).normal(size=(1, 20, 1))
     problem = lp.Problem(lp.Trajectories(ts, ys, [[1.0]]), lp.Gaussian(0.1, learned=True), 1.0)
     model = Decay(jnp.array([0.2]), jnp.array([[1.5]]))
-    options = dict(steps=4000, key=jax.random.key(0), restarts=2, horizons=(0.5, 1.0), progress=False)
+    options: dict[str, Any] = dict(steps=4000, key=jax.random.key(0), restarts=2, horizons=(0.5, 1.0), progress=False)
     return lp.fit(model, problem, ADAM, checkpoint=checkpoint, checkpoint_every=25, **options)
 
 
