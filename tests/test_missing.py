@@ -48,7 +48,7 @@ def patterns():
         yield pytest.param(rng.uniform(size=10) < rng.uniform(0.3, 0.8), id=f"at random {i}")
 
 
-@pytest.mark.parametrize("seen", patterns())
+@pytest.mark.parametrize("seen", list(patterns()))
 def test_equals_the_closed_form_with_the_rows_removed(seen):
     design, ys, scale = DESIGN[seen], YS[seen], np.tile(SCALE, 5)[seen]
     precision = (design.T / scale**2) @ design + np.diag(PRIOR)
