@@ -372,6 +372,10 @@ def lessened(
     return lessened(DenseCurvature(found.matrix(), 0.0), structure, diagonal, leaves)
 
 
+# The part of the smallest eigenvalue of a root of Λ that may be rounding.
+_MOST_ROUNDING = 1e-3
+
+
 def _from_factor(found: FactoredCurvature, prior_precision: Float[Array, " P"]) -> Built:
     """From a positive semidefinite curvature."""
     cholesky = jnp.linalg.cholesky(found.matrix() + jnp.diag(prior_precision))
@@ -379,6 +383,10 @@ def _from_factor(found: FactoredCurvature, prior_precision: Float[Array, " P"]) 
         # Where eigenvalues lie too far apart for Λ, they do not for its root, of which they are squares.
         rows = [jnp.sqrt(found.weights)[:, None] * found.factor, jnp.diag(jnp.sqrt(prior_precision))]
         root = jnp.linalg.qr(jnp.concatenate(rows), mode="r")
+        spectrum = np.linalg.svd(np.asarray(root), compute_uv=False)
+        rounding = len(spectrum) * np.finfo(float).eps * spectrum[0]
+        if not rounding < _MOST_ROUNDING * spectrum[-1]:
+            raise _too_far_apart()
         cholesky = (root * jnp.where(jnp.diagonal(root) < 0, -1, 1)[:, None]).T
     structure = Full(cholesky)
     if prior_precision.size <= _DENSE_SPECTRUM:
@@ -414,11 +422,15 @@ def _from_dense(matrix: np.ndarray, prior_precision: Float[Array, " P"], regular
 def _factored(precision: Float[Array, "P P"]) -> Float[Array, "P P"]:
     cholesky = jnp.linalg.cholesky(precision)
     if not np.all(np.isfinite(cholesky)):
-        raise LaplodeError(
-            "The precision can't be factored: its eigenvalues lie too far apart for float64. A larger prior precision "
-            "bounds the small ones."
-        )
+        raise _too_far_apart()
     return cholesky
+
+
+def _too_far_apart() -> LaplodeError:
+    return LaplodeError(
+        "The precision can't be factored: its eigenvalues lie too far apart for float64. A larger prior precision "
+        "bounds the small ones."
+    )
 
 
 def build_full(found: AbstractCurvature, prior_precision, regularize: Regularize, sizes: Sizes) -> Built:
