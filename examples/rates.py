@@ -77,4 +77,6 @@ tree.to_netcdf(options.out / "rates.nc")
 print(arviz_stats.summary(tree, kind="stats", round_to=4))
 
 picture = laplode.plot_trajectories(tree, labels={"time": "year", "y": "pelts (thousands)"})
+for ax in picture.viz["plot"].values.flat:
+    ax.set_xticks([1900, 1905, 1910, 1915, 1920])
 picture.savefig(options.out / "rates.png", dpi=110)
