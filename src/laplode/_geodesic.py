@@ -107,7 +107,7 @@ class Surface(eqx.Module):
     def tangent(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, "M P"]:
         """A = R^½ ∂g/∂θ Λ0^-½."""
         _, scale = jax.jvp(self.likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
-        jacobian = self.flow.jacobian(theta, self.route)[self.observed]
+        jacobian = self.flow.linearized(theta, self.route)[1][self.observed]
         return (self.root_information * scale.ravel()[self.observed])[:, None] * jacobian / self.root_prior
 
     def acceleration(self, theta: Float[Array, " P"], velocity: Float[Array, " P"]):

@@ -26,7 +26,7 @@ _SMALL_GAIN = 0.1
 _MOST_MOVES = 50
 
 # Room for more steps of the solve, as a part of those at the start: without it, a point that takes more compiles anew.
-_SPARE = 0.3
+_SPARE = 1.0
 
 # A Levenberg-Marquardt step is bent by at most this part of its length (Transtrum and Sethna, 2012).
 _MOST_BENT = 0.75
