@@ -17,7 +17,15 @@ from ._fit import Fit
 from ._model import check_model
 from ._prior import log_prior, prior_deficit, prior_vectors
 from ._problem import Problem, check_problem
-from ._solve import AbstractFlow, check_second_order, flow, has_second_pushforward, jacobian_route, linearize
+from ._solve import (
+    AbstractFlow,
+    ReplayedFlow,
+    check_second_order,
+    flow,
+    has_second_pushforward,
+    jacobian_route,
+    linearize,
+)
 from ._structure import LowRank
 from ._vector import Parameters, Where, parameters
 
@@ -27,6 +35,14 @@ _MOST_MOVES = 50
 
 # Room for more steps of the solve, as a part of those at the start: without it, a point that takes more compiles anew.
 _SPARE = 1.0
+
+# The loss of a model that chooses the steps of its solve anew at every call has ripples. Steps may lead over them, to
+# so many nats above the best point at most; after so many without a better one they only go down.
+_RIPPLE = 10.0
+_PATIENCE = 30
+
+# So few nats are left to gain that the posterior is not the worse for it.
+_NEAR = 0.1
 
 # A Levenberg-Marquardt step is bent by at most this part of its length (Transtrum and Sethna, 2012).
 _MOST_BENT = 0.75
@@ -63,7 +79,8 @@ def refine(
     **Returns:** a `Fit` at least as good as `model`, with the loss before each step in `.losses`. Its `.stats` hold
     "loss", "newton_decrement", "num_negative" (eigenvalues of the exact Λ; None where it was not looked at), "steps",
     "newton_steps" and "reason": "converged", "budget", "no progress" or "interrupted". Warns (`LaplodeWarning`) unless
-    converged.
+    converged, or stopped where 0.1 nats or less are left: the loss of a model that chooses the steps of its solve anew
+    at every call has ripples, and it can come no nearer than those allow.
 
     **Raises:** `LaplodeError` when 64-bit JAX is off, model and data disagree, or the solve fails at `model`.
 
@@ -84,6 +101,8 @@ def refine(
         check_second_order(start.flow)
     route = jacobian_route(start.flow)
     bent = has_second_pushforward(point.flow)
+    rippled = not isinstance(point.flow, ReplayedFlow)
+    best, since_best = point, 0
     losses, counts, reason = [point.loss], [0, 0], "budget"
     ended: tuple[float, int | None] | None = None
 
@@ -101,18 +120,23 @@ def refine(
                 if not exact and local.decrement < decrement:
                     reason = "converged"
                     break
-                following, damping = _levenberg_marquardt(point, problem, local, damping, bent)
+                below = best.loss + min(_RIPPLE, 2 * float(local.decrement)) if rippled else point.loss
+                following, damping = _levenberg_marquardt(point, problem, local, damping, bent, below)
                 counts[0] += 1
                 if following is None:
                     reason = "no progress"
                     break
                 gained, point = point.loss - following.loss, following
                 losses.append(point.loss)
+                best, since_best = (point, 0) if point.loss < best.loss else (best, since_best + 1)
+                if rippled and since_best > _PATIENCE:
+                    rippled, point = False, best  # downhill from here
                 show(bar, "Levenberg-Marquardt", float(local.decrement))
                 # What Gauss-Newton steps gain slowly, Newton steps gain fast.
                 slow = len(losses) > 20 and losses[-11] - losses[-1] < 0.02
-                if exact and (slow or gained < 1e-3 * decrement):
+                if exact and (slow or abs(gained) < 1e-3 * decrement):
                     break
+            point = point if reason == "converged" else best
             radius = 1.0
             batch_size = hessian_batch_size(point.flow, problem) if exact else None
             while exact:
@@ -139,6 +163,7 @@ def refine(
                 show(bar, "Newton", region.decrement)
         except KeyboardInterrupt:
             reason = "interrupted"
+            point = min(point, best, key=lambda at: at.loss)
     # On grids of their own, so that what was gained is no matter of the grid.
     settled = point.renewed(problem) if point.moves else point
     if settled is None or not settled.loss <= start.loss:
@@ -154,7 +179,8 @@ def refine(
         "newton_steps": counts[1],
         "reason": reason,
     }
-    if reason != "converged":
+    near = reason == "no progress" and ended[0] < _NEAR and not ended[1]
+    if reason != "converged" and not near:
         remedy = {
             "budget": "Allow more `steps` or `newton_steps`.",
             "no progress": "No step lowers the loss any more: a tighter tolerance of the solver makes it smoother.",
@@ -191,6 +217,8 @@ class _Point(NamedTuple):
         """The point at `theta`, where the loss on the present grid is `loss`; None where it can't be solved."""
         view = self.flow.parameters
         there = eqx.tree_at(lambda f: f.parameters.selected, self.flow, view.with_vector(theta))
+        if not isinstance(there, ReplayedFlow):
+            return _Point(there, loss, 0)
         if self.loss - loss < _SMALL_GAIN and self.moves < _MOST_MOVES:
             return _Point(there, loss, self.moves + 1)
         return _Point(there, loss, self.moves).renewed(problem, below=self.loss)
@@ -256,12 +284,12 @@ def _damped_step(local: _Linearized, damping) -> tuple[_Linearized, Float[Array,
     return damped, -damped.structure.covariance_product(local.gradient)
 
 
-def _levenberg_marquardt(point: _Point, problem: Problem, local: _Linearized, damping: float, bent: bool):
-    """The next point, None if there is none, and the damping to begin with there."""
+def _levenberg_marquardt(point: _Point, problem: Problem, local: _Linearized, damping: float, bent: bool, below: float):
+    """The next point, None if there is none below that loss, and the damping to begin with there."""
     for _ in range(30):
         damped, step = _damped_step(local, jnp.asarray(damping))
         theta, ratio, loss = _bend(point.flow, problem, damped, step, bent)
-        if float(loss) < point.loss and float(ratio) < _MOST_BENT:
+        if float(loss) < below and float(ratio) < _MOST_BENT:
             following = point.moved(theta, float(loss), problem)
             if following is not None:
                 return following, damping / 4

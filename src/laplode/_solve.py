@@ -442,8 +442,10 @@ def _observed(tableau: _Tableau, model: NeuralODE, boundaries, ts):
     return step, weights
 
 
-def _sensitivity(flow: ReplayedFlow, theta: Float[Array, " P"]) -> tuple[Float[Array, "N T K"], Float[Array, "N*T*K P"]]:
-    """Predictions and ∂ predictions / ∂θ of explicit Runge-Kutta steps, by local vector-Jacobian products (see `_Solved`).
+def _sensitivity(
+    flow: ReplayedFlow, theta: Float[Array, " P"]
+) -> tuple[Float[Array, "N T K"], Float[Array, "N*T*K P"]]:
+    """Predictions, and ∂ predictions / ∂θ of explicit Runge-Kutta steps by local vector-Jacobian products (`_Solved`).
 
     Filled row by row: beside the result only S and a block of products are held.
     """
@@ -662,7 +664,10 @@ def _jacobian_by_vjp(flow: AbstractMap, theta):
     return predictions, jax.lax.map(row, jnp.arange(predictions.size), batch_size=_CHUNK)
 
 
-_AUTODIFF: dict[str, Callable[[AbstractMap, Array], tuple[Array, Array]]] = {"jvp": _jacobian_by_jvp, "vjp": _jacobian_by_vjp}
+_AUTODIFF: dict[str, Callable[[AbstractMap, Array], tuple[Array, Array]]] = {
+    "jvp": _jacobian_by_jvp,
+    "vjp": _jacobian_by_vjp,
+}
 
 
 def _push(flow: AbstractMap):
@@ -685,7 +690,8 @@ def _push_gradient(flow: AbstractMap):
     theta = flow.parameters.vector
     # What is replayed has all derivatives that its vector field has.
     function = _field_at_start(flow) if isinstance(flow, ReplayedFlow) else flow
-    return jax.jvp(jax.grad(lambda theta: jnp.sum(function(theta))), (theta,), (theta,))
+    # A square, so that what is pulled back has a tangent of its own, as it has with a likelihood.
+    return jax.jvp(jax.grad(lambda theta: jnp.sum(function(theta) ** 2)), (theta,), (theta,))
 
 
 def _has(derivative: Callable[[AbstractMap], Any], flow: AbstractMap) -> bool:
