@@ -224,6 +224,7 @@ def test_a_noise_scale_among_the_parameters(name):
     assert predictions.covariance().shape == (1, 18, 18)
     np.testing.assert_allclose(predictions.scale[:, 0, 0], np.exp(predictions.thetas[:, 4:]), rtol=1e-12)
     tree = lp.to_datatree(posterior, predictions)
+    np.testing.assert_array_equal(tree["posterior_predictive"]["scale"][0], predictions.scale)
     values = [jnp.where(np.isfinite(ys), log_pdf(ys, f[0], s[0]), 0).sum()
               for f, s in zip(predictions.epistemic, predictions.scale, strict=True)]  # fmt: skip
     np.testing.assert_allclose(tree["log_likelihood"]["y"].values.sum(axis=-1)[0], values, rtol=1e-10)

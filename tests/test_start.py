@@ -55,6 +55,9 @@ def test_two_trajectories_of_a_model_in_closed_form(growth, growth_posterior):
         change = np.einsum("ap,sp->sa", in_theta, found.thetas - theta)
         change += np.einsum("ad,sd->sa", in_state, found.y0[:, i] - mean[i])
         np.testing.assert_allclose(found.epistemic[:, i].reshape(50, -1), at * np.exp(change / at), rtol=1e-6)
+    kept = lp.to_datatree(growth_posterior, found)["predictions"]["y0"]
+    assert kept.dims == ("chain", "draw", "trajectory", "state")
+    np.testing.assert_array_equal(kept[0], found.y0)
     sampled = lp.predict(growth_posterior, ts, y0, method="sampled", khat=False, key=KEY, num_samples=5, progress=False)
     exact = jax.vmap(lambda theta, y0: jax.vmap(lambda y: model(theta, y))(y0))(sampled.thetas, sampled.y0)
     np.testing.assert_allclose(sampled.epistemic.reshape(5, 2, -1), exact, rtol=1e-10)

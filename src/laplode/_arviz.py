@@ -59,7 +59,8 @@ def to_datatree(
     - `observed_data`, `constant_data`.
     - `fit_history`: the loss before each step, when `fit` is given.
 
-    In the predictive groups `y` has observation noise and `f` has not. Dimensions are chain, draw, trajectory, time,
+    In the predictive groups `y` has observation noise and `f` has not; `scale` is that of the noise where the model
+    predicts it, and `y0` the initial states of the draws where those are uncertain. Dimensions are chain, draw, trajectory, time,
     channel. `log_likelihood` leaves out values that are missing, and those that no draw changes (at the time of a given
     initial state); where there are any, it has the dimension `observation` in place of the last three.
 
@@ -286,12 +287,13 @@ def parameter_group(values: dict[str, Array], layout: Layout, attrs: dict[str, A
     return _dataset(values, layout.coords, layout.dims, {**attrs, "parameters": layout.parameters})
 
 
-def predictive_group(
-    y: Float[Array, "C S N T K"], f: Float[Array, "C S N T K"], ts: Float[np.ndarray, "N T"], layout: Layout, attrs
-) -> xr.Dataset:
-    """Draws with noise and without at `ts`; `layout.coords` names trajectories and channels."""
+def predictive_group(draws: dict[str, Array], ts: Float[np.ndarray, "N T"], layout: Layout, attrs) -> xr.Dataset:
+    """Draws at `ts`, (C, S, N, T, K), by name: "y" with noise, "f" without, and maybe "scale", that of the noise, and
+    "y0", initial states (C, S, N, D). `layout.coords` names trajectories, channels and states.
+    """
     grid = {**layout.coords, **_time_coords(ts)}
-    return _dataset({"y": y, "f": f}, grid, dict.fromkeys(["y", "f"], _CELLS), attrs)
+    dims = {name: ["trajectory", "state"] if name == "y0" else _CELLS for name in draws}
+    return _dataset(draws, grid, dims, attrs)
 
 
 def log_likelihood_group(
@@ -372,17 +374,18 @@ def _of(
 ) -> dict[str, xr.Dataset]:
     """The groups that one prediction makes; `chained` turns (S, ...) into (C, S, ...)."""
     data = posterior.problem.data
-    y, f = chained(item.predictive), chained(item.epistemic)
+    draws = {"y": item.predictive, "f": item.epistemic, "scale": item.scale, "y0": item.y0}
+    draws = {name: chained(values) for name, values in draws.items() if values is not None}
     if item.observed_grid:
         return {
-            "posterior_predictive": predictive_group(y, f, item.ts, layout, attrs),
+            "posterior_predictive": predictive_group(draws, item.ts, layout, attrs),
             "log_likelihood": log_likelihood_group(chained(_log_prob(posterior, item)), data, layout, attrs),
         }
     same = item.ts.shape[0] == data.ts.shape[0]
     coords = {name: of for name, of in layout.coords.items() if same or name != "trajectory"}
     there = layout._replace(coords=coords)
     return {
-        "predictions": predictive_group(y, f, item.ts, there, attrs),
+        "predictions": predictive_group(draws, item.ts, there, attrs),
         "predictions_constant_data": _constant(item.ts, None, there),
     }
 
@@ -457,8 +460,9 @@ def _prior(posterior, layout, attrs, key, num, push, progress) -> dict[str, xr.D
             f"`prior_predictive`: none of {num} draws of the prior has a solution at the observed times. The prior "
             "reaches far beyond what the model can do; a larger precision keeps to it."
         )
+    attrs = {**attrs, "num_failed": int(np.sum(~ok))}
     f = f[..., : y.shape[-1]]  # without the noise scale, where the model predicts one
-    group = predictive_group(y[ok][None], f[ok][None], data.ts, layout, {**attrs, "num_failed": int(np.sum(~ok))})
+    group = predictive_group({"y": y[ok][None], "f": f[ok][None]}, data.ts, layout, attrs)
     groups["prior_predictive"] = group.assign_coords(draw=np.flatnonzero(ok))  # of these draws in `prior`
     return groups
 
