@@ -174,6 +174,16 @@ def test_fisher_of_a_users_distribution_is_observed_and_clipped():
     np.testing.assert_allclose(cauchy.fisher(f, y), [expected, 0], rtol=1e-12)
 
 
+def test_fisher_of_a_users_distribution_is_right_on_average():
+    """Where the likelihood is log-concave in the prediction, as that of a Gamma distribution is in its logarithm."""
+    likelihood = FromDistribution(lambda f: dist.Gamma(3.0, 3.0 * jnp.exp(-f)))
+    at = jnp.broadcast_to(jnp.asarray(PREDICTION), (20_000, *PREDICTION.shape))
+    ys = likelihood.sample(jax.random.key(1), at)
+    for each in (likelihood.fisher(at, ys), likelihood.score(at, ys) ** 2):
+        each = np.asarray(each)
+        assert np.all(np.abs(each.mean(axis=0) - 3) < 4 * each.std(axis=0) / np.sqrt(20_000))
+
+
 @pytest.mark.parametrize("name", ["lognormal", "poisson", "counts", "gaussian", "student"])
 def test_stabilized_prediction_has_constant_information(name):
     likelihood, _ = LIKELIHOODS[name]

@@ -565,7 +565,7 @@ class FromDistribution(AbstractLikelihood):
 
 
 class AbstractPrior(eqx.Module):
-    """p(θ), independent over parameters."""
+    """p(θ)."""
 
 
 class GaussianPrior(AbstractPrior):
@@ -650,6 +650,21 @@ class NamedPriors(AbstractPrior):
         self.rest = rest
 
 
+class PosteriorPrior(AbstractPrior):
+    """θ ~ Normal(mean, Λ⁻¹) with Λ = diag(precision) + rowsᵀ rows: what was learned from data before.
+
+    Made by `posterior.as_prior()`. `log_det` is log det Λ, `leaves` are names and shapes of the model's arrays in the
+    order of θ, and `coordinates` are the priors that those data had, which say where θ is unconstrained.
+    """
+
+    mean: Float[Array, " P"]
+    precision: Float[Array, " P"]
+    rows: Float[Array, "R P"]
+    log_det: Float[Array, ""]
+    leaves: tuple[tuple[str, tuple[int, ...]], ...] = eqx.field(static=True)
+    coordinates: NamedPriors | None
+
+
 class Problem(eqx.Module):
     """Data, likelihood and prior: everything about the inference but the model.
 
@@ -658,7 +673,8 @@ class Problem(eqx.Module):
     - `data`: the observed `Trajectories`.
     - `likelihood`: `Gaussian`, `LogNormal`, `StudentT`, `Poisson`, `NegativeBinomial`, or any function from predictions
         (..., K) to a NumPyro distribution of the same batch shape.
-    - `prior`: a `GaussianPrior`, its precision as a positive number, or `NamedPriors`.
+    - `prior`: a `GaussianPrior`, its precision as a positive number, `NamedPriors`, or `posterior.as_prior()`, what was
+        learned from data before.
 
     **Raises:** `LaplodeError` when an argument is of the wrong kind, a noise scale does not fit the channels, or an
     observation lies outside the likelihood's support.
