@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import pytest
 
 import laplode as lp
-from laplode._draws import log_joint
+from laplode._geodesic import Surface
 from laplode._prior import log_prior, prior_draws, prior_rows, prior_vectors
 from laplode._structure import BlockDiagonal, Diagonal, Full, LowRank
 
@@ -91,29 +91,11 @@ def test_the_prior_is_the_posterior_before(second):
     prior, view = after.problem.prior, after.parameters
     thetas = before.sample(KEY, 5)
     np.testing.assert_allclose(log_prior(prior, view, thetas), before.log_prob(thetas), rtol=1e-10)
-    np.testing.assert_allclose(
-        log_joint(after, thetas) - log_prior(prior, view, thetas),
-        [after.problem.log_likelihood(after.flow(theta)) for theta in thetas],
-        rtol=1e-6,
-    )
     draws = np.asarray(prior_draws(prior, view, KEY, 20_000))
     deviation = np.asarray(before.marginal_std())
     np.testing.assert_allclose(draws.mean(axis=0), before.mean, atol=5 * deviation.max() / np.sqrt(20_000))
     whitened = np.linalg.cholesky(np.asarray(before.precision())).T @ (draws - np.asarray(before.mean)).T
     np.testing.assert_allclose(np.cov(whitened), np.eye(6), atol=5 * np.sqrt(2 / 20_000))
-
-
-def test_draws_are_those_of_all_data(linear, linear_posterior, second):
-    after = second[1]
-    ts = np.linspace(0, 4, 6)
-    for method in ("geodesic", "sampled"):
-        options = {"method": method, "key": KEY, "num_samples": 30, "progress": False}
-        found = lp.predict(after, ts, [[1.0, 2.0]], **options)
-        expected = lp.predict(linear_posterior, ts, [[1.0, 2.0]], **options)
-        np.testing.assert_allclose(found.epistemic, expected.epistemic, rtol=1e-6)
-        np.testing.assert_allclose(found.log_weights, -np.log(30), atol=1e-5)
-    tree = lp.to_datatree(after, key=KEY, num_samples=20)
-    assert tree["prior"]["vector_field.w"].shape == (1, 20, 2, 3)
 
 
 @pytest.mark.parametrize("curvature", ["ggn", "hessian"])
@@ -135,43 +117,53 @@ def test_files_keep_it(second, tmp_path):
 # ---- Constrained parameters
 
 
-def first_and_then(growth):
-    """Informative priors; the first trajectory, and the second."""
-    data = growth.problem.data
+@pytest.fixture(scope="module")
+def constrained(growth):
+    """Of the first trajectory, of the second after it, and of both at once."""
     prior = lp.NamedPriors({"gain": dist.LogNormal(0.0, 0.5)}, rest=1.0)
-    each = [lp.Trajectories(data.ts[[i]], data.ys[[i]], data.y0[[i]]) for i in range(2)]
-    return [lp.Problem(each[0], lp.LogNormal(0.1), prior), lambda p: lp.Problem(each[1], lp.LogNormal(0.1), p)]
+    together = lp.Problem(growth.problem.data, lp.LogNormal(0.1), prior)
+
+    def posterior(trajectories, prior):
+        ys = np.full_like(together.data.ys, np.nan)
+        ys[trajectories] = together.data.ys[trajectories]
+        problem = lp.Problem(eqx.tree_at(lambda d: d.ys, together.data, ys), lp.LogNormal(0.1), prior)
+        fit = lp.refine(growth.model, problem, curvature="ggn", decrement=1e-14, progress=False)
+        return lp.laplace(fit.model, problem, progress=False)
+
+    before = posterior([0], prior)
+    return before, posterior([1], before.as_prior()), posterior([0, 1], prior)
 
 
-def test_constrained_parameters(growth):
-    one, two = first_and_then(growth)
-    fit = lp.refine(growth.model, one, progress=False)
-    before = lp.laplace(fit.model, one, progress=False)
-    problem = two(before.as_prior())
-    fit = lp.refine(growth.model, problem, decrement=1e-10, progress=False)
-    after = lp.laplace(fit.model, problem, progress=False)
-    data = problem.data
+def test_constrained_parameters(constrained):
+    """Linear in the rates and the logarithm of the gain, with noise and prior normal there: exact."""
+    before, after, joint = constrained
+    data = after.problem.data
 
     def loss(theta):
-        """The second trajectory by hand, in the rates and the logarithm of the gain."""
-        clean = jnp.log(data.y0[0]) + theta[2] + theta[:2] * data.ts[0][:, None]
-        residual = (jnp.log(data.ys[0]) - clean) / 0.1
+        """The second trajectory by hand."""
+        clean = jnp.log(data.y0[1]) + theta[2] + theta[:2] * data.ts[1][:, None]
         offset = theta - before.mean
-        return 0.5 * jnp.sum(residual**2) + 0.5 * offset @ before.precision() @ offset
+        return 0.5 * jnp.sum(((jnp.log(data.ys[1]) - clean) / 0.1) ** 2) + 0.5 * offset @ before.precision() @ offset
 
-    np.testing.assert_allclose(jax.jit(jax.grad(loss))(after.mean), 0, atol=1e-3)
     np.testing.assert_allclose(after.precision(), jax.jit(jax.hessian(loss))(after.mean), rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(after.unravel(after.mean).gain, jnp.exp(after.mean[2]), rtol=1e-12)
-    # Linear in θ, the noise normal in the logarithm: exact but for the priors, of which that of the gain is one too.
-    together = lp.Problem(growth.problem.data, lp.LogNormal(0.1), one.prior)
-    joint = quiet_joint(growth, together)
     np.testing.assert_allclose(after.covariance(), joint.covariance(), rtol=1e-8, atol=1e-12)
-    np.testing.assert_allclose(after.mean, joint.mean, rtol=1e-5)
-    np.testing.assert_allclose(before.log_evidence + after.log_evidence, joint.log_evidence, rtol=1e-7)
+    np.testing.assert_allclose(after.mean, joint.mean, rtol=1e-7)
+    np.testing.assert_allclose(before.log_evidence + after.log_evidence, joint.log_evidence, rtol=1e-10)
 
 
-def quiet_joint(growth, problem):
-    return lp.laplace(lp.refine(growth.model, problem, decrement=1e-10, progress=False).model, problem, progress=False)
+def test_the_metric_of_geodesics_and_draws_of_the_prior(constrained):
+    before, after, _ = constrained
+    surface = Surface.of(after)
+    tangent = surface.tangent(after.mean, after.flow(after.mean)) * surface.root_prior
+    metric = tangent.T @ tangent + jnp.diag(surface.root_prior**2)
+    np.testing.assert_allclose(metric, after.precision(), rtol=1e-8, atol=1e-8)
+    # In these coordinates nothing is curved.
+    np.testing.assert_allclose(surface.acceleration(after.mean, jnp.ones(3))[0], 0, atol=1e-9)
+    prior = lp.to_datatree(after, key=KEY, num_samples=4000)["prior"]
+    deviation = before.marginal_std()
+    np.testing.assert_allclose(np.log(prior["gain"]).std(), deviation[2], rtol=5 / np.sqrt(8000))
+    np.testing.assert_allclose(prior["rate"].std(axis=(0, 1)), deviation[:2], rtol=5 / np.sqrt(8000))
 
 
 # ---- A precision as a diagonal and rows
