@@ -142,6 +142,19 @@ def test_a_missing_value_needs_no_place_in_the_support():
     np.testing.assert_allclose(likelihood.fisher(prediction, jnp.array([np.nan, 0.5])), [0, 1], rtol=1e-12)
 
 
+@pytest.mark.parametrize("likelihood", [lp.LogNormal(0.1, lower=0.2), lp.LogNormal(), lp.Poisson()])
+def test_a_prediction_of_which_nothing_is_observed_needs_no_place_in_the_support(likelihood):
+    """Such as that of a compartment that is empty at first."""
+    ys = jnp.array([[np.nan], [3.0]])
+    full = jnp.array([[0.0], [2.5]])
+    if likelihood.num_predictions(1) == 2:
+        full = jnp.concatenate([full, jnp.full((2, 1), -1.0)], axis=1)
+    score = lambda f: likelihood.score(f, ys)
+    first, second = jax.jit(lambda f: (score(f), jax.jacfwd(score)(f)))(full)
+    assert np.all(first[0] == 0) and np.all(first[1] != 0) and np.all(np.isfinite(second))
+    assert np.all(second[0] == 0) and np.all(second[:, :, 0] == 0)
+
+
 PREDICTED_SCALE = {"gaussian": lp.Gaussian(), "lognormal": lp.LogNormal(), "student": lp.StudentT(4.0)}
 
 
