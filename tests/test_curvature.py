@@ -7,7 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
+import scipy.stats as st
 from jax.flatten_util import ravel_pytree
 
 import laplode as lp
@@ -187,6 +189,74 @@ def test_hessian_and_ggn_under_every_likelihood(growth, name):
     weights = np.broadcast_to(LIKELIHOODS[name].fisher(predictions(theta), ys), ys.shape)[observed]
     ggn = quiet((growth.model, problem), curvature="ggn")
     assert relative(ggn.curvature.matrix(), J.T @ (weights[:, None] * J)) < 1e-12
+
+
+class Noisy(eqx.Module):
+    """A model in closed form that predicts the logarithms of its noise scales too."""
+
+    curve: eqx.Module
+    log_scale: jax.Array
+
+    def __call__(self, ts, y0):
+        f = self.curve(ts, y0)  # pyright: ignore[reportCallIssue]
+        return jnp.concatenate([f, jnp.broadcast_to(self.log_scale, f.shape)], axis=1)
+
+
+def between(law, y, lower, upper):
+    beyond = np.where(y <= lower, law.logcdf(lower), law.logsf(upper))
+    return np.where((y > lower) & (y < upper), law.logpdf(y), beyond)
+
+
+SCALE = np.array([0.3, 0.8])
+DENSITIES = {
+    "gaussian": (lp.Gaussian(SCALE), lambda y, f, s: st.norm(f, SCALE).logpdf(y)),
+    "lognormal": (lp.LogNormal(SCALE), lambda y, f, s: st.lognorm(SCALE, scale=f).logpdf(y)),
+    "student": (lp.StudentT(4.0, SCALE), lambda y, f, s: st.t(4.0, f, SCALE).logpdf(y)),
+    "poisson": (lp.Poisson(), lambda y, f, s: st.poisson(f).logpmf(y)),
+    "counts": (lp.NegativeBinomial(2.5), lambda y, f, s: st.nbinom(2.5, 2.5 / (2.5 + f)).logpmf(y)),
+    "limits": (
+        lp.Gaussian(SCALE, lower=1.5, upper=3.5),
+        lambda y, f, s: between(st.norm(f, SCALE), y, 1.5, 3.5),
+    ),
+    "detection": (
+        lp.LogNormal(SCALE, lower=1.5),
+        lambda y, f, s: between(st.lognorm(SCALE, scale=f), y, 1.5, np.inf),
+    ),
+    "user": (lambda f: dist.Gamma(3.0, 3.0 / f), lambda y, f, s: st.gamma(3.0, scale=f / 3).logpdf(y)),
+    "gaussian's": (lp.Gaussian(), lambda y, f, s: st.norm(f, s).logpdf(y)),
+    "lognormal's": (lp.LogNormal(), lambda y, f, s: st.lognorm(s, scale=f).logpdf(y)),
+    "student's": (lp.StudentT(4.0), lambda y, f, s: st.t(4.0, f, s).logpdf(y)),
+}
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_hessian_under_every_likelihood_against_differences(growth, name):
+    """Central differences of SciPy's densities, extrapolated twice."""
+    likelihood, log_density = DENSITIES[name]
+    data = growth.problem.data
+    ys = np.maximum(np.round(data.ys), 1.0)
+    ys[0, 2, 1] = ys[1, 0, 0] = np.nan
+    model = Noisy(growth.model, jnp.log(SCALE)) if name.endswith("'s") else growth.model
+    problem = lp.Problem(lp.Trajectories(data.ts, ys, data.y0), likelihood, 1.0)
+    found = quiet((model, problem), regularization="abs").curvature.matrix
+    theta = np.concatenate([[0.3, -0.4], [1.2], np.log(SCALE)])[: len(found)]
+
+    def nll(theta):
+        f = theta[2] * data.y0[:, None] * np.exp(theta[:2] * (data.ts - data.ts[:, :1])[..., None])
+        values = log_density(np.where(np.isnan(ys), 1.0, ys), f, np.exp(theta[3:]) if len(theta) > 3 else None)
+        return -np.sum(values, where=~np.isnan(ys))
+
+    def second(i, j, step):
+        a, b = step * np.eye(len(theta))[[i, j]]
+        return (nll(theta + a + b) - nll(theta + a - b) - nll(theta - a + b) + nll(theta - a - b)) / (4 * step**2)
+
+    def extrapolated(i, j):
+        coarse, middle, fine = (second(i, j, step) for step in (0.002, 0.001, 0.0005))
+        once = (4 * middle - coarse) / 3, (4 * fine - middle) / 3
+        return (16 * once[1] - once[0]) / 15
+
+    expected = [[extrapolated(i, j) for j in range(len(theta))] for i in range(len(theta))]
+    assert relative(found, np.array(expected)) < 1e-7
 
 
 # ---- Chunks, symmetry, products

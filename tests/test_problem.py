@@ -142,6 +142,19 @@ def test_a_missing_value_needs_no_place_in_the_support():
     np.testing.assert_allclose(likelihood.fisher(prediction, jnp.array([np.nan, 0.5])), [0, 1], rtol=1e-12)
 
 
+@pytest.mark.parametrize("likelihood", [lp.LogNormal(0.1, lower=0.2), lp.LogNormal(), lp.Poisson()])
+def test_a_prediction_of_which_nothing_is_observed_needs_no_place_in_the_support(likelihood):
+    """Such as that of a compartment that is empty at first."""
+    ys = jnp.array([[np.nan], [3.0]])
+    full = jnp.array([[0.0], [2.5]])
+    if likelihood.num_predictions(1) == 2:
+        full = jnp.concatenate([full, jnp.full((2, 1), -1.0)], axis=1)
+    score = lambda f: likelihood.score(f, ys)
+    first, second = jax.jit(lambda f: (score(f), jax.jacfwd(score)(f)))(full)
+    assert np.all(first[0] == 0) and np.all(first[1] != 0) and np.all(np.isfinite(second))
+    assert np.all(second[0] == 0) and np.all(second[:, :, 0] == 0)
+
+
 PREDICTED_SCALE = {"gaussian": lp.Gaussian(), "lognormal": lp.LogNormal(), "student": lp.StudentT(4.0)}
 
 
@@ -172,6 +185,16 @@ def test_fisher_of_a_users_distribution_is_observed_and_clipped():
     f, y = jnp.array([0.0, 0.0]), jnp.array([0.5, 3.0])
     expected = 2 * (1 - 0.25) / (1 + 0.25) ** 2
     np.testing.assert_allclose(cauchy.fisher(f, y), [expected, 0], rtol=1e-12)
+
+
+def test_fisher_of_a_users_distribution_is_right_on_average():
+    """Where the likelihood is log-concave in the prediction, as that of a Gamma distribution is in its logarithm."""
+    likelihood = FromDistribution(lambda f: dist.Gamma(3.0, 3.0 * jnp.exp(-f)))
+    at = jnp.broadcast_to(jnp.asarray(PREDICTION), (20_000, *PREDICTION.shape))
+    ys = likelihood.sample(jax.random.key(1), at)
+    for each in (likelihood.fisher(at, ys), likelihood.score(at, ys) ** 2):
+        each = np.asarray(each)
+        assert np.all(np.abs(each.mean(axis=0) - 3) < 4 * each.std(axis=0) / np.sqrt(20_000))
 
 
 @pytest.mark.parametrize("name", ["lognormal", "poisson", "counts", "gaussian", "student"])

@@ -60,7 +60,8 @@ def to_datatree(
     - `fit_history`: the loss before each step, when `fit` is given.
 
     In the predictive groups `y` has observation noise and `f` has not; `scale` is that of the noise where the model
-    predicts it, and `y0` the initial states of the draws where those are uncertain. Dimensions are chain, draw, trajectory, time,
+    predicts it, and `y0` the initial states of the draws where those are uncertain. Dimensions are chain, draw,
+    trajectory, time,
     channel. `log_likelihood` leaves out values that are missing, and those that no draw changes (at the time of a given
     initial state); where there are any, it has the dimension `observation` in place of the last three.
 

@@ -30,7 +30,7 @@ from ._errors import LaplodeError, LaplodeWarning, choose
 from ._laplace import curvature_again, laplace, reassembled
 from ._posterior import Posterior
 from ._prior import gaussian_part, is_gaussian, log_prior, prior_deficit, prior_vectors
-from ._problem import AbstractPrior, AbstractScaleLikelihood, GaussianPrior, NamedPriors, Problem
+from ._problem import AbstractPrior, AbstractScaleLikelihood, GaussianPrior, NamedPriors, PosteriorPrior, Problem
 from ._refine import refine
 from ._solve import evaluate
 from ._structure import BlockDiagonal, Diagonal, Full, LowRank
@@ -352,6 +352,12 @@ def _forms(
     """How parameters are grouped, and whether noise scales are by channel; None for what is fixed."""
     if not isinstance(posterior, Posterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    if isinstance(posterior.problem.prior, PosteriorPrior):
+        raise LaplodeError(
+            "`posterior` has a prior that is the posterior of other data: its precision is theirs, and the noise was "
+            "held at one scale for them. Maximize the evidence of those data before `as_prior`, or that of all data "
+            "together."
+        )
     grouping = choose("precision", precision, _GROUPS)
     if not np.any(is_gaussian(posterior.problem.prior, posterior.parameters)):
         grouping = None  # every parameter has a prior of its own

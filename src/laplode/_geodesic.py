@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from ._curvature import free_bytes
 from ._errors import LaplodeError
 from ._posterior import Posterior
-from ._prior import prior_vectors
+from ._prior import prior_rows, prior_vectors
 from ._problem import AbstractLikelihood
 from ._solve import AbstractFlow, evaluate, has_second_pushforward, jacobian_route
 
@@ -47,7 +47,8 @@ class Surface(eqx.Module):
     """θ ↦ (Λ0^½ (θ − θ*), R^½ g(θ)), of which M are observed predictions; `root_information` is R^½.
 
     R is constant for every likelihood that names the coordinate g; for a user's own it is taken at θ*. The solve is on
-    the frozen grid of θ*.
+    the frozen grid of θ*. What the prior's precision has beside its diagonal, Xᵀ X, is as that of more observations
+    X θ: `prior_rows` is X.
     """
 
     flow: AbstractFlow
@@ -55,6 +56,7 @@ class Surface(eqx.Module):
     observed: Int[Array, " M"]
     root_information: Float[Array, " M"]
     root_prior: Float[Array, " P"]
+    prior_rows: Float[Array, "R P"]
     route: str = eqx.field(static=True)
 
     @classmethod
@@ -81,6 +83,7 @@ class Surface(eqx.Module):
             observed=observed,
             root_information=jnp.sqrt(information.ravel()[observed]),
             root_prior=jnp.sqrt(prior_vectors(problem.prior, posterior.parameters)[1]),
+            prior_rows=prior_rows(problem.prior, posterior.parameters),
             route=jacobian_route(around),
         )
         needed, free = surface.lane_bytes(predictions.size), free_bytes()
@@ -95,20 +98,22 @@ class Surface(eqx.Module):
 
     def lane_bytes(self, num_predictions: int) -> int:
         """What one geodesic takes, with so many predictions, observed or not."""
-        size, num = self.root_prior.size, self.observed.size
+        size, num = self.root_prior.size, self.observed.size + self.prior_rows.shape[0]
         return 8 * ((num_predictions + 2 * num) * size + 3 * min(num, size) ** 2)
 
-    def predict(self, theta: Float[Array, " P"]) -> tuple[Float[Array, " M"], Float[Array, "N T K"]]:
-        """R^½ g(θ) where something was observed, and all predictions as they are."""
+    def predict(self, theta: Float[Array, " P"]) -> tuple[Float[Array, " M+R"], Float[Array, "N T K"]]:
+        """R^½ g(θ) where something was observed, X θ after it, and all predictions as they are."""
         predictions = self.flow(theta)
         # Where nothing was observed g may be infinite, as the logarithm of 0 is: these are left out, not weighted by 0.
-        return self.root_information * self.likelihood.stabilize(predictions).ravel()[self.observed], predictions
+        seen = self.root_information * self.likelihood.stabilize(predictions).ravel()[self.observed]
+        return jnp.concatenate([seen, self.prior_rows @ theta]), predictions
 
-    def tangent(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, "M P"]:
-        """A = R^½ ∂g/∂θ Λ0^-½."""
+    def tangent(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, "M+R P"]:
+        """A = R^½ ∂g/∂θ Λ0^-½, and X Λ0^-½ below it."""
         _, scale = jax.jvp(self.likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
         jacobian = self.flow.linearized(theta, self.route)[1][self.observed]
-        return (self.root_information * scale.ravel()[self.observed])[:, None] * jacobian / self.root_prior
+        seen = (self.root_information * scale.ravel()[self.observed])[:, None] * jacobian
+        return jnp.concatenate([seen, self.prior_rows]) / self.root_prior
 
     def acceleration(self, theta: Float[Array, " P"], velocity: Float[Array, " P"]):
         """Of a geodesic through θ, in both coordinates of the surface (P,) and (M,); `velocity` is dθ."""

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from ._errors import LaplodeError
 from ._posterior import Posterior
-from ._prior import prior_vectors
+from ._prior import check_independent, prior_vectors
 from ._structure import AbstractStructure, BlockDiagonal, Diagonal, Full, LowRank
 from ._vector import Parameters
 
@@ -89,6 +89,12 @@ def identifiability(posterior: Posterior, *, threshold: float = 0.1) -> Identifi
     if not isinstance(threshold, int | float | np.number) or not 0 < threshold < 1:
         raise LaplodeError(f"`threshold` must lie between 0 and 1, got {threshold!r}.")
     view = posterior.parameters
+    check_independent(
+        posterior.problem.prior,
+        "`posterior`",
+        "directions are measured in units of each parameter's own prior. Ask it of the posterior of all data together, "
+        "or compare `covariance()` before and after.",
+    )
     prior = np.asarray(prior_vectors(posterior.problem.prior, view)[1])
     names = _entry_names(view)
     rows = [_row(d, names) for block in _blocks(posterior.structure, prior) for d in _directions(block)]

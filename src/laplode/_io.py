@@ -31,6 +31,7 @@ from ._problem import (
     NamedPriors,
     NegativeBinomial,
     Poisson,
+    PosteriorPrior,
     Problem,
     StudentT,
     Trajectories,
@@ -44,7 +45,8 @@ _RESULTS = (Posterior, MixturePosterior, Fit, Predictions, FunctionPredictions)
 _PARTS = (
     *_RESULTS,
     *(Diagnostics, Method, Regularized, ForeignFlow, ReplayedFlow, Problem, Trajectories),
-    *(Gaussian, LogNormal, StudentT, Poisson, NegativeBinomial, FromDistribution, GaussianPrior, NamedPriors),
+    *(Gaussian, LogNormal, StudentT, Poisson, NegativeBinomial, FromDistribution),
+    *(GaussianPrior, NamedPriors, PosteriorPrior),
     *(DenseCurvature, BlockCurvature, DiagonalCurvature, EigenCurvature, FactoredCurvature),
     *(Full, BlockDiagonal, Diagonal, LowRank),
 )

@@ -32,7 +32,7 @@ from ._curvature import (
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._model import check_model
 from ._posterior import Diagnostics, Method, Posterior
-from ._prior import log_prior, prior_deficit, prior_vectors
+from ._prior import log_prior, prior_deficit, prior_rows, prior_vectors
 from ._problem import Problem, check_problem
 from ._solve import AbstractFlow, ReplayedFlow, evaluate, flow, jacobian_route
 from ._structure import (
@@ -44,6 +44,7 @@ from ._structure import (
     build_full,
     build_low_rank,
     lessened,
+    with_rows,
 )
 from ._vector import Parameters, Where, parameters
 
@@ -88,7 +89,8 @@ def laplace(
         `where=lambda m: m.vector_field.layers[-1]`, or a pytree of True and False. The others stay fixed.
     - `regularization`: what becomes of negative eigenvalues of the exact Hessian, which it has away from a minimum:
         "clip" (set to 0, leaving the prior in charge), "abs", "jitter" (the whole spectrum is raised) or "none" (an
-        error, if Λ is not positive definite).
+        error, if Λ is not positive definite). Where the prior is the posterior of other data, what these say counts as
+        curvature too, as it would if all data had come at once.
     - `rank`: of "low_rank"; by default min(M, P), or min(100, P) for "hessian".
     - `num_probes`, `key`: for "diagonal" with "hessian", estimate the diagonal from this many random probes, instead of
         taking it exactly at the cost of P Hessian-vector products.
@@ -146,16 +148,18 @@ def _assembled(
 ) -> Posterior:
     view = around.parameters
     prior_mean, prior_precision = prior_vectors(problem.prior, view)
-    offset = view.vector - prior_mean
-    gradient = nll_gradient + prior_precision * offset
+    rows, offset = prior_rows(problem.prior, view), view.vector - prior_mean
+    gradient = nll_gradient + prior_precision * offset + (rows @ offset) @ rows
     regularize = Regularize(method.regularization, _REGULARIZATIONS[method.regularization])
     structure = choose("structure", method.structure, {s.name: s for s in _STRUCTURES})
     inert = _inert(found, nll_gradient, view)
     deficit = prior_deficit(problem.prior, view)
-    bent = (
+    beside = (
         found if not np.any(deficit) else lessened(found, structure.name, deficit, [leaf[2:] for leaf in view.leaves])
     )
-    built = structure.build(bent, prior_precision, regularize, _sizes(view, problem, method.rank))
+    if rows.shape[0]:
+        beside = with_rows(beside, rows)
+    built = structure.build(beside, prior_precision, regularize, _sizes(view, problem, method.rank))
     diagnostics = Diagnostics(
         num_parameters=view.size,
         num_observations=int(np.sum(problem.data.observed)),
@@ -167,7 +171,9 @@ def _assembled(
         regularized=built.regularized,
         gradient_norm=float(jnp.linalg.norm(gradient)),
         newton_decrement=float(0.5 * gradient @ built.structure.covariance_product(gradient)),
-        effective_dof=float(built.structure.effective_dof(prior_precision)),
+        effective_dof=float(
+            built.structure.effective_dof(prior_precision) - jnp.sum(rows * built.structure.covariance_product(rows))
+        ),
         inert=inert,
     )
     log_joint = log_prior(problem.prior, view, view.vector) - nll
@@ -294,8 +300,8 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
         matrix = f" (a P × P matrix alone has {_in_units(8 * view.size**2)})" if chosen is _FULL else ""
         raise LaplodeError(
             f'`structure`="{structure}" with curvature="{curvature}" needs about {_in_units(needed)} for P = '
-            f"{view.size} "
-            f"parameters and M = {sizes.observations} observations{matrix}, and {_in_units(free)} are free. Take "
+            f"{view.size} parameters and M = {int(np.sum(problem.informed))} observations{matrix}, and "
+            f"{_in_units(free)} are free. Take "
             f"{remedy + ', or ' if remedy else ''}a part of the parameters with `where` (the last layer, say)."
         )
     return _Plan(view, _curvature(curvature, chosen), curvature, chosen, sizes, needed)
@@ -303,7 +309,9 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
 
 def _sizes(view: Parameters, problem: Problem, rank: int | None) -> Sizes:
     leaves = tuple(stop - start for _, _, start, stop in view.leaves)
-    return Sizes(view.size, int(np.sum(problem.informed)), leaves, rank)
+    # Rows of the prior are kept like observations, and none is left out for a rank.
+    num_rows = prior_rows(problem.prior, view).shape[0]
+    return Sizes(view.size, int(np.sum(problem.informed)) + num_rows, leaves, rank if rank is None else rank + num_rows)
 
 
 def _curvature(name: str, structure: _Structure) -> Callable[[AbstractFlow, Problem, Method, bool], AbstractCurvature]:

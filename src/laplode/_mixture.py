@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import NoReturn
 
 import equinox as eqx
 import jax
@@ -69,6 +70,16 @@ class MixturePosterior(AbstractPosterior):
         """The log density at `theta`, in nats."""
         each = jnp.stack([c.log_prob(theta) for c in self.components], axis=-1)
         return jax.scipy.special.logsumexp(each + self.log_weights, axis=-1)
+
+    def as_prior(self) -> NoReturn:
+        """Refused: a prior is one Gaussian.
+
+        **Raises:** `LaplodeError`, with what to do instead.
+        """
+        raise LaplodeError(
+            "A mixture can't be the prior of further data, which is one Gaussian: take one of its `.components`, "
+            "`posterior.components[0].as_prior()`, or update each and mix them again."
+        )
 
     def covariance(self) -> Float[Array, "P P"]:
         """The covariance within the components and between them."""

@@ -30,7 +30,7 @@ from ._function import predict_field
 from ._model import NeuralODE, starts
 from ._posterior import AbstractPosterior, Posterior
 from ._predict import Predictions
-from ._prior import prior_vectors
+from ._prior import check_independent, prior_vectors
 from ._problem import AbstractLikelihood, Trajectories
 
 # From the color-blind safe palette of Okabe and Ito.
@@ -412,11 +412,14 @@ def plot_spectrum(posterior: AbstractPosterior, *, axes: Any = None, backend: st
 
     **Returns:** ArviZ's `PlotCollection`, with "eigenvalues", "negative", "prior" and "effective_dof" under `.viz`.
 
-    **Raises:** `LaplodeError` when `posterior` is none.
+    **Raises:** `LaplodeError` when `posterior` is none, or its prior is the posterior of other data.
     """
     if not isinstance(posterior, AbstractPosterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     one: Posterior = posterior.components[0]
+    check_independent(
+        one.problem.prior, "`posterior`", "no one line stands for it. Draw the posterior of all data together."
+    )
     _, precision = prior_vectors(one.problem.prior, one.parameters)
     precision = np.asarray(precision)
     uniform = bool(np.all(precision == precision[0]))

@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from ._curvature import AbstractCurvature, free_bytes
 from ._errors import LaplodeError
-from ._problem import Problem
+from ._prior import prior_vectors
+from ._problem import NamedPriors, PosteriorPrior, Problem
 from ._solve import AbstractFlow
 from ._structure import AbstractStructure, Regularized
 from ._vector import Parameters
@@ -230,6 +231,36 @@ class Posterior(AbstractPosterior):
     def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
         """log Normal(theta; mean, Λ⁻¹), in nats."""
         return _log_normal(theta - self.mean, self.structure)
+
+    def as_prior(self) -> PosteriorPrior:
+        """This posterior as the prior of further trajectories: θ ~ Normal(θ*, Λ⁻¹), in unconstrained coordinates.
+
+        ```python
+        more = laplode.Problem(more_data, likelihood, posterior.as_prior())
+        fit = laplode.refine(posterior.parameters.model, more)
+        updated = laplode.laplace(fit.model, more)
+        ```
+
+        Where trajectories are linear in θ and the noise is Gaussian, this is the posterior of all data at once, and the
+        evidences multiply: p(Y₁) p(Y₂ | Y₁) = p(Y₁, Y₂). Otherwise the first data are held at their Gaussian, which is
+        as good as the Laplace approximation of them is where the second move θ to. The parameters must be the same,
+        those of `where` included, and what is fixed stay as it was.
+
+        **Returns:** a prior for `Problem`.
+
+        **Raises:** `LaplodeError` when the blocks of a `block_diagonal` posterior don't fit in memory side by side.
+        """
+        prior = self.problem.prior
+        before = prior.coordinates if isinstance(prior, PosteriorPrior) else prior
+        diagonal, rows = self.structure.split(prior_vectors(prior, self.parameters)[1])
+        return PosteriorPrior(
+            mean=self.mean,
+            precision=diagonal,
+            rows=rows,
+            log_det=self.structure.log_det,
+            leaves=tuple(leaf[:2] for leaf in self.parameters.leaves),
+            coordinates=before if isinstance(before, NamedPriors) else None,
+        )
 
     def covariance(self) -> Float[Array, "P P"]:
         """Λ⁻¹, formed only when asked for."""

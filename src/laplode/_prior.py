@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg as jsl
 import numpy as np
 import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
@@ -13,7 +14,7 @@ from numpyro.distributions.transforms import Transform
 
 from ._errors import LaplodeError
 from ._model import is_real_array
-from ._problem import AbstractPrior, GaussianPrior, NamedPriors
+from ._problem import AbstractPrior, GaussianPrior, NamedPriors, PosteriorPrior
 from ._vector import Parameters, all_parameters, prior_of
 
 # Where a named prior bends upward it has no precision, but what divides by that needs some.
@@ -47,6 +48,8 @@ def gaussian_part(prior: AbstractPrior) -> GaussianPrior | None:
 
 def _rest(prior: AbstractPrior, view: Parameters) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
     """Mean and precision of the Gaussian part; of named parameters 0 and 1, which nobody uses."""
+    if isinstance(prior, PosteriorPrior):
+        return prior.mean, prior.precision
     part, among = gaussian_part(prior), is_gaussian(prior, view)
     if part is None:
         if np.any(among):
@@ -75,8 +78,8 @@ def _density(prior: dist.Distribution, transform: Transform | None) -> Callable[
 def prior_vectors(prior: AbstractPrior, view: Parameters) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
     """Mean and precision, both (P,), of the Gaussian that the prior looks like from the parameters as they are.
 
-    Its gradient and its curvature there are those of the prior, but for what `prior_deficit` says. A Gaussian prior
-    looks the same from everywhere.
+    Its gradient and its curvature there are those of the prior, but for what `prior_deficit` and `prior_rows` say. A
+    Gaussian prior looks the same from everywhere.
 
     **Raises:** `LaplodeError` when a pytree of means or precisions is not a prefix of the model.
     """
@@ -105,9 +108,27 @@ def prior_deficit(prior: AbstractPrior, view: Parameters) -> Float[Array, " P"]:
     return deficit
 
 
+def prior_rows(prior: AbstractPrior, view: Parameters) -> Float[Array, "R P"]:
+    """X with Xᵀ X what the prior's precision has beside the diagonal of `prior_vectors`, and the same mean."""
+    return prior.rows if isinstance(prior, PosteriorPrior) else jnp.zeros((0, view.size))
+
+
+def check_independent(prior: AbstractPrior, argument: str, instead: str) -> None:
+    """Raise `LaplodeError` for a prior in which parameters depend on one another."""
+    if isinstance(prior, PosteriorPrior) and prior.rows.shape[0]:
+        raise LaplodeError(
+            f"{argument} has a prior that is the posterior of other data, in which parameters depend on one another: "
+            f"{instead}"
+        )
+
+
 @eqx.filter_jit
 def log_prior(prior: AbstractPrior, view: Parameters, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
     """log p(θ) in nats, of each vector along the last axis."""
+    if isinstance(prior, PosteriorPrior):
+        offset = theta - prior.mean
+        quadratic = jnp.sum(prior.precision * offset**2, axis=-1) + jnp.sum((offset @ prior.rows.T) ** 2, axis=-1)
+        return 0.5 * (prior.log_det - view.size * jnp.log(2 * jnp.pi) - quadratic)
     mean, precision = _rest(prior, view)
     terms = 0.5 * (jnp.log(precision / (2 * jnp.pi)) - precision * (theta - mean) ** 2)
     total = jnp.sum(jnp.where(is_gaussian(prior, view), terms, 0), axis=-1)
@@ -121,12 +142,23 @@ def prior_draws(prior: AbstractPrior, view: Parameters, key: PRNGKeyArray, n: in
     """Draws of θ from the prior."""
     mean, precision = _rest(prior, view)
     draws = mean + jax.random.normal(key, (n, view.size)) / jnp.sqrt(precision)
+    if isinstance(prior, PosteriorPrior):
+        return _conditioned(prior, draws, jax.random.fold_in(key, 0))
     for i, (each, transform, shape, place) in enumerate(_named(prior, view)):
         spread_out = each.expand(jnp.broadcast_shapes(each.batch_shape, shape))
         values = jnp.asarray(spread_out.sample(jax.random.fold_in(key, i), (n,)))
         free = values if transform is None else jnp.asarray(transform.inv(values))
         draws = draws.at[:, place].set(free.reshape(n, -1))
     return draws
+
+
+def _conditioned(prior: PosteriorPrior, draws: Float[Array, "n P"], key: PRNGKeyArray) -> Float[Array, "n P"]:
+    """Draws of Normal(mean, diag(precision)⁻¹), made draws of the prior by the rows (Matheron's rule)."""
+    rows = prior.rows
+    gain = rows / prior.precision
+    noise = jax.random.normal(key, (draws.shape[0], rows.shape[0]))
+    seen = (draws - prior.mean) @ rows.T + noise
+    return draws - jsl.solve(jnp.eye(rows.shape[0]) + rows @ gain.T, seen.T, assume_a="pos").T @ gain
 
 
 def _broadcast(name: str, prefix: PyTree, view: Parameters) -> Float[Array, " P"]:

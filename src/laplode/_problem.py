@@ -172,8 +172,19 @@ class AbstractLikelihood(eqx.Module):
         """log p(y | prediction) of each observation, in nats; 0 where `ys` is NaN."""
         observed = ~jnp.isnan(ys)
         # An observed value lies in the support, so that no NaN enters a gradient through the unused branch.
-        log_prob = self.distribution(prediction).log_prob(jnp.where(observed, ys, _an_observed_value(ys)))
+        values = jnp.where(observed, ys, _an_observed_value(ys))
+        log_prob = self.distribution(self._possible(prediction, ys)).log_prob(values)
         return jnp.where(observed, log_prob, 0.0)
+
+    def _possible(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... F"]:
+        """The prediction, and in the place of one that no value can have, where none is observed, one that can.
+
+        A state that starts at 0 is no median of a LogNormal, and its derivative there must not count.
+        """
+        value, channels = _an_observed_value(ys), ys.shape[-1]
+        possible = ~jnp.isnan(ys) | _has_density(self, jax.lax.stop_gradient(prediction), value)
+        location = jnp.where(possible, prediction[..., :channels], value)
+        return jnp.concatenate([location, prediction[..., channels:]], axis=-1)
 
     def score(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... F"]:
         """∂ log p(y | prediction) / ∂ prediction of each observation; 0 where `ys` is NaN."""
@@ -196,6 +207,12 @@ class AbstractLikelihood(eqx.Module):
 
     def check(self, ys: Float[np.ndarray, "N T K"]) -> None:
         """Raise `LaplodeError` where the observations lie outside the support."""
+
+
+# Traced, a distribution does not refuse what is looked for here.
+@eqx.filter_jit
+def _has_density(likelihood: AbstractLikelihood, prediction: Float[Array, "... F"], ys: Float[Array, " K"]):
+    return jnp.isfinite(likelihood.distribution(prediction).log_prob(ys))
 
 
 def _check_positive(name: str, value: Any) -> np.ndarray:
@@ -315,6 +332,7 @@ class AbstractNormal(AbstractScaleLikelihood):
     def log_prob(self, prediction, ys):
         if not self.censored:
             return super().log_prob(prediction, ys)
+        prediction = self._possible(prediction, ys)
         inside = super().log_prob(prediction, jnp.clip(ys, self.lower, self.upper))
         lower, upper = self._margins(*self.parts(prediction))
         below, above = self._beyond(ys)
@@ -565,7 +583,7 @@ class FromDistribution(AbstractLikelihood):
 
 
 class AbstractPrior(eqx.Module):
-    """p(θ), independent over parameters."""
+    """p(θ)."""
 
 
 class GaussianPrior(AbstractPrior):
@@ -650,6 +668,21 @@ class NamedPriors(AbstractPrior):
         self.rest = rest
 
 
+class PosteriorPrior(AbstractPrior):
+    """θ ~ Normal(mean, Λ⁻¹) with Λ = diag(precision) + rowsᵀ rows: what was learned from data before.
+
+    Made by `posterior.as_prior()`. `log_det` is log det Λ, `leaves` are names and shapes of the model's arrays in the
+    order of θ, and `coordinates` are the priors that those data had, which say where θ is unconstrained.
+    """
+
+    mean: Float[Array, " P"]
+    precision: Float[Array, " P"]
+    rows: Float[Array, "R P"]
+    log_det: Float[Array, ""]
+    leaves: tuple[tuple[str, tuple[int, ...]], ...] = eqx.field(static=True)
+    coordinates: NamedPriors | None
+
+
 class Problem(eqx.Module):
     """Data, likelihood and prior: everything about the inference but the model.
 
@@ -658,7 +691,8 @@ class Problem(eqx.Module):
     - `data`: the observed `Trajectories`.
     - `likelihood`: `Gaussian`, `LogNormal`, `StudentT`, `Poisson`, `NegativeBinomial`, or any function from predictions
         (..., K) to a NumPyro distribution of the same batch shape.
-    - `prior`: a `GaussianPrior`, its precision as a positive number, or `NamedPriors`.
+    - `prior`: a `GaussianPrior`, its precision as a positive number, `NamedPriors`, or `posterior.as_prior()`, what was
+        learned from data before.
 
     **Raises:** `LaplodeError` when an argument is of the wrong kind, a noise scale does not fit the channels, or an
     observation lies outside the likelihood's support.

@@ -15,7 +15,7 @@ from ._curvature import NegativeLogLikelihood, check_x64, hessian, hessian_batch
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._fit import Fit
 from ._model import check_model
-from ._prior import log_prior, prior_deficit, prior_vectors
+from ._prior import log_prior, prior_deficit, prior_rows, prior_vectors
 from ._problem import Problem, check_problem
 from ._solve import (
     AbstractFlow,
@@ -242,7 +242,7 @@ def _loss(around: AbstractFlow, problem: Problem, theta: Float[Array, " P"]) -> 
 
 
 class _Linearized(eqx.Module):
-    """The Gauss-Newton picture of the loss at a point: its gradient, and Λ = Jᵀ R J + Λ0."""
+    """The Gauss-Newton picture of the loss at a point: its gradient, and Λ = Jᵀ R J and the prior's precision."""
 
     jacobian: Float[Array, "N*T*K P"]
     weights: Float[Array, " N*T*K"]
@@ -262,8 +262,12 @@ def _whitened(view: Parameters, problem: Problem, predictions, jacobian: Float[A
     mean, precision = prior_vectors(problem.prior, view)
     weights = problem.information(predictions).ravel()
     score = problem.likelihood.score(predictions, ys).ravel()
-    gradient = precision * (view.vector - mean) - score @ jacobian
-    structure = LowRank(jacobian, weights, precision)
+    rows, offset = prior_rows(problem.prior, view), view.vector - mean
+    gradient = precision * offset + (rows @ offset) @ rows - score @ jacobian
+    stacked = (jacobian, weights)
+    if rows.shape[0]:
+        stacked = (jnp.concatenate([jacobian, rows]), jnp.concatenate([weights, jnp.ones(rows.shape[0])]))
+    structure = LowRank(*stacked, precision)
     return weights, structure, gradient, 0.5 * gradient @ structure.covariance_product(gradient)
 
 
@@ -323,7 +327,8 @@ class _Quadratic(NamedTuple):
         found = hessian(around, problem, batch_size=batch_size, progress=False, tilt=tilt)
         precision = np.asarray(local.structure.prior_precision)
         deficit = np.asarray(prior_deficit(problem.prior, around.parameters))
-        matrix = np.asarray(found.matrix) + np.diag(precision - deficit)
+        rows = np.asarray(prior_rows(problem.prior, around.parameters))
+        matrix = np.asarray(found.matrix) + rows.T @ rows + np.diag(precision - deficit)
         root = 1 / np.sqrt(precision)
         eigenvalues, vectors = np.linalg.eigh(root[:, None] * matrix * root)
         spectrum = eigenvalues if np.all(precision == precision[0]) else np.linalg.eigvalsh(matrix)

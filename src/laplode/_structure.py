@@ -20,6 +20,8 @@ from ._curvature import (
     DiagonalCurvature,
     EigenCurvature,
     FactoredCurvature,
+    free_bytes,
+    gram,
 )
 from ._errors import LaplodeError
 
@@ -48,6 +50,10 @@ class AbstractStructure(eqx.Module):
     @abc.abstractmethod
     def predictive_covariance(self, jacobian: Float[Array, "R P"]) -> Float[Array, "R R"]:
         """J Λ⁻¹ Jᵀ."""
+
+    @abc.abstractmethod
+    def split(self, base: Float[Array, " P"]) -> tuple[Float[Array, " P"], Float[Array, "R P"]]:
+        """A positive diagonal d and rows X with Λ = diag(d) + Xᵀ X; d is `base` where that can be."""
 
     def effective_dof(self, prior_precision: Float[Array, " P"]) -> Float[Array, ""]:
         """tr((Λ − Λ0) Λ⁻¹) for a prior of precision Λ0 (P,)."""
@@ -85,6 +91,25 @@ class Full(AbstractStructure):
         half = self._solve(jacobian, 0)
         return half @ half.T
 
+    def split(self, base):
+        strengths, rows = _beyond(self.cholesky, base)
+        rounding = strengths.size * np.finfo(float).eps * np.max(strengths + 1)
+        kept = strengths > rounding
+        if not np.any(strengths < -rounding):
+            return base, jnp.asarray(rows[kept] * np.sqrt(strengths[kept])[:, None])
+        # Less than Λ in every direction: half of its smallest eigenvalue when its diagonal is scaled to 1.
+        diagonal = jnp.sum(self.cholesky**2, axis=1)
+        least = np.linalg.svd(np.asarray(self.cholesky / jnp.sqrt(diagonal)[:, None]), compute_uv=False)[-1] ** 2
+        strengths, rows = _beyond(self.cholesky, 0.5 * least * diagonal)
+        return 0.5 * least * diagonal, jnp.asarray(rows * np.sqrt(strengths)[:, None])
+
+
+def _beyond(cholesky: Float[Array, "P P"], base: Float[Array, " P"]) -> tuple[np.ndarray, np.ndarray]:
+    """Λ − diag(base) as Xᵀ diag(strengths) X: the strengths, and the rows of X."""
+    root = np.sqrt(np.asarray(base))
+    vectors, values, _ = np.linalg.svd(np.asarray(cholesky) / root[:, None])
+    return values**2 - 1, vectors.T * root
+
 
 class BlockDiagonal(AbstractStructure):
     """Λ in blocks on its diagonal, in the order of θ."""
@@ -117,6 +142,18 @@ class BlockDiagonal(AbstractStructure):
         half = self._each(lambda block, rows: block._solve(rows, 0), jacobian)
         return half @ half.T
 
+    def split(self, base):
+        stops = np.cumsum([block.cholesky.shape[0] for block in self.blocks])[:-1]
+        pairs = zip(self.blocks, jnp.split(base, stops), strict=True)
+        diagonals, rows = zip(*(block.split(part) for block, part in pairs), strict=True)
+        needed = 2 * 8 * base.size * sum(len(each) for each in rows)
+        if needed > free_bytes():
+            raise LaplodeError(
+                f"The blocks of a block_diagonal posterior would be written out as {needed / 2**31:.1f} GiB, more than "
+                'fits. Take structure="low_rank" or "diagonal".'
+            )
+        return jnp.concatenate(diagonals), jsl.block_diag(*rows)
+
 
 class Diagonal(AbstractStructure):
     """A diagonal Λ."""
@@ -142,6 +179,9 @@ class Diagonal(AbstractStructure):
 
     def predictive_covariance(self, jacobian):
         return _scaled_gram(jacobian, 1 / self.precision)
+
+    def split(self, base):
+        return self.precision, jnp.zeros((0, self.precision.size))
 
 
 class LowRank(AbstractStructure):
@@ -231,6 +271,10 @@ class LowRank(AbstractStructure):
         half = (_cross_gram(jacobian, self.factor, inverse) * self.scale) @ (self.modes * self._shrinkage())
         rows = (half @ self.modes.T) * self.scale
         return _scaled_gram(jacobian, inverse, minus=(rows, self.factor))
+
+    @eqx.filter_jit
+    def split(self, base):
+        return self.prior_precision, (self.modes.T * self.scale) @ self.factor
 
 
 # Columns of a wide matrix taken at a time, so that what is made of them stays small beside it.
@@ -370,6 +414,26 @@ def lessened(
         blocks = tuple(DenseCurvature(found.block(*leaf), 0.0) for leaf in leaves)
         return lessened(BlockCurvature(blocks), structure, diagonal, leaves)
     return lessened(DenseCurvature(found.matrix(), 0.0), structure, diagonal, leaves)
+
+
+def with_rows(found: AbstractCurvature, rows: Float[Array, "R P"]) -> AbstractCurvature:
+    """A curvature and Xᵀ X of the rows X beside it, in the same form."""
+    if isinstance(found, FactoredCurvature):
+        weights = jnp.concatenate([found.weights, jnp.ones(rows.shape[0])])
+        return FactoredCurvature(jnp.concatenate([found.factor, rows]), weights)
+    if isinstance(found, DenseCurvature):
+        return DenseCurvature(found.matrix + gram(rows), found.symmetry_defect)
+    if isinstance(found, BlockCurvature):
+        stops = np.cumsum([len(block.matrix) for block in found.blocks])[:-1]
+        pairs = zip(found.blocks, jnp.split(rows, stops, axis=1), strict=True)
+        return BlockCurvature(tuple(DenseCurvature(b.matrix + gram(r), b.symmetry_defect) for b, r in pairs))
+    if isinstance(found, DiagonalCurvature):
+        return DiagonalCurvature(found.diagonal + jnp.sum(rows**2, axis=0))
+    assert isinstance(found, EigenCurvature)
+    basis, inside = jnp.linalg.qr(jnp.concatenate([found.vectors, rows]).T)
+    values = jnp.concatenate([found.eigenvalues, jnp.ones(rows.shape[0])])
+    eigenvalues, vectors = jnp.linalg.eigh((inside * values) @ inside.T)
+    return EigenCurvature((basis @ vectors).T, eigenvalues)
 
 
 # The part of the smallest eigenvalue of a root of Λ that may be rounding.

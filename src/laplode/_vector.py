@@ -15,7 +15,7 @@ from numpyro.distributions.transforms import IdentityTransform, Transform
 
 from ._errors import LaplodeError
 from ._model import NeuralODE, in_float
-from ._problem import AbstractPrior, NamedPriors
+from ._problem import AbstractPrior, NamedPriors, PosteriorPrior
 
 Where = Callable[[Any], Any] | PyTree[bool] | None
 
@@ -151,7 +151,7 @@ def parameters(model: Any, where: Where = None, prior: AbstractPrior | None = No
 
     - `model`: an `eqx.Module`. Solvers and step size controllers in it hold no parameters.
     - `where`: None for all; a function that picks nodes, as in `eqx.tree_at`; or a pytree prefix of True and False.
-    - `prior`: whose named distributions say which parameters are constrained.
+    - `prior`: whose named distributions say which parameters are constrained; a posterior's, those that it had.
 
     **Raises:** `LaplodeError` when nothing is selected, a parameter is complex or not finite, or the prior does not fit
     the model.
@@ -173,6 +173,9 @@ def parameters(model: Any, where: Where = None, prior: AbstractPrior | None = No
             raise LaplodeError(f"`model` has a complex parameter, {name}: split it into its real and imaginary parts.")
         if not np.all(np.isfinite(leaf)):
             raise LaplodeError(f"`model` has a parameter that is not finite: {name}. The fit has diverged.")
+    if isinstance(prior, PosteriorPrior):
+        _check_leaves(prior, [(name, leaf.shape) for name, leaf in named])
+        prior = prior.coordinates
     if isinstance(prior, NamedPriors):
         _check_names(prior, model)
     priors = {name: prior_of(prior, name) for name, _ in named}
@@ -221,6 +224,25 @@ def _check_names(prior: NamedPriors, model: Any) -> None:
         paths = [path for path in prior.named if _is_at(name, path)]
         if len(paths) > 1:
             raise LaplodeError(f"`named` of the prior has {name} twice, as {' and as '.join(paths)}.")
+
+
+def _check_leaves(prior: PosteriorPrior, leaves: list[tuple[str, tuple[int, ...]]]) -> None:
+    before, now = dict(prior.leaves), dict(leaves)
+    if gone := [name for name in before if name not in now]:
+        what = f"it has {', '.join(gone[:5])}, which is not among the parameters"
+    elif new := [name for name in now if name not in before]:
+        what = f"it does not have {', '.join(new[:5])}"
+    elif other := [name for name in now if now[name] != before[name]]:
+        what = f"it has {other[0]} of shape {before[other[0]]}, and the model has it of shape {now[other[0]]}"
+    elif tuple(leaves) != prior.leaves:
+        what = "it has them in another order"
+    else:
+        return
+    raise LaplodeError(
+        f"`prior` is a posterior of other parameters: {what}. A posterior is a prior for the same parameters: infer "
+        "those by `where` in laplode.laplace, both times. What belongs to each trajectory, as a learned initial state "
+        "does, is not shared with others."
+    )
 
 
 def _transform(name: str, leaf: Array, prior: dist.Distribution | None) -> Transform | None:
