@@ -61,9 +61,9 @@ def to_datatree(
 
     In the predictive groups `y` has observation noise and `f` has not; `scale` is that of the noise where the model
     predicts it, and `y0` the initial states of the draws where those are uncertain. Dimensions are chain, draw,
-    trajectory, time,
-    channel. `log_likelihood` leaves out values that are missing, and those that no draw changes (at the time of a given
-    initial state); where there are any, it has the dimension `observation` in place of the last three.
+    trajectory, time, channel. `log_likelihood` leaves out values that are missing, and those that no draw changes (at
+    the time of a given initial state); where there are any, it has the dimension `observation` in place of the last
+    three.
 
     Other predictions come under names of their own, as in `to_datatree(posterior, observed, geodesic=other)`. Each
     name is a tree inside the tree with the groups above made of its own draws, which ArviZ takes like the tree itself:
