@@ -292,7 +292,7 @@ class _Quadratic(NamedTuple):
         around = point.flow
         local = _linearized(around, problem, route)
         tilt = _tilt(local).reshape(problem.informed.shape) if geodesic else None
-        found = hessian(around, problem, batch_size=batch_size, progress=False, tilt=tilt)
+        found = hessian(around, problem, batch_size=batch_size, tilt=tilt)
         precision = np.asarray(local.structure.prior_precision)
         deficit = np.asarray(prior_deficit(problem.prior, around.parameters))
         matrix = np.asarray(found.matrix) + np.diag(precision - deficit)
