@@ -26,6 +26,7 @@ ORDER = [
     "_structure",
     "_posterior",
     "_laplace",
+    "_tolerance",
     "_fit",
     "_refine",
     "_evidence",

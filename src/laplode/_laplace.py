@@ -112,7 +112,8 @@ def laplace(
 
     **Raises:** `LaplodeError`, before any long computation, when 64-bit JAX is off, an option is unknown, model and
     data disagree, the solve fails at θ*, the matrix does not fit in memory, or `checkpoint` is damaged or of other
-    arguments. Warns (`LaplodeWarning`) when eigenvalues were changed, parameters have no influence, or θ* is not a minimum.
+    arguments. Warns (`LaplodeWarning`) when eigenvalues were changed, parameters have no influence, or θ* is not a
+    minimum.
 
     MacKay (1992), "A practical Bayesian framework for backpropagation networks".
     """

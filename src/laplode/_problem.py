@@ -26,6 +26,24 @@ def _real_array(name: str, value: Any, unit: str = "numbers") -> np.ndarray:
         raise LaplodeError(f"`{name}` must be an array of real {unit}, got {type(value).__name__}.") from None
 
 
+def check_key(name: str, key: Any) -> PRNGKeyArray:
+    """Return `key`, or say that it is no JAX random key."""
+    array = isinstance(key, jax.Array | np.ndarray)
+    typed = array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    raw = array and key.dtype == np.uint32 and key.shape in ((2,), (4,))
+    if not typed and not raw:
+        got = f"an array of {key.dtype} and shape {key.shape}" if array else repr(key)
+        raise LaplodeError(f"`{name}` must be one JAX random key, such as jax.random.key(0); got {got}.")
+    return key  # pyright: ignore[reportReturnType]
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return `value` as True or False, or say that it is neither."""
+    if not isinstance(value, bool | np.bool_):
+        raise LaplodeError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
 def check_times(name: str, ts: Any) -> np.ndarray:
     """Return `ts` as a float64 array of shape (T,) or (N, T), or say what is wrong with it."""
     ts = _real_array(name, ts, "times")

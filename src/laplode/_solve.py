@@ -193,6 +193,34 @@ def flow(
     return ReplayedFlow(view, ts, y0, args, boundaries[:, : padded + 1])
 
 
+def tightened(flow: ReplayedFlow, factor: float) -> ReplayedFlow:
+    """The flow on the steps that its solver takes with tolerances that are `factor` times smaller.
+
+    **Raises:** `LaplodeError` when its steps are not chosen by a tolerance, or there are too many of them.
+    """
+    rest = flow.parameters.rest
+    has_tolerance = lambda node: hasattr(node, "rtol") and hasattr(node, "atol")
+    nodes, structure = jax.tree.flatten(rest.stepsize_controller, is_leaf=has_tolerance)
+    if not any(map(has_tolerance, nodes)):
+        raise LaplodeError(
+            f"`posterior` is of a model whose steps have no tolerance ({type(rest.stepsize_controller).__name__}): "
+            "compare with a smaller `dt0` by hand, or take diffrax.PIDController(rtol, atol)."
+        )
+    smaller = lambda node: eqx.tree_at(lambda c: (c.rtol, c.atol), node, (node.rtol / factor, node.atol / factor))
+    controller = jax.tree.unflatten(structure, [smaller(node) if has_tolerance(node) else node for node in nodes])
+    view = eqx.tree_at(lambda p: p.rest.stepsize_controller, flow.parameters, controller)
+    inputs = (view.model, flow.ts, flow.y0, flow.args)
+    boundaries, accepted, _, y_last = _record(*inputs)
+    if not np.all(np.isfinite(np.asarray(y_last))) or np.any(
+        np.asarray(boundaries[:, -1]) < np.asarray(flow.ts[:, -1])
+    ):
+        raise LaplodeError(
+            f"`posterior` can't be compared with tolerances {factor:g} times smaller: with max_steps = "
+            f"{view.model.max_steps} the solve does not arrive. Allow more steps."
+        )
+    return dataclasses.replace(flow, parameters=view, boundaries=boundaries[:, : int(np.max(np.asarray(accepted))) + 1])
+
+
 # ---- Replaying it
 
 

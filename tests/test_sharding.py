@@ -1,0 +1,162 @@
+"""Work spread over several devices and several processes gives what one device gives.
+
+The number of devices is settled when JAX starts: each test runs this file as a program of its own.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import laplode as lp
+import laplode._curvature as lc
+from laplode._mesh import _ALONG as ALONG, _EVERYWHERE as EVERYWHERE, _placed, _spread, check_mesh
+
+KEY = jax.random.key(0)
+
+
+class Bent(eqx.Module):
+    weights: jax.Array
+    rate: jax.Array
+
+    def __call__(self, t, y, args):
+        return jnp.tanh(self.weights @ y) * args - self.rate * y
+
+
+def case(num: int = 3):
+    """A small field from three initial states: no number of them that devices could share evenly."""
+    rng = np.random.default_rng(0)
+    ts, y0 = np.linspace(0, 2, 6), rng.normal(size=(num, 2))
+    data = lp.Trajectories(ts, rng.normal(size=(num, 6, 2)), y0, jnp.linspace(0.5, 1.0, num))
+    model = lp.NeuralODE(Bent(jnp.asarray(rng.normal(size=(2, 2))), jnp.asarray([0.3, 0.5])), max_steps=64)
+    return model, lp.Problem(data, lp.Gaussian(0.5), 1.0)
+
+
+def answers(mesh, *, all_of_them: bool) -> dict[str, np.ndarray]:
+    """Numbers of every kind of work that a mesh takes."""
+    model, problem = case()
+    ts = problem.data.ts
+    run = lambda **options: lp.laplace(model, problem, mesh=mesh, progress=False, **options)
+    predict = lambda posterior, **options: lp.predict(
+        posterior, ts, num_samples=5, key=KEY, mesh=mesh, progress=False, **options
+    )
+    exact, factored = run(), run(curvature="ggn", structure="low_rank")
+    linearized = predict(factored)
+    found = {
+        "hessian": exact.curvature.matrix,
+        "jacobian": factored.curvature.factor,
+        "evidence": exact.log_evidence,
+        "bands": linearized.covariance(),
+        "draws": linearized.epistemic,
+    }
+    if all_of_them:
+        sampled, geodesic = predict(factored, method="sampled"), predict(factored, method="geodesic")
+        lc._FEW_PARAMETERS = 0  # the Hessian by local pieces
+        found |= {
+            "local": run().curvature.matrix,
+            "diagonal": run(structure="diagonal").curvature.diagonal,
+            "solves": sampled.epistemic,
+            "weights": sampled.log_p,
+            "geodesics": geodesic.epistemic,
+        }
+    return {name: np.asarray(value) for name, value in found.items()}
+
+
+def bytes_held(mesh, tangents: int) -> int:
+    """What a device works in while it pushes its part of so many tangents, all at once."""
+    model, problem = case()
+    around = lp.curvature_products(model, problem).flow
+    shared = (lc.NegativeLogLikelihood(around, problem), around.parameters.vector, tangents)
+    indices = jnp.arange(tangents) % around.parameters.size
+    arguments = (_placed(mesh, EVERYWHERE, shared), _placed(mesh, ALONG, indices), None)
+    lowered = _spread.lower(mesh, lc._hessian_rows, *arguments)
+    return lowered.compile().compiled.memory_analysis().temp_size_in_bytes
+
+
+def run_job(kind: str, out: str, address: str, number: int) -> None:
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_disable_most_optimizations", True)
+    warnings.simplefilter("ignore", lp.LaplodeWarning)  # the model is not fitted
+    if kind == "processes":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(address, num_processes=2, process_id=number)
+        assert jax.process_count() == 2 and jax.local_device_count() == 1
+    mesh = jax.make_mesh((jax.device_count(),), ("all",))
+    found = answers(mesh, all_of_them=kind == "devices")
+    if kind == "devices":
+        assert jax.device_count() == 4
+        four, one = check_mesh(mesh), check_mesh(jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("all",)))
+        found["held"] = np.array([bytes_held(four, 256), bytes_held(one, 256)])
+    np.savez(f"{out}.{number}.npz", **found)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)
+        few = lc._FEW_PARAMETERS
+        try:
+            return answers(None, all_of_them=True)
+        finally:
+            lc._FEW_PARAMETERS = few
+
+
+def start(tmp_path, kind: str, number: int = 0, address: str = "", devices: int = 1):
+    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, __file__, kind, str(tmp_path / "found"), address, str(number)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def ended(tmp_path, processes) -> list[dict[str, np.ndarray]]:
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return [dict(np.load(tmp_path / f"found.{number}.npz")) for number in range(len(processes))]
+
+
+def assert_same(found, alone):
+    for name, value in found.items():
+        expected = alone[name]
+        scale = np.max(np.abs(expected))
+        np.testing.assert_allclose(value, expected, rtol=0, atol=1e-10 * scale, err_msg=name)
+
+
+def test_four_devices(alone, tmp_path):
+    (found,) = ended(tmp_path, [start(tmp_path, "devices", devices=4)])
+    four, one = found.pop("held")
+    assert set(found) == set(alone)
+    assert_same(found, alone)
+    # Each has a quarter of the tangents.
+    assert four < 0.3 * one, (four, one)
+
+
+def test_two_processes(alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [start(tmp_path, "processes", number, address) for number in range(2)]
+    for found in ended(tmp_path, processes):
+        assert len(found) == 5
+        assert_same(found, alone)
+
+
+def test_what_a_mesh_is_no_use_for(growth):
+    mesh = jax.make_mesh((1,), ("all",))
+    run = lambda **options: lp.laplace(*growth, progress=False, **options)
+    with pytest.raises(lp.LaplodeError, match=r"`mesh` must be a jax.sharding.Mesh"):
+        run(mesh=4)
+    with pytest.raises(lp.LaplodeError, match=r"`mesh` must be a jax.sharding.Mesh"):
+        lp.predict(lp.laplace(*growth, progress=False), growth.problem.data.ts, key=KEY, mesh="all")
+    with pytest.raises(lp.LaplodeError, match=r"`mesh` goes with .* each product waits for the one before"):
+        run(structure="low_rank", mesh=mesh)
+
+
+if __name__ == "__main__":
+    run_job(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
