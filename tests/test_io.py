@@ -473,7 +473,7 @@ def test_a_hessian_goes_on_after_every_few_chunks(kills, tmp_path, monkeypatch, 
     over_rows, calls = lp._curvature.over_rows, []
 
     def interrupted(*arguments):
-        calls.append("stop" if len(calls) % 6 == 5 else "chunk")
+        calls.append("stop" if len(calls) % 4 == 3 else "chunk")
         if calls[-1] == "stop":
             raise KeyboardInterrupt
         return over_rows(*arguments)
@@ -486,17 +486,18 @@ def test_a_hessian_goes_on_after_every_few_chunks(kills, tmp_path, monkeypatch, 
         except KeyboardInterrupt as interrupt:
             notes += interrupt.__notes__
     assert kills.bits(found) == whole
-    assert calls.count("chunk") == 19 and calls.count("stop") == 3
-    assert notes[0] == "320 of 1200 rows are saved: the same call goes on from there."
+    assert calls.count("chunk") == 10 and calls.count("stop") == 3
+    assert notes[0] == "192 of 600 rows are saved: the same call goes on from there."
     # Finished, no row is computed again.
     assert kills.bits(kills.hessian_job(str(tmp_path / "c"), structure)) == whole
-    assert len(calls) == 22
+    assert len(calls) == 13
 
 
-def test_a_hessian_by_local_pieces_goes_on(neural, neural_posterior, tmp_path, monkeypatch):
+def test_a_hessian_by_local_pieces_goes_on(neural, tmp_path, monkeypatch):
     monkeypatch.setattr(lp._curvature, "_FEW_PARAMETERS", 0)
     monkeypatch.setattr(lp._curvature, "_CHUNK", 8)
-    around, checkpoint = neural_posterior.flow, Checkpoint(tmp_path / "c", "laplace", {}, {})
+    around = lp.curvature_products(*neural).flow
+    checkpoint = Checkpoint(tmp_path / "c", "laplace", {}, {})
     work = Work(progress=False, checkpoint=checkpoint)
     whole = hessian(around, neural.problem, batch_size=8)
     over_rows, calls = lp._curvature.over_rows, []

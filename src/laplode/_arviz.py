@@ -22,7 +22,7 @@ from ._model import NeuralODE
 from ._posterior import AbstractPosterior
 from ._predict import Predictions, with_noise
 from ._prior import prior_draws
-from ._problem import Trajectories
+from ._problem import Trajectories, check_count, check_key
 from ._vector import Parameters
 
 _CELLS = ["trajectory", "time", "channel"]
@@ -101,6 +101,9 @@ def to_datatree(
     fits = (fit,) if isinstance(fit, Fit) else tuple(fit) if isinstance(fit, Sequence) else (fit,) if fit else ()
     if not all(isinstance(each, Fit) for each in fits):
         raise LaplodeError("`fit` must come from laplode.fit or laplode.refine, or be a list of such.")
+    if key is not None:
+        check_key("key", key)
+    check_count("num_samples", num_samples)
     if not predictions and key is None:
         raise LaplodeError("`key` is needed to draw from the posterior when no predictions are given.")
     if prior_predictive and key is None:

@@ -25,6 +25,7 @@ from ._mesh import check_mesh, num_devices, over_rows
 from ._model import predict_trajectory, starts
 from ._posterior import AbstractPosterior, Posterior
 from ._prior import log_prior
+from ._problem import check_count, check_flag, check_key
 from ._vector import Parameters
 
 # Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
@@ -70,18 +71,22 @@ class Sampling(NamedTuple):
         khat: bool | None,
         resample: bool,
         progress: bool,
+        key: Any,
         mesh: Mesh | None = None,
     ) -> "Sampling":
         """**Raises:** `LaplodeError` when an argument does not fit."""
         check_x64()
+        check_key("key", key)
         chosen = choose("method", method, _METHODS)
         heavy = choose("proposal", proposal, {"gaussian": False, "student_t": True})
         if not isinstance(posterior, AbstractPosterior):
             raise LaplodeError(
                 f"`posterior` must come from laplode.laplace or laplode.mixture, got {type(posterior).__name__}."
             )
-        if not isinstance(num_samples, int | np.integer) or num_samples < 1:
-            raise LaplodeError(f"`num_samples` must be a positive integer, got {num_samples!r}.")
+        check_count("num_samples", num_samples)
+        check_flag("resample", resample)
+        if khat is not None:
+            check_flag("khat", khat)
         for name, value in (("df", df), ("tolerance", tolerance)):
             if not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
                 raise LaplodeError(f"`{name}` must be a positive number, got {value!r}.")

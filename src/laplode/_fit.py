@@ -19,7 +19,7 @@ from ._errors import FitError, LaplodeError, LaplodeWarning
 from ._file import Path, fingerprint, text_of
 from ._model import check_model, starts
 from ._prior import log_prior
-from ._problem import AbstractScaleLikelihood, Problem, check_problem
+from ._problem import AbstractScaleLikelihood, Problem, check_count, check_key, check_problem
 from ._solve import ForeignFlow
 from ._vector import Parameters, Where, parameters
 
@@ -119,8 +119,10 @@ def fit(
     if not isinstance(optimizer, optax.GradientTransformation):
         raise LaplodeError(f"`optimizer` must be an Optax optimizer such as optax.adam(1e-2), got {optimizer!r}.")
     for name, value in (("steps", steps), ("restarts", restarts), ("checkpoint_every", checkpoint_every)):
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise LaplodeError(f"`{name}` must be a positive integer, got {value!r}.")
+        check_count(name, value)
+    check_key("key", key)
+    if initialize is not None and not callable(initialize):
+        raise LaplodeError(f"`initialize` must be callable as initialize(key), got {type(initialize).__name__}.")
     lengths = _stage_lengths(horizons, problem.data.ts.shape[1])
     if steps < len(lengths):
         raise LaplodeError(f"`steps` = {steps} is fewer than the {len(lengths)} horizons: each takes one at least.")

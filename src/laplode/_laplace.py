@@ -38,7 +38,7 @@ from ._mesh import check_mesh, num_devices
 from ._model import check_model
 from ._posterior import Diagnostics, Method, Posterior
 from ._prior import log_prior, prior_deficit, prior_vectors
-from ._problem import Problem, check_problem
+from ._problem import Problem, check_count, check_key, check_problem
 from ._solve import AbstractFlow, ReplayedFlow, evaluate, flow, jacobian_route
 from ._structure import (
     Built,
@@ -283,14 +283,16 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
     check_problem(problem)
     for name in ("rank", "num_probes", "batch_size"):
         value = getattr(method, name)
-        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
-            raise LaplodeError(f"`{name}` must be a positive integer or None, got {value!r}.")
+        if value is not None:
+            check_count(name, value)
     if method.rank is not None and chosen is not _LOW_RANK:
         raise LaplodeError(f'`rank` goes with structure="low_rank", not with structure="{structure}".')
     if method.num_probes is not None and (chosen is not _DIAGONAL or factored is not None):
         raise LaplodeError('`num_probes` goes with curvature="hessian" and structure="diagonal".')
     if method.num_probes is not None and method.key is None:
         raise LaplodeError("`key` is needed for random probes: key=jax.random.key(0).")
+    if method.key is not None:
+        check_key("key", method.key)
     check_model(model, problem)
     view = parameters(model, where, problem.prior)
     prior_vectors(problem.prior, view)

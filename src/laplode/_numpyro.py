@@ -23,6 +23,7 @@ from ._draws import advice, log_joint_at
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._posterior import AbstractPosterior, Posterior
 from ._predict import Grid, predict_at
+from ._problem import check_count, check_flag, check_key
 from ._solve import has_reverse
 
 # Above this the ranks of the chains differ too much (Vehtari et al., 2021).
@@ -107,14 +108,12 @@ def nuts(
         )
     counts = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains}
     for name, value in (counts | {"max_tree_depth": max_tree_depth}).items():
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise LaplodeError(f"`{name}` must be a positive integer, got {value!r}.")
-    if not isinstance(num_prior, int | np.integer) or num_prior < 0:
-        raise LaplodeError(f"`num_prior` must be a number of draws, 0 for none; got {num_prior!r}.")
+        check_count(name, value)
+    check_count("num_prior", num_prior, 0)
+    check_key("key", key)
     if not isinstance(target_accept_prob, float | np.floating) or not 0 < target_accept_prob < 1:
         raise LaplodeError(f"`target_accept_prob` must lie between 0 and 1, got {target_accept_prob!r}.")
-    if not isinstance(dense_mass, bool | np.bool_):
-        raise LaplodeError(f"`dense_mass` must be True or False, got {dense_mass!r}.")
+    check_flag("dense_mass", dense_mass)
     vectorized = choose("chain_method", chain_method, {"vectorized": True, "sequential": False})
     data = posterior.problem.data
     check_coords(coords or {}, posterior)

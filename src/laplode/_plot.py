@@ -31,7 +31,7 @@ from ._model import NeuralODE, starts
 from ._posterior import AbstractPosterior, Posterior
 from ._predict import Predictions
 from ._prior import prior_vectors
-from ._problem import AbstractLikelihood, Trajectories
+from ._problem import AbstractLikelihood, Trajectories, check_count, check_key
 
 # From the color-blind safe palette of Okabe and Ito.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -600,9 +600,11 @@ def plot_marginals(
 
     **Raises:** `LaplodeError` when draws are missing, or a name is unknown.
     """
+    check_count("num", num)
     if isinstance(source, AbstractPosterior):
         if key is None:
             raise LaplodeError("`key` is needed to draw from a posterior.")
+        check_key("key", key)
         source = to_datatree(source, key=key, parameters="all")
     if not isinstance(source, xr.DataTree):
         raise LaplodeError(f"`source` must be a DataTree from to_datatree or a posterior, got {type(source).__name__}.")

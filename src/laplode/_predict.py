@@ -156,7 +156,7 @@ def predict(
     (2024), "Riemannian Laplace approximation with the Fisher metric"; Vehtari et al. (2024), "Pareto smoothed
     importance sampling".
     """
-    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress, mesh)
+    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress, key, mesh)
     start = UncertainStart.of(y0) if isinstance(y0, dist.Distribution) else None
     grid = dataclasses.replace(Grid.of(posterior, ts, y0 if start is None else start.mean, args), start=start)
     key_theta, key_noise, key_start = jax.random.split(key, 3)

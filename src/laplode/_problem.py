@@ -37,6 +37,14 @@ def check_key(name: str, key: Any) -> PRNGKeyArray:
     return key  # pyright: ignore[reportReturnType]
 
 
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an integer of at least `least`, or say that it is none."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise LaplodeError(f"`{name}` must be {wanted}, got {value!r}.")
+    return int(value)
+
+
 def check_flag(name: str, value: Any) -> bool:
     """Return `value` as True or False, or say that it is neither."""
     if not isinstance(value, bool | np.bool_):
@@ -273,7 +281,8 @@ class AbstractScaleLikelihood(AbstractLikelihood):
         return jnp.concatenate([of_location, jnp.full_like(scale, of_log_scale)], axis=-1)
 
 
-def _check_scale(scale: Any, learned: bool) -> np.ndarray | None:
+def _check_scale(scale: Any, learned: Any) -> np.ndarray | None:
+    check_flag("learned", learned)
     if scale is None:
         if learned:
             raise LaplodeError(
@@ -407,7 +416,7 @@ class Gaussian(AbstractNormal):
 
     def __init__(self, scale: Any = None, *, learned: bool = False, lower: Any = None, upper: Any = None):
         self.scale = _check_scale(scale, learned)
-        self.learned = learned
+        self.learned = bool(learned)
         self.lower, self.upper = _check_limits(lower, upper, scale, positive=False)
 
     def family(self, location, scale):
@@ -441,7 +450,7 @@ class LogNormal(AbstractNormal):
 
     def __init__(self, scale: Any = None, *, learned: bool = False, lower: Any = None, upper: Any = None):
         self.scale = _check_scale(scale, learned)
-        self.learned = learned
+        self.learned = bool(learned)
         self.lower, self.upper = _check_limits(lower, upper, scale, positive=True)
 
     def family(self, location, scale):
@@ -489,7 +498,7 @@ class StudentT(AbstractScaleLikelihood):
             raise LaplodeError(f"`df` must be a number, got shape {df.shape}.")
         self.df = df
         self.scale = _check_scale(scale, learned)
-        self.learned = learned
+        self.learned = bool(learned)
 
     @property
     def quadratic(self):

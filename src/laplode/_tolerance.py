@@ -5,13 +5,12 @@ import warnings
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._curvature import CurvatureProducts, check_x64
 from ._errors import LaplodeError, LaplodeWarning
 from ._posterior import Posterior
-from ._problem import check_key
+from ._problem import check_count, check_key
 from ._solve import ReplayedFlow, tightened
 
 # How much smaller the tolerances are that those of the posterior are compared with, and what change is too large.
@@ -44,8 +43,7 @@ def check_tolerance(posterior: Posterior, *, num_probes: int = 4, key: PRNGKeyAr
             f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}: of a mixture, take one of "
             "its `.components`."
         )
-    if not isinstance(num_probes, int | np.integer) or num_probes < 1:
-        raise LaplodeError(f"`num_probes` must be a positive integer, got {num_probes!r}.")
+    check_count("num_probes", num_probes)
     key = jax.random.key(0) if key is None else check_key("key", key)
     loose = posterior.flow
     if not isinstance(loose, ReplayedFlow):

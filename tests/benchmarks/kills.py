@@ -60,9 +60,9 @@ def job(checkpoint: str | None = None) -> lp.Fit:
 
 
 def hessian_job(checkpoint: str | None = None, structure: str = "full") -> lp.Posterior:
-    """An exact Hessian of some twenty chunks of rows."""
+    """An exact Hessian of ten chunks of rows."""
     rng = np.random.default_rng(1)
-    model = Wave(jnp.asarray(rng.normal(size=(2, 400)) / 20), jnp.asarray(rng.normal(size=400)))
+    model = Wave(jnp.asarray(rng.normal(size=(2, 200)) / 15), jnp.asarray(rng.normal(size=200)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lp.LaplodeWarning)  # the model is not fitted
         options = dict(structure=structure, batch_size=4, progress=False)
