@@ -57,6 +57,7 @@ KINDS = {
     "flag": [NOTHING, "yes", 2, NAN],
     "callable": [NOTHING, 3, "f"],
     "path": [3, None, 1.5, NOTHING],
+    "new states": [NOTHING, "here", [[NAN, 1.0], [1.0, 1.0]], [[1j, 1.0], [1.0, 1.0]], [[[1.0]]], [[1.0, 2.0, 3.0]]],
     "states": [NOTHING, "here", [1.0], [[NAN, 1.0], [1.0, 1.0]], [[1.0, 2.0]], [[1j, 1.0], [1.0, 1.0]], [[[1.0]]]],
 }  # fmt: skip
 
@@ -83,7 +84,7 @@ ARGUMENTS = {
                                              lambda f: dist.Normal(f, 1).to_event(1)],
                     prior=[0.0, -1.0, NAN, INF, "strong", NOTHING, None, lp.Gaussian(1.0), dist.Normal()]),
     "NeuralODE": dict(vector_field=[NOTHING, None, 3], observe="callable",
-                      y0=[NAN, [[[1.0]]], 1.0, "here", NOTHING], scale=[0.0, [-1.0], [NAN], [[1.0]], "small"],
+                      y0=[NAN, [[[1.0]]], 1.0, "here", NOTHING, 1j], scale=[0.0, [-1.0], [NAN], [[1.0]], "small"],
                       solver=[NOTHING, "tsit5", 3], stepsize_controller=[NOTHING, 1e-6], max_steps="count",
                       dt0=[NOTHING, "small", 0.0, NAN]),
     "laplace": dict(model="model", problem="problem", **OPTIONS, regularization="option", batch_size="count or None",
@@ -97,7 +98,7 @@ ARGUMENTS = {
     "check_tolerance": dict(posterior="posterior", num_probes="count", key=["seed", 0.5, NOTHING]),
     "refine": dict(model="model", problem="problem", curvature="option", decrement="positive", steps="at least 0",
                    newton_steps="at least 0", where="where"),
-    "predict": dict(**SAMPLING, ts="times", y0="states", args=[3.0, [1.0, 2.0]], mesh=[NOTHING, 4, "all"]),
+    "predict": dict(**SAMPLING, ts="times", y0="new states", args=[3.0, [1.0, 2.0]], mesh=[NOTHING, 4, "all"]),
     "predict_function": dict(**SAMPLING, function=[NOTHING, None, 3]),
     "predict_field": dict(posterior="posterior", method="option", num_samples="count", df="positive"),
     "evidence": dict(posterior="posterior", precision="option", noise=["nonsense", 3, NOTHING]),
@@ -108,7 +109,7 @@ ARGUMENTS = {
     "mixture": dict(posteriors=[NOTHING, None, [], [None], 3],
                     weights=[NOTHING, [1.0, 2.0], [-1.0], [NAN], "all", [0.0]]),
     "identifiability": dict(posterior="posterior", threshold="probability"),
-    "information_gain": dict(posterior="posterior", ts="times", criterion="option", target="callable", y0="states"),
+    "information_gain": dict(posterior="posterior", ts="times", criterion="option", target="callable", y0="new states"),
     "choose_measurements": dict(posterior="posterior", ts="times", num="count", criterion="option", target="callable"),
     "nuts": dict(posterior="posterior", key="key", num_warmup="count", num_samples="count", num_chains="count",
                  target_accept_prob="probability", max_tree_depth="count", dense_mass="flag", num_prior="at least 0",
@@ -200,7 +201,7 @@ def test_there_are_enough_and_no_function_is_left_out():
         assert set(arguments) <= set(inspect.signature(getattr(lp, name)).parameters), name
 
 
-@pytest.mark.parametrize(("name", "argument", "value"), cases())
+@pytest.mark.parametrize(("name", "argument", "value"), list(cases()))
 def test_refused_by_name(good, name, argument, value):
     function = getattr(lp, name)
     given = good[name] | NEEDS.get((name, argument), {}) | {argument: value}

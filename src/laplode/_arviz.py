@@ -112,7 +112,7 @@ def to_datatree(
         parameters = "all" if posterior.size <= _MOST_ROWS else "layers"
     choose("parameters", parameters, dict.fromkeys(("all", "layers")))
     data = posterior.problem.data
-    layout = Layout.of(posterior, parameters, check_coords(coords or {}, posterior))
+    layout = Layout.of(posterior, parameters, check_coords({} if coords is None else coords, posterior))
     basis = {**layout.attrs, **posterior_attrs(posterior)}
 
     if predictions:
@@ -204,6 +204,8 @@ def check_coords(coords: Mapping[str, Sequence[Any]], posterior: AbstractPosteri
 
     **Raises:** `LaplodeError` when they do not fit.
     """
+    if not isinstance(coords, Mapping):
+        raise LaplodeError(f'`coords` must map names such as "channel" to lists, got {coords!r}.')
     data, model = posterior.problem.data, posterior.parameters.model
     neural = isinstance(model, NeuralODE)
     num_states = (

@@ -23,7 +23,7 @@ from ._draws import advice, log_joint_at
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._posterior import AbstractPosterior, Posterior
 from ._predict import Grid, predict_at
-from ._problem import check_count, check_flag, check_key
+from ._problem import check_count, check_flag, check_key, real_array
 from ._solve import has_reverse
 
 # Above this the ranks of the chains differ too much (Vehtari et al., 2021).
@@ -116,7 +116,7 @@ def nuts(
     check_flag("dense_mass", dense_mass)
     vectorized = choose("chain_method", chain_method, {"vectorized": True, "sequential": False})
     data = posterior.problem.data
-    check_coords(coords or {}, posterior)
+    check_coords({} if coords is None else coords, posterior)
     here = Grid.of(posterior, data.ts, None, None)
     if ts is None and not (y0 is None and args is None):
         raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
@@ -240,7 +240,7 @@ def _begin(posterior: AbstractPosterior, starts: Any, num_chains: int, key: PRNG
     size, components = posterior.size, posterior.components
     unlimited = _Target(components[0], jnp.array(jnp.inf))
     if starts is not None:
-        thetas = np.asarray(starts, dtype=float)
+        thetas = real_array("starts", starts)
         if thetas.shape != (num_chains, size) or not np.all(np.isfinite(thetas)):
             raise LaplodeError(
                 f"`starts` must be finite and of shape (num_chains, P) = ({num_chains}, {size}), got {thetas.shape}."

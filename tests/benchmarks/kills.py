@@ -88,13 +88,35 @@ def setup(cache: str) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+def _started(checkpoint: str, cache: str, name: str) -> subprocess.Popen:
+    """A job in a process of its own, at its first checkpoint since then."""
+    before = _stamp(checkpoint)
+    process = subprocess.Popen([sys.executable, __file__, "--job", name, checkpoint, cache])
+    while process.poll() is None and _stamp(checkpoint) == before:
+        time.sleep(0.002)
+    return process
+
+
+def _stamp(path: str) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def seconds_of_writing(checkpoint: str, cache: str, name: str) -> float:
+    """From the first to the last checkpoint of a whole job."""
+    process = _started(checkpoint, cache, name)
+    first = _stamp(checkpoint)
+    process.wait()
+    last = _stamp(checkpoint)
+    os.remove(checkpoint)
+    return ((last or 0) - (first or 0)) * 1e-9
+
+
 def killed(checkpoint: str, cache: str, seconds: float, name: str = "fit") -> bool:
     """Run a job in a process of its own and kill it so long after it got somewhere; False if it ended before."""
-    stamp = lambda: os.stat(checkpoint).st_mtime_ns if os.path.exists(checkpoint) else None
-    before = stamp()
-    process = subprocess.Popen([sys.executable, __file__, "--job", name, checkpoint, cache])
-    while process.poll() is None and stamp() == before:
-        time.sleep(0.002)
+    process = _started(checkpoint, cache, name)
     time.sleep(seconds)
     if process.poll() is None:
         process.kill()  # SIGKILL
@@ -112,21 +134,20 @@ def main(kills: int, seed: int) -> None:
         for name, num in (("fit", kills // 2), ("laplace", kills - kills // 2)):
             checkpoint = os.path.join(folder, f"{name}.laplode")
             whole = bits(JOBS[name]())
-            start = time.monotonic()
-            JOBS[name]()
-            seconds = time.monotonic() - start
-            done = ended = different = 0
+            seconds = seconds_of_writing(checkpoint, cache, name)
+            done = ended = different = left = 0
             while done < num:
-                # Any moment, of writing too, but early enough that it seldom ends before.
-                done += killed(checkpoint, cache, rng.uniform(0, 0.5 * seconds), name)
+                was_killed = killed(checkpoint, cache, rng.uniform(0, 0.7 * seconds), name)
+                done += was_killed
                 size = os.path.getsize(checkpoint)
                 parts = len(glob.glob(checkpoint + ".*.tmp"))
-                if done % 5 == 0 or rng.random() < 0.1:
+                left += parts
+                if not was_killed or done % 5 == 0 or rng.random() < 0.1:
                     ended += 1
                     different += bits(JOBS[name](checkpoint)) != whole
                     os.remove(checkpoint)
                     assert not glob.glob(checkpoint + ".*.tmp")
-                said = f"{done} kills, {ended} ends, {different} different, {size} bytes, {parts} parts left"
+                said = f"{done} kills, {ended} ends, {different} different, {size} bytes, {left} in the act of writing"
                 print(f"{name}: {said}", flush=True)
 
 
