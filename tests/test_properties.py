@@ -11,13 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 import laplode as lp
 from laplode import _structure as ls
 from laplode._vector import parameters
 
-settings.register_profile("laplode", deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+settings.register_profile(
+    "laplode",
+    deadline=None,
+    max_examples=6,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],  # to shrink would take minutes
+    suppress_health_check=list(HealthCheck),
+)
 settings.load_profile("laplode")
 
 KEY = jax.random.key(0)
@@ -88,10 +96,18 @@ def test_the_unit_of_t(seed, mask, unit):
     ys, y0 = drawn(seed, mask)
     factors = np.array([unit, unit, 1.0])
     slower = Growth(MODEL.rate / unit, MODEL.gain)
-    one = posterior_of(ys, y0)
-    other = posterior_of(ys, y0, model=slower, ts=TS * unit, prior=factors**2)
-    assert_close(np.asarray(other.curvature.matrix) / np.outer(factors, factors), one.curvature.matrix)
+    one = posterior_of(ys, y0, curvature="ggn", structure="low_rank")
+    problem = dict(model=slower, ts=TS * unit, prior=factors**2)
+    other = posterior_of(ys, y0, **problem, curvature="ggn", structure="low_rank")
     assert_close(other.marginal_std() * factors, one.marginal_std())
+    # As a matrix, unless units lie so far apart that it is refused.
+    exact = posterior_of(ys, y0)
+    try:
+        other = posterior_of(ys, y0, **problem)
+    except lp.LaplodeError as error:
+        assert "positive definite" in str(error) and not 1e-6 < unit < 1e6
+    else:
+        assert_close(np.asarray(other.curvature.matrix) / np.outer(factors, factors), exact.curvature.matrix)
 
 
 @given(seeds, masks, st.permutations(range(N)))
@@ -113,7 +129,7 @@ def test_the_order_of_leaves(seed, mask):
 
 @given(seeds, masks, masks)
 @pytest.mark.parametrize("curvature", ["hessian", "ggn", "fisher"])
-def test_curvature_is_a_sum_over_data(seed, mask, first, curvature):
+def test_curvature_is_a_sum_over_data(curvature, seed, mask, first):
     """Any data set split in two, value by value."""
     ys, y0 = drawn(seed)
     second = mask & ~first
@@ -263,7 +279,7 @@ def test_jit_vmap_and_grad(growth, growth_posterior):
     posterior, center = growth_posterior, growth_posterior.mean
     thetas = posterior.sample(KEY, 4)
     density = posterior.log_prob
-    np.testing.assert_allclose(jax.jit(density)(thetas), density(thetas), rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(lambda thetas: density(thetas))(thetas), density(thetas), rtol=1e-12)
     np.testing.assert_allclose(jax.vmap(density)(thetas), density(thetas), rtol=1e-12)
     slopes = jax.vmap(jax.grad(density))(thetas)
     assert_close(slopes, (center - thetas) @ posterior.precision(), 1e-10)
@@ -313,7 +329,7 @@ class Confused(eqx.Module):
         return y0 + ((self.a + self.b) * ts + 1e-8 * self.c * ts**2)[:, None]
 
 
-@pytest.mark.parametrize("power", [0, -4, -8, -12])
+@pytest.mark.parametrize("power", [0, -4, -8, -10])
 @pytest.mark.parametrize("options", [dict(), dict(curvature="ggn", structure="low_rank"), dict(curvature="ggn")],
                          ids=["hessian", "low rank", "ggn"])  # fmt: skip
 def test_duplicate_directions_up_to_a_condition_of_1e16(power, options):
@@ -326,9 +342,13 @@ def test_duplicate_directions_up_to_a_condition_of_1e16(power, options):
         posterior = lp.laplace(model, problem, progress=False, **options)
     information = np.sum(TS**2) / scale**2
     condition = (2 * information + precision) / precision
-    np.testing.assert_allclose(posterior.diagnostics.condition_number, condition, rtol=1e-2)
-    together, apart = np.array([1.0, 1.0, 0.0]), np.array([1.0, -1.0, 0.0])
-    of = lambda direction: float(direction @ posterior.structure.covariance_product(jnp.asarray(direction)))
-    np.testing.assert_allclose(of(together), 1 / (information + precision / 2), rtol=1e-6)
-    np.testing.assert_allclose(of(apart), 2 / precision, rtol=1e-6)
+    # As far as it can be known.
+    assert posterior.diagnostics.condition_number > 0.5 * min(condition, 1e16)
+    rows = jnp.array([[1.0, 1.0, 0.0], [1.0, -1.0, 0.0]])
+    together, apart = np.diagonal(posterior.structure.predictive_covariance(rows))
+    # Of the sum and of 1e-8 c, whose matrix is well conditioned.
+    sums = np.array([[np.sum(TS ** (i + j)) for i in (1, 2)] for j in (1, 2)]) / scale**2
+    expected = np.linalg.inv(sums + np.diag([precision / 2, 1e16 * precision]))[0, 0]
+    np.testing.assert_allclose(together, expected, rtol=1e-12 + 100 * np.finfo(float).eps * condition)
+    np.testing.assert_allclose(apart, 2 / precision, rtol=1e-12 + 10 * np.finfo(float).eps * condition)
     assert np.all(np.isfinite(posterior.sample(KEY, 3)))
