@@ -167,13 +167,13 @@ def test_two_processes(alone, tmp_path):
         assert_same(found, alone)
 
 
-def test_what_a_mesh_is_no_use_for(growth):
+def test_what_a_mesh_is_no_use_for(growth, growth_posterior):
     mesh = jax.make_mesh((1,), ("all",))
     run = lambda **options: lp.laplace(*growth, progress=False, **options)
     with pytest.raises(lp.LaplodeError, match=r"`mesh` must be a jax.sharding.Mesh"):
         run(mesh=4)
     with pytest.raises(lp.LaplodeError, match=r"`mesh` must be a jax.sharding.Mesh"):
-        lp.predict(lp.laplace(*growth, progress=False), growth.problem.data.ts, key=jax.random.key(0), mesh="all")
+        lp.predict(growth_posterior, growth.problem.data.ts, key=jax.random.key(0), mesh="all")
     with pytest.raises(lp.LaplodeError, match=r"`mesh` goes with .* each product waits for the one before"):
         run(structure="low_rank", mesh=mesh)
 

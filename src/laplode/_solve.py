@@ -574,7 +574,7 @@ def local_hessian(
     tangents through the solve and back, nothing is sequential any more.
     """
     points, rest = over_rows(mesh, _cross_terms, flow.parameters, flow.rows, (cotangents, weights))
-    return LocalLagrangian(flow, *points, cotangents), rest
+    return LocalLagrangian(flow, *points, cotangents), rest  # pyright: ignore[reportCallIssue]
 
 
 @eqx.filter_jit
