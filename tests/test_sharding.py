@@ -178,5 +178,14 @@ def test_what_a_mesh_is_no_use_for(growth, growth_posterior):
         run(structure="low_rank", mesh=mesh)
 
 
+def test_a_mesh_of_one(growth, growth_posterior, quiet):
+    mesh = jax.make_mesh((1,), ("all",))
+    posterior = quiet(*growth, mesh=mesh)
+    assert_same({"hessian": posterior.curvature.matrix}, {"hessian": growth_posterior.curvature.matrix})
+    options = dict(ts=growth.problem.data.ts, method="sampled", khat=False, num_samples=3, key=jax.random.key(0))
+    alone, found = (lp.predict(growth_posterior, **options, mesh=m, progress=False) for m in (None, mesh))
+    assert_same({"solves": found.epistemic}, {"solves": alone.epistemic})
+
+
 if __name__ == "__main__":
     run_job(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
