@@ -68,7 +68,7 @@ def answers(mesh, *, all_of_them: bool) -> dict[str, np.ndarray]:
     predict = lambda posterior, **options: lp.predict(
         posterior, data.ts, num_samples=5, key=key, mesh=mesh, progress=False, **options
     )
-    factored, exact = run(field(), curvature="ggn", structure="low_rank"), run(closed())
+    factored, exact = run(closed(), curvature="ggn", structure="low_rank"), run(closed())
     linearized = predict(factored)
     found = {
         "jacobian": factored.curvature.factor,
@@ -81,11 +81,11 @@ def answers(mesh, *, all_of_them: bool) -> dict[str, np.ndarray]:
         sampled, geodesic = predict(exact, method="sampled"), predict(exact, method="geodesic", khat=False)
         lc._FEW_PARAMETERS = 0  # the Hessian by local pieces
         found |= {
-            "local": run(field()).curvature.matrix,
-            "diagonal": run(closed(), structure="diagonal").curvature.diagonal,
             "solves": sampled.epistemic,
             "weights": sampled.log_p,
             "geodesics": geodesic.epistemic,
+            "sensitivities": run(field(), curvature="ggn", structure="low_rank").curvature.factor,
+            "local": run(field()).curvature.matrix,
         }
     return {name: np.asarray(value) for name, value in found.items()}
 
