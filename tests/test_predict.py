@@ -324,7 +324,6 @@ def test_khat_where_one_draw_has_all_the_weight(scale):
     np.testing.assert_allclose(np.sum(np.exp(log_weights)), 1, rtol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:The likelihood's exact Hessian has 1 negative")
 def test_a_point_far_from_the_optimum_is_flagged(growth, growth_posterior):
     away = eqx.tree_at(lambda m: m.rate, growth.model, jnp.array([0.6, -0.1]))
     with pytest.warns(lp.LaplodeWarning, match="nats"):

@@ -39,7 +39,7 @@ def test_the_change_is_that_of_the_matrices(quiet, curvature):
         found = lp.check_tolerance(loose, num_probes=400, key=jax.random.key(1))
     assert expected > 1e-2
     np.testing.assert_allclose(found, expected, rtol=0.15)
-    if curvature == "hessian":  # and the tighter one is right
+    if curvature == "ggn":  # and the tighter one is right; products of Hessians take longer to compile
         assert lp.check_tolerance(posterior_of(diffrax.PIDController(1e-5, 1e-6), quiet, **options)) < 1e-2
 
 
