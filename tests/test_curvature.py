@@ -264,7 +264,7 @@ def test_hessian_under_every_likelihood_against_differences(growth, name):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 27, 1000])
 def test_chunks_make_the_same_matrix(neural, neural_posterior, batch_size):
-    found = lc.hessian(neural_posterior.flow, neural.problem, batch_size=batch_size, progress=False)
+    found = lc.hessian(neural_posterior.flow, neural.problem, batch_size=batch_size)
     assert relative(found.matrix, neural_posterior.curvature.matrix) < 1e-13
 
 

@@ -14,6 +14,8 @@ PACKAGE = Path(lp.__file__).parent
 ORDER = [
     "_errors",
     "_file",
+    "_checkpoint",
+    "_mesh",
     "_problem",
     "_model",
     "_vector",
@@ -24,6 +26,7 @@ ORDER = [
     "_structure",
     "_posterior",
     "_laplace",
+    "_tolerance",
     "_fit",
     "_refine",
     "_evidence",

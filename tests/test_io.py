@@ -1,4 +1,4 @@
-"""Results on disk and back: the same bits, or an error that says why not; and a fit that survives being killed."""
+"""Results on disk and back: the same bits, or an error that says why not; and work that survives being killed."""
 
 import contextlib
 import dataclasses
@@ -19,6 +19,8 @@ import optax
 import pytest
 
 import laplode as lp
+from laplode._checkpoint import Checkpoint
+from laplode._curvature import Work, hessian
 from laplode._file import _prelude, fingerprint, text_of, write
 
 KEY = jax.random.key(0)
@@ -452,12 +454,114 @@ def test_a_full_disk_does_not_end_a_fit(growth, whole, kills, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_killed_process_goes_on_to_the_same_bits(kills, tmp_path):
-    checkpoint, rng = str(tmp_path / "c"), np.random.default_rng(os.getpid())
+@pytest.mark.parametrize("name", ["fit", "laplace"])
+def test_a_killed_process_goes_on_to_the_same_bits(kills, tmp_path, name):
+    checkpoint, rng, job = str(tmp_path / "c"), np.random.default_rng(os.getpid()), kills.JOBS[name]
     cache = jax.config.jax_compilation_cache_dir
-    killed = [kills.killed(checkpoint, cache, rng.uniform(0, 0.1)) for _ in range(2)]
+    killed = [kills.killed(checkpoint, cache, rng.uniform(0, 0.1), name) for _ in range(2)]
     assert any(killed)
-    assert kills.bits(kills.job(checkpoint)) == kills.bits(kills.job())
+    assert kills.bits(job(checkpoint)) == kills.bits(job())
+
+
+# ---- Checkpoints of exact Hessians
+
+
+@pytest.mark.parametrize("structure", ["full", "block_diagonal", "diagonal"])
+def test_a_hessian_goes_on_after_every_few_chunks(kills, tmp_path, monkeypatch, structure):
+    """Stopped by Ctrl-C again and again: what was computed is saved, and no row is computed twice."""
+    whole = kills.bits(kills.hessian_job(structure=structure))
+    over_rows, calls = lp._curvature.over_rows, []
+
+    def interrupted(*arguments):
+        calls.append("stop" if len(calls) % 4 == 3 else "chunk")
+        if calls[-1] == "stop":
+            raise KeyboardInterrupt
+        return over_rows(*arguments)
+
+    monkeypatch.setattr(lp._curvature, "over_rows", interrupted)
+    found, notes = None, []
+    while found is None:
+        try:
+            found = kills.hessian_job(str(tmp_path / "c"), structure)
+        except KeyboardInterrupt as interrupt:
+            notes += interrupt.__notes__
+    assert kills.bits(found) == whole
+    assert calls.count("chunk") == 10 and calls.count("stop") == 3
+    assert notes[0] == "192 of 600 rows are saved: the same call goes on from there."
+    # Finished, no row is computed again.
+    assert kills.bits(kills.hessian_job(str(tmp_path / "c"), structure)) == whole
+    assert len(calls) == 13
+
+
+def test_a_hessian_by_local_pieces_goes_on(neural, tmp_path, monkeypatch):
+    monkeypatch.setattr(lp._curvature, "_FEW_PARAMETERS", 0)
+    monkeypatch.setattr(lp._curvature, "_CHUNK", 8)
+    around = lp.curvature_products(*neural).flow
+    checkpoint = Checkpoint(tmp_path / "c", "laplace", {}, {})
+    work = Work(progress=False, checkpoint=checkpoint)
+    whole = hessian(around, neural.problem, batch_size=8)
+    over_rows, calls = lp._curvature.over_rows, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return over_rows(*arguments)
+
+    monkeypatch.setattr(lp._curvature, "over_rows", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hessian(around, neural.problem, batch_size=8, work=work)
+    checkpoint = Checkpoint(tmp_path / "c", "laplace", {}, {})
+    # As it was begun, whatever memory is free now.
+    monkeypatch.setattr(lp._curvature, "_FEW_PARAMETERS", 10**9)
+    found = hessian(around, neural.problem, batch_size=None, work=work._replace(checkpoint=checkpoint))
+    assert np.asarray(found.matrix).tobytes() == np.asarray(whole.matrix).tobytes()
+    assert len(calls) == 5
+
+
+def test_a_checkpoint_of_a_hessian_is_of_its_arguments(growth, quiet, kills, stored, tmp_path):
+    path = tmp_path / "c"
+    first = quiet(*growth, checkpoint=path)
+    before = path.read_bytes()
+    assert_same(quiet(*growth, checkpoint=path).curvature, first.curvature)
+    # What is made of the curvature may change.
+    assert_same(quiet(*growth, checkpoint=path, regularization="abs").curvature, first.curvature)
+    other = eqx.tree_at(lambda p: p.likelihood.scale, growth.problem, np.array(0.2))
+    for change, match in (
+        (dict(model=eqx.tree_at(lambda m: m.gain, growth.model, jnp.array(1.3))), "other arguments: `model` or"),
+        (dict(where=lambda m: m.gain), "`where`"),
+        (dict(problem=other), "other arguments: `problem`\\. "),
+        (dict(structure="diagonal"), "`structure`, `batch_size` or `mesh`\\. "),
+        (dict(batch_size=2), "`batch_size`"),
+        (dict(checkpoint=stored), r"holds Posterior. Take another path"),
+        (dict(checkpoint=3), "`checkpoint` must be a path"),
+        (dict(curvature="ggn"), '`checkpoint` goes with curvature="hessian"'),
+        (dict(structure="low_rank"), '`checkpoint` goes with curvature="hessian"'),
+        (dict(structure="diagonal", num_probes=2, key=KEY), '`checkpoint` goes with curvature="hessian"'),
+    ):
+        with pytest.raises(lp.LaplodeError, match=match):
+            lp.laplace(**dict(model=growth.model, problem=growth.problem, checkpoint=path, progress=False) | change)
+    with pytest.raises(lp.LaplodeError, match=r"`checkpoint`: .* holds a checkpoint of laplace. Take"):
+        fit(growth, path)
+    assert path.read_bytes() == before
+    path.write_bytes(before[:-3])
+    with pytest.raises(lp.LaplodeError, match="bytes and should have"):
+        quiet(*growth, checkpoint=path)
+
+
+def test_a_full_disk_does_not_end_a_hessian(growth, growth_posterior, tmp_path):
+    with full_disk(200), pytest.warns(lp.LaplodeWarning) as caught:
+        found = lp.laplace(*growth, checkpoint=tmp_path / "c", progress=False)
+    assert any("`laplace` goes on without a new checkpoint" in str(each.message) for each in caught)
+    assert_same(found.curvature, growth_posterior.curvature)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_kill_left_is_removed(growth, quiet, tmp_path):
+    for name in ("c.0123abcd.tmp", "c.0123abcd.tmp.mine", "c.notes.tmp", "cc.0123abcd.tmp"):
+        (tmp_path / name).touch()
+    quiet(*growth, checkpoint=tmp_path / "c")
+    assert sorted(os.listdir(tmp_path)) == ["c", "c.0123abcd.tmp.mine", "c.notes.tmp", "cc.0123abcd.tmp"]
 
 
 def test_fingerprints_are_of_contents():

@@ -241,7 +241,7 @@ def test_chains_of_a_mixture_start_at_its_components_and_say_that_they_disagree(
         (dict(num_warmup=1.5), "`num_warmup` must be a positive integer"),
         (dict(num_chains=True), "`num_chains` must be a positive integer"),
         (dict(max_tree_depth=0), "`max_tree_depth` must be a positive integer"),
-        (dict(num_prior=-1), "`num_prior` must be a number of draws"),
+        (dict(num_prior=-1), "`num_prior` must be an integer of at least 0"),
         (dict(target_accept_prob=1.0), "`target_accept_prob` must lie between 0 and 1"),
         (dict(dense_mass="full"), "`dense_mass` must be True or False"),
         (dict(chain_method="parallel"), '`chain_method` must be one of "vectorized", "sequential"'),

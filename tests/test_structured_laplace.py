@@ -81,12 +81,12 @@ def test_local_hessian_equals_tangents_through_the_solve(name, request, monkeypa
     data = problem.data
     around = flow(parameters(model, None, problem.prior), data.ts, data.y0, data.args)
     monkeypatch.setattr(lc, "_FEW_PARAMETERS", 10**9)
-    through = lc.hessian(around, problem, batch_size=None, progress=False)
+    through = lc.hessian(around, problem, batch_size=None)
     monkeypatch.setattr(lc, "_FEW_PARAMETERS", 0)
-    local = lc.hessian(around, problem, batch_size=None, progress=False)
+    local = lc.hessian(around, problem, batch_size=None)
     np.testing.assert_allclose(local.matrix, through.matrix, rtol=0, atol=1e-12 * np.abs(through.matrix).max())
     assert local.symmetry_defect < 1e-12 and through.symmetry_defect < 1e-12
-    batched = lc.hessian(around, problem, batch_size=5, progress=False)
+    batched = lc.hessian(around, problem, batch_size=5)
     np.testing.assert_allclose(batched.matrix, local.matrix, rtol=0, atol=1e-12 * np.abs(local.matrix).max())
 
 
@@ -171,7 +171,7 @@ def test_truncation_only_widens(plain):
 def test_stochastic_diagonal_tends_to_the_exact_one(plain):
     model, problem = plain
     exact = lc.hessian_diagonal(
-        flow(parameters(model), problem.data.ts, problem.data.y0, None), problem, batch_size=None, progress=False
+        flow(parameters(model), problem.data.ts, problem.data.y0, None), problem, batch_size=None
     ).diagonal
     run = lambda num, seed: (
         laplode.laplace(
@@ -191,7 +191,7 @@ def test_products(plain):
     v = jnp.asarray(rng.normal(size=products.theta.size))
     around = products.flow
     factored = lc.ggn(around, problem)
-    matrix = lc.hessian(around, problem, batch_size=None, progress=False).matrix
+    matrix = lc.hessian(around, problem, batch_size=None).matrix
     np.testing.assert_allclose(products.hessian(v), matrix @ v, rtol=1e-9, atol=1e-9 * np.abs(matrix).max())
     np.testing.assert_allclose(products.gauss_newton(v), factored.matrix() @ v, rtol=1e-9, atol=1e-8)
     push = products.jacobian(v)

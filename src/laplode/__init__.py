@@ -50,3 +50,4 @@ from ._problem import (
     Trajectories as Trajectories,
 )
 from ._refine import refine as refine
+from ._tolerance import check_tolerance as check_tolerance

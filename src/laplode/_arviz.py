@@ -22,7 +22,7 @@ from ._model import NeuralODE
 from ._posterior import AbstractPosterior
 from ._predict import Predictions, with_noise
 from ._prior import prior_draws
-from ._problem import Trajectories
+from ._problem import Trajectories, check_count, check_key
 from ._vector import Parameters
 
 _CELLS = ["trajectory", "time", "channel"]
@@ -103,6 +103,9 @@ def to_datatree(
     fits = (fit,) if isinstance(fit, Fit) else tuple(fit) if isinstance(fit, Sequence) else (fit,) if fit else ()
     if not all(isinstance(each, Fit) for each in fits):
         raise LaplodeError("`fit` must come from laplode.fit or laplode.refine, or be a list of such.")
+    if key is not None:
+        check_key("key", key)
+    check_count("num_samples", num_samples)
     if not predictions and key is None:
         raise LaplodeError("`key` is needed to draw from the posterior when no predictions are given.")
     if prior_predictive and key is None:
@@ -111,7 +114,7 @@ def to_datatree(
         parameters = "all" if posterior.size <= _MOST_ROWS else "layers"
     choose("parameters", parameters, dict.fromkeys(("all", "layers")))
     data = posterior.problem.data
-    layout = Layout.of(posterior, parameters, check_coords(coords or {}, posterior))
+    layout = Layout.of(posterior, parameters, check_coords({} if coords is None else coords, posterior))
     basis = {**layout.attrs, **posterior_attrs(posterior)}
 
     if predictions:
@@ -203,6 +206,8 @@ def check_coords(coords: Mapping[str, Sequence[Any]], posterior: AbstractPosteri
 
     **Raises:** `LaplodeError` when they do not fit.
     """
+    if not isinstance(coords, Mapping):
+        raise LaplodeError(f'`coords` must map names such as "channel" to lists, got {coords!r}.')
     data, model = posterior.problem.data, posterior.parameters.model
     neural = isinstance(model, NeuralODE)
     num_states = (

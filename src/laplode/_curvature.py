@@ -5,8 +5,9 @@ It is a sum over all observations, never a mean, and knows nothing of the prior.
 
 import abc
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,10 +18,13 @@ import matfree.stochtrace
 import numpy as np
 import psutil
 from jax.core import Tracer
-from jaxtyping import Array, Float, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm.auto import tqdm
 
+from ._checkpoint import Checkpoint
 from ._errors import LaplodeError
+from ._mesh import agreed, everywhere, num_devices, over_rows, sharing_memory
 from ._model import check_model
 from ._problem import Problem, check_problem
 from ._solve import (
@@ -39,6 +43,17 @@ _CHUNK = 64
 
 # What one batch of tangents may keep where nothing is sequential: a processor's cache, roughly.
 _CACHE_BYTES = 2**24
+
+
+class Work(NamedTuple):
+    """How a long computation is done, which is no matter of its result: seen, spread over devices, kept in a file."""
+
+    progress: bool
+    mesh: Mesh | None = None
+    checkpoint: Checkpoint | None = None
+
+
+_QUIETLY = Work(progress=False)
 
 
 class AbstractCurvature(eqx.Module):
@@ -239,12 +254,13 @@ def curvature_products(model: Any, problem: Problem, *, where: Where = None) -> 
 
 
 @eqx.filter_jit
-def _hessian_rows(function: Callable[[Array], Array], theta: Float[Array, " P"], start: Array, num: int, batch: int):
-    """Rows start … start + num of the Hessian of a scalar function (a pytree), `batch` tangents at a time."""
+def _hessian_rows(shared: tuple[Callable[[Array], Array], Array, int], tangents: Int[Array, " C"], _=None):
+    """Rows of the Hessian of a scalar function (a pytree) at θ, `batch` of the `tangents` at a time; no sums."""
+    function, theta, batch = shared
     gradient = jax.grad(function)
     tangent = lambda i: jnp.zeros_like(theta).at[i].set(1)
     row = lambda i: jax.jvp(gradient, (theta,), (tangent(i),))[1]
-    return jax.lax.map(row, start + jnp.arange(num), batch_size=batch)
+    return jax.lax.map(row, tangents, batch_size=min(batch, len(tangents))), ()
 
 
 def _batch_size(function: Callable[[Array], Array], theta: Float[Array, " P"], budget: int) -> int:
@@ -256,29 +272,113 @@ def _batch_size(function: Callable[[Array], Array], theta: Float[Array, " P"], b
 
 
 def _row_chunks(
-    function: Callable[[Array], Array], theta: Float[Array, " P"], batch_size: int, progress: bool
+    function: Callable[[Array], Array],
+    theta: Float[Array, " P"],
+    batch_size: int,
+    progress: bool,
+    mesh: Mesh | None,
+    done: int,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows of the Hessian, chunk after chunk, each with the index of its first row; chunks may overlap.
+    """The rows of the Hessian from `done` on, chunk after chunk, each with the index of its first row.
 
     `jax.hessian` pushes all P tangents at once, which takes P times the memory of a gradient; here only `batch_size`
-    are under way.
+    are under way on each device.
     """
-    chunk = min(max(_CHUNK, batch_size), theta.size)
-    with tqdm(total=theta.size, desc="Hessian", unit="tangent", disable=not progress) as bar:
-        for start in range(0, theta.size, chunk):
+    chunk = min(max(_CHUNK, batch_size) * num_devices(mesh), theta.size)
+    shared = everywhere(mesh, (function, theta, batch_size))
+    with tqdm(total=theta.size, initial=done, desc="Hessian", unit="tangent", disable=not progress) as bar:
+        for start in range(done, theta.size, chunk):
             first = min(start, theta.size - chunk)  # the last chunk overlaps its neighbor: one program serves all
-            yield first, np.asarray(_hessian_rows(function, theta, jnp.asarray(first), chunk, min(batch_size, chunk)))
+            rows, _ = over_rows(mesh, _hessian_rows, shared, np.arange(first, first + chunk))
+            yield start, np.asarray(rows)[start - first :]
             bar.update(first + chunk - start)
 
 
-def _solve_row_chunks(flow: AbstractFlow, problem: Problem, batch_size: int | None, progress: bool, tilt=None):
-    """`_row_chunks` of the negative log-likelihood, each tangent pushed through the solve and back."""
-    check_second_order(flow)
-    function = NegativeLogLikelihood(flow, problem) if tilt is None else _Tilted(flow, problem, tilt)
-    theta = flow.parameters.vector
-    if batch_size is None:
-        batch_size = _batch_size(function, theta, min(free_bytes() // 4, 2**29))
-    return _row_chunks(function, theta, batch_size, progress)
+class _Part(NamedTuple):
+    """An array whose first axis are rows `start` … of the Hessian, or what is kept of them."""
+
+    start: int
+    array: np.ndarray
+
+    def until(self, row: int) -> np.ndarray:
+        """Of the rows before that one."""
+        return self.array[: min(max(row - self.start, 0), len(self.array))]
+
+
+class _Saving:
+    """Writes a checkpoint whenever the last one is long ago beside the time that it took."""
+
+    _EVERY = 20
+
+    def __init__(self, checkpoint: Checkpoint, state: dict[str, Any], parts: Sequence[_Part]):
+        self._checkpoint = checkpoint
+        self._state = state
+        self._parts = parts
+        self._due = -math.inf
+
+    def write(self, done: int, *, always: bool) -> None:
+        start = time.monotonic()
+        if start < self._due and not always:
+            return
+        self._checkpoint.write({**self._state, "done": done}, [part.until(done) for part in self._parts])
+        end = time.monotonic()
+        self._due = end + self._EVERY * (end - start)
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, parts: Sequence[_Part]) -> dict[str, Any]:
+        """The state, with the rows done put back into the parts."""
+        header, arrays = checkpoint.read(lambda s: [(p.until(s["done"]).shape, p.array.dtype) for p in parts])
+        for part, array in zip(parts, arrays, strict=True):
+            part.array[: len(array)] = array
+        return {name: header[name] for name in ("local", "batch_size", "done")}
+
+
+def _assemble(
+    flow: AbstractFlow,
+    problem: Problem,
+    parts: Sequence[_Part],
+    put: Callable[[int, np.ndarray], None],
+    work: Work,
+    *,
+    batch_size: int | None,
+    local: bool = False,
+    tilt: Float[Array, "N T K"] | None = None,
+) -> None:
+    """Call `put` with chunk after chunk of rows of the Hessian, which fill the `parts`, each row once.
+
+    Where it is `local`, the solve is taken apart into local pieces (see `local_hessian`), and the tangents need not go
+    through it.
+    """
+    theta, mesh = flow.parameters.vector, work.mesh
+    # What the bits depend on and the free memory decides is that of the first call.
+    state = {"local": local, "batch_size": batch_size, "done": 0}
+    if work.checkpoint is not None and work.checkpoint.exists:
+        state = _Saving.read(work.checkpoint, parts)
+    done = state["done"]
+    if done == theta.size:
+        return
+    rest = None
+    if state["local"]:
+        function, rest = _localized(flow, problem, tilt, mesh)
+        budget = _CACHE_BYTES
+    else:
+        check_second_order(flow)
+        function = NegativeLogLikelihood(flow, problem) if tilt is None else _Tilted(flow, problem, tilt)
+        budget = min(free_bytes() // sharing_memory(mesh) // 4, 2**29)
+    if state["batch_size"] is None:
+        state["batch_size"] = agreed(mesh, _batch_size(function, theta, budget))
+    saving = None if work.checkpoint is None else _Saving(work.checkpoint, state, parts)
+    try:
+        for start, rows in _row_chunks(function, theta, state["batch_size"], work.progress, mesh, done):
+            put(start, rows if rest is None else rows + np.asarray(rest[start : start + len(rows)]))
+            done = start + len(rows)
+            if saving is not None:
+                saving.write(done, always=done == theta.size)
+    except KeyboardInterrupt as interrupt:
+        if saving is not None:
+            saving.write(done, always=True)
+            interrupt.add_note(f"{done} of {theta.size} rows are saved: the same call goes on from there.")
+        raise
 
 
 # Below so many parameters, a few chunks of tangents pushed through the solve are done before the local way compiles.
@@ -302,29 +402,23 @@ def hessian(
     problem: Problem,
     *,
     batch_size: int | None,
-    progress: bool,
+    work: Work = _QUIETLY,
     tilt: Float[Array, "N T K"] | None = None,
 ) -> DenseCurvature:
     """The exact Hessian of −log p(Y | θ) at the flow's parameters, by forward-over-reverse in chunks of tangents.
 
-    Where the solve can be taken apart into local pieces (see `local_hessian`), the tangents need not go through it.
     With a `tilt`, that of −log p(Y | θ) + ⟨tilt, f(θ)⟩.
 
     **Raises:** `LaplodeError` when the model has no second derivatives, with the line to change.
     """
-    theta = flow.parameters.vector
-    matrix = np.zeros((theta.size, theta.size))
-    if _is_local(flow):
-        lagrangian, rest = _localized(flow, problem, tilt)
-        matrix += np.asarray(rest)
-        batch = _batch_size(lagrangian, theta, _CACHE_BYTES) if batch_size is None else batch_size
-        chunks = _row_chunks(lagrangian, theta, batch, progress)
-    else:
-        chunks = _solve_row_chunks(flow, problem, batch_size, progress, tilt)
-    done = 0
-    for first, rows in chunks:
-        matrix[done : first + len(rows)] += rows[done - first :]
-        done = first + len(rows)
+    size = flow.parameters.size
+    matrix = np.zeros((size, size))
+
+    def put(start, rows):
+        matrix[start : start + len(rows)] = rows
+
+    local = bool(agreed(work.mesh, int(_is_local(flow))))
+    _assemble(flow, problem, [_Part(0, matrix)], put, work, batch_size=batch_size, local=local, tilt=tilt)
     return symmetrized(matrix)
 
 
@@ -333,17 +427,17 @@ def _is_local(flow: AbstractFlow) -> bool:
     return flow.parameters.size > _FEW_PARAMETERS and needed is not None and needed < free_bytes() // 4
 
 
-def _localized(flow: AbstractFlow, problem: Problem, tilt: Float[Array, "N T K"] | None):
+def _localized(flow: AbstractFlow, problem: Problem, tilt: Float[Array, "N T K"] | None, mesh: Mesh | None):
     cotangents, weights = _loss_derivatives(flow, problem)
     cotangents = cotangents if tilt is None else cotangents + tilt
-    return local_hessian(flow, cotangents, weights)  # pyright: ignore[reportArgumentType]
+    return local_hessian(flow, cotangents, weights, mesh)  # pyright: ignore[reportArgumentType]
 
 
 def hessian_batch_size(flow: AbstractFlow, problem: Problem) -> int | None:
     """What `hessian` would find out about its `batch_size` by tracing, for who calls it often; None if no matter."""
     if not _is_local(flow):
         return None
-    return _batch_size(_localized(flow, problem, None)[0], flow.parameters.vector, _CACHE_BYTES)
+    return _batch_size(_localized(flow, problem, None, None)[0], flow.parameters.vector, _CACHE_BYTES)
 
 
 @eqx.filter_jit
@@ -355,24 +449,32 @@ def _loss_derivatives(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array
     return each(predictions, jnp.asarray(problem.data.ys))
 
 
-def hessian_blocks(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool) -> BlockCurvature:
+def hessian_blocks(
+    flow: AbstractFlow, problem: Problem, *, batch_size: int | None, work: Work = _QUIETLY
+) -> BlockCurvature:
     """The blocks of the exact Hessian on its diagonal, one for each leaf of the model."""
-    leaves = [(start, np.empty((stop - start, stop - start))) for _, _, start, stop in flow.parameters.leaves]
-    for first, rows in _solve_row_chunks(flow, problem, batch_size, progress):
-        for start, block in leaves:
+    blocks = [_Part(start, np.zeros((stop - start, stop - start))) for _, _, start, stop in flow.parameters.leaves]
+
+    def put(first, rows):
+        for start, block in blocks:
             low, high = max(first, start), min(first + len(rows), start + len(block))
             if low < high:
                 block[low - start : high - start] = rows[low - first : high - first, start : start + len(block)]
-    return BlockCurvature(tuple(symmetrized(block) for _, block in leaves))
+
+    _assemble(flow, problem, blocks, put, work, batch_size=batch_size)
+    return BlockCurvature(tuple(symmetrized(block.array) for block in blocks))
 
 
 def hessian_diagonal(
-    flow: AbstractFlow, problem: Problem, *, batch_size: int | None, progress: bool
+    flow: AbstractFlow, problem: Problem, *, batch_size: int | None, work: Work = _QUIETLY
 ) -> DiagonalCurvature:
     """The diagonal of the exact Hessian, at the cost of all of it but without its memory."""
-    diagonal = np.empty(flow.parameters.size)
-    for first, rows in _solve_row_chunks(flow, problem, batch_size, progress):
-        diagonal[first : first + len(rows)] = np.diagonal(rows, offset=first)
+    diagonal = np.zeros(flow.parameters.size)
+
+    def put(start, rows):
+        diagonal[start : start + len(rows)] = np.diagonal(rows, offset=start)
+
+    _assemble(flow, problem, [_Part(0, diagonal)], put, work, batch_size=batch_size)
     return DiagonalCurvature(jnp.asarray(diagonal))
 
 
@@ -420,15 +522,15 @@ def symmetrized(matrix: np.ndarray) -> DenseCurvature:
     return DenseCurvature(jnp.asarray((matrix + matrix.T) / 2), defect)
 
 
-def ggn(flow: AbstractFlow, problem: Problem) -> FactoredCurvature:
+def ggn(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredCurvature:
     """The generalized Gauss-Newton matrix Jᵀ R J, R the Fisher information of each observation in its prediction."""
-    predictions, jacobian = linearize(flow)
+    predictions, jacobian = linearize(flow, mesh=mesh)
     return _factored(problem, jacobian, problem.information(predictions))
 
 
-def fisher(flow: AbstractFlow, problem: Problem) -> FactoredCurvature:
+def fisher(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredCurvature:
     """The empirical Fisher matrix Σ_m s_m s_mᵀ, s_m the gradient of the log-likelihood of observation m."""
-    predictions, jacobian = linearize(flow)
+    predictions, jacobian = linearize(flow, mesh=mesh)
     return _factored(problem, jacobian, problem.likelihood.score(predictions, jnp.asarray(problem.data.ys)) ** 2)
 
 

@@ -14,15 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from arviz_stats.base import array_stats  # pyright: ignore[reportPrivateImportUsage]
 from jax.scipy.special import gammaln, logsumexp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from tqdm.auto import tqdm
 
 from ._curvature import check_x64
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._geodesic import Geodesics, Surface, follow, log_volume
+from ._mesh import check_mesh, num_devices, over_rows
 from ._model import predict_trajectory, starts
 from ._posterior import AbstractPosterior, Posterior
 from ._prior import log_prior
+from ._problem import check_count, check_flag, check_key
 from ._vector import Parameters
 
 # Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
@@ -54,6 +57,7 @@ class Sampling(NamedTuple):
     weigh: bool
     resample: bool
     progress: bool
+    mesh: Mesh | None = None
 
     @classmethod
     def of(
@@ -67,17 +71,22 @@ class Sampling(NamedTuple):
         khat: bool | None,
         resample: bool,
         progress: bool,
+        key: Any,
+        mesh: Mesh | None = None,
     ) -> "Sampling":
         """**Raises:** `LaplodeError` when an argument does not fit."""
         check_x64()
+        check_key("key", key)
         chosen = choose("method", method, _METHODS)
         heavy = choose("proposal", proposal, {"gaussian": False, "student_t": True})
         if not isinstance(posterior, AbstractPosterior):
             raise LaplodeError(
                 f"`posterior` must come from laplode.laplace or laplode.mixture, got {type(posterior).__name__}."
             )
-        if not isinstance(num_samples, int | np.integer) or num_samples < 1:
-            raise LaplodeError(f"`num_samples` must be a positive integer, got {num_samples!r}.")
+        check_count("num_samples", num_samples)
+        check_flag("resample", resample)
+        if khat is not None:
+            check_flag("khat", khat)
         for name, value in (("df", df), ("tolerance", tolerance)):
             if not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
                 raise LaplodeError(f"`{name}` must be a positive number, got {value!r}.")
@@ -90,7 +99,7 @@ class Sampling(NamedTuple):
             raise LaplodeError("`resample` draws by the importance weights, which `khat`=False leaves out.")
         weigh = not chosen.linear or resample if khat is None else bool(khat)
         df, tolerance = float(df) if heavy else None, float(tolerance)
-        return cls(method, chosen, int(num_samples), df, tolerance, weigh, bool(resample), progress)
+        return cls(method, chosen, int(num_samples), df, tolerance, weigh, bool(resample), progress, check_mesh(mesh))
 
 
 class Draws(NamedTuple):
@@ -149,7 +158,9 @@ def draw(posterior: AbstractPosterior, sampling: Sampling, key: PRNGKeyArray) ->
 
         def along(i, share):
             mean = components[i].mean
-            ends = follow(surfaces[i], mean, share - mean, sampling.tolerance, progress=sampling.progress)
+            ends = follow(
+                surfaces[i], mean, share - mean, sampling.tolerance, progress=sampling.progress, mesh=sampling.mesh
+            )
             return jax.tree.map(jnp.asarray, ends)
 
         with advice():
@@ -159,7 +170,7 @@ def draw(posterior: AbstractPosterior, sampling: Sampling, key: PRNGKeyArray) ->
     if not sampling.weigh:
         return Draws(thetas, component, ok, None, None, None, None)
 
-    joint = lambda i, share: log_joint(components[i], share, progress=sampling.progress)
+    joint = lambda i, share: log_joint(components[i], share, progress=sampling.progress, mesh=sampling.mesh)
     log_p = jnp.where(ok, over_components(joint, component, thetas), -jnp.inf)
     if sampling.method.geodesic:
 
@@ -251,26 +262,31 @@ def _solve(view: Parameters, ts, y0, args, theta: Float[Array, " P"]) -> Float[A
     return jax.vmap(ft.partial(predict_trajectory, model))(ts, starts(model, y0, len(ts)), args)
 
 
-def solve_at(posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
+def solve_at(
+    posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"], mesh: Mesh | None = None
+) -> Float[Array, "B N T K"]:
     """Predictions by a solve of its own for each parameter vector; not finite where it failed."""
     # Not of the whole posterior, whose diagnostics are numbers of its own: each would be compiled anew.
-    return _solve_at(posterior.parameters, ts, y0, args, thetas)
+    return over_rows(mesh, _solve_at, (posterior.parameters, ts, y0, args), thetas)[0]
 
 
 @eqx.filter_jit
-def _solve_at(view: Parameters, ts, y0, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
-    return jax.vmap(ft.partial(_solve, view, ts, y0, args))(thetas)
+def _solve_at(shared: tuple[Parameters, Any, Any, Any], thetas: Float[Array, "B P"], _):
+    return jax.vmap(ft.partial(_solve, *shared))(thetas), ()
 
 
-def solve_from(posterior: Posterior, ts, args, rows: Float[Array, "B P+ND"]) -> Float[Array, "B N T K"]:
+def solve_from(
+    posterior: Posterior, ts, args, rows: Float[Array, "B P+ND"], mesh: Mesh | None = None
+) -> Float[Array, "B N T K"]:
     """The same where each parameter vector is followed by initial states of its own."""
     states = rows[:, posterior.size :].reshape(len(rows), len(ts), -1)
-    return _solve_from(posterior.parameters, ts, states, args, rows[:, : posterior.size])
+    return over_rows(mesh, _solve_from, (posterior.parameters, ts, args), (states, rows[:, : posterior.size]))[0]
 
 
 @eqx.filter_jit
-def _solve_from(view: Parameters, ts, states, args, thetas: Float[Array, "B P"]) -> Float[Array, "B N T K"]:
-    return jax.vmap(lambda theta, y0: _solve(view, ts, y0, args, theta))(thetas, states)
+def _solve_from(shared: tuple[Parameters, Any, Any], rows: tuple[Float[Array, "B N D"], Float[Array, "B P"]], _):
+    view, ts, args = shared
+    return jax.vmap(lambda y0, theta: _solve(view, ts, y0, args, theta))(*rows), ()
 
 
 @contextlib.contextmanager
@@ -289,9 +305,12 @@ def advice():
         ) from error
 
 
-def in_batches(function: Callable[[Array], Array], rows: Float[Array, "S P"], label: str | None) -> Array:
+def in_batches(
+    function: Callable[[Array], Array], rows: Float[Array, "S P"], label: str | None, mesh: Mesh | None = None
+) -> Array:
+    """The function of all rows, some at a time: as many on each device of the `mesh` that it spreads them over."""
     num = rows.shape[0]
-    batch = min(_BATCH, num)
+    batch = min(_BATCH * num_devices(mesh), num)
     results = []
     with advice(), tqdm(total=num, desc=label, unit="draw", disable=label is None) as bar:
         for start in range(0, num, batch):
@@ -301,16 +320,18 @@ def in_batches(function: Callable[[Array], Array], rows: Float[Array, "S P"], la
     return jnp.concatenate(results)
 
 
-def log_joint(posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bool = False) -> Float[Array, " S"]:
+def log_joint(
+    posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bool = False, mesh: Mesh | None = None
+) -> Float[Array, " S"]:
     """log p(Y, θ) = log p(Y | θ) + log p(θ) of each parameter vector, in nats; −∞ where its solve failed."""
     data = posterior.problem.data
 
     def at(thetas):
-        predictions = solve_at(posterior, data.ts, data.y0, data.args, thetas)
+        predictions = solve_at(posterior, data.ts, data.y0, data.args, thetas, mesh)
         total = jax.vmap(ft.partial(_log_density_of, posterior))(thetas, predictions)
         return jnp.where(jnp.isfinite(total), total, -jnp.inf)
 
-    return in_batches(at, thetas, "Weighing draws" if progress else None)
+    return in_batches(at, thetas, "Weighing draws" if progress else None, mesh)
 
 
 def log_joint_at(posterior: Posterior, theta: Float[Array, " P"]) -> Float[Array, ""]:

@@ -30,7 +30,17 @@ from ._errors import LaplodeError, LaplodeWarning, choose
 from ._laplace import curvature_again, laplace, reassembled
 from ._posterior import Posterior
 from ._prior import gaussian_part, is_gaussian, log_prior, prior_deficit, prior_vectors
-from ._problem import AbstractPrior, AbstractScaleLikelihood, GaussianPrior, NamedPriors, PosteriorPrior, Problem
+from ._problem import (
+    AbstractPrior,
+    AbstractScaleLikelihood,
+    GaussianPrior,
+    NamedPriors,
+    PosteriorPrior,
+    Problem,
+    check_count,
+    check_flag,
+    real_array,
+)
 from ._refine import refine
 from ._solve import evaluate
 from ._structure import BlockDiagonal, Diagonal, Full, LowRank
@@ -489,13 +499,12 @@ def maximize_evidence(
     likelihood estimation for model selection in deep learning".
     """
     for name, bounds in (("precision_bounds", precision_bounds), ("scale_bounds", scale_bounds)):
-        if np.shape(bounds) != (2,) or not 0 < bounds[0] < bounds[1] < math.inf:
+        low, high = real_array(name, bounds) if np.shape(bounds) == (2,) else (0, 0)
+        if not 0 < low < high < math.inf:
             raise LaplodeError(f"`{name}` must be two positive numbers in order, got {bounds!r}.")
     for name, value in (("steps", steps), ("rounds", rounds)):
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise LaplodeError(f"`{name}` must be a positive integer, got {value!r}.")
-    if not isinstance(online, bool):
-        raise LaplodeError(f"`online` must be True or False, got {online!r}.")
+        check_count(name, value)
+    check_flag("online", online)
     _forms(posterior, precision, noise)
     moved: Array | float = 0.0  # of the log scales since the start
     settled = not online

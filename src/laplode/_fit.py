@@ -1,7 +1,6 @@
 """From a first guess to a fitted model: maximum a posteriori by Optax."""
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -14,12 +13,13 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
+from ._checkpoint import Checkpoint
 from ._curvature import NegativeLogLikelihood
 from ._errors import FitError, LaplodeError, LaplodeWarning
-from ._file import Path, check_path, fingerprint, read, text_of, write
+from ._file import Path, fingerprint, text_of
 from ._model import check_model, starts
 from ._prior import log_prior
-from ._problem import AbstractScaleLikelihood, Problem, check_problem
+from ._problem import AbstractScaleLikelihood, Problem, check_count, check_key, check_problem
 from ._solve import ForeignFlow
 from ._vector import Parameters, Where, parameters
 
@@ -106,7 +106,7 @@ def fit(
         bits as without a break; when it is of a finished fit, that is returned at once.
     - `checkpoint_every`: at least so many steps lie between two checkpoints, at most 24 more. The file is replaced as a
         whole, so that a crash leaves the checkpoint before; where the disk is full, the fit warns and goes on.
-        A process killed while writing leaves a part beside it, named `.tmp`, to be removed by hand.
+        What a process killed while writing leaves beside it, named `.tmp`, is removed at the next call.
     - `progress`: whether to show a progress bar with the loss.
 
     **Returns:** a `Fit` holding the best model met at the full horizon. After Ctrl-C, the best so far.
@@ -119,8 +119,10 @@ def fit(
     if not isinstance(optimizer, optax.GradientTransformation):
         raise LaplodeError(f"`optimizer` must be an Optax optimizer such as optax.adam(1e-2), got {optimizer!r}.")
     for name, value in (("steps", steps), ("restarts", restarts), ("checkpoint_every", checkpoint_every)):
-        if not isinstance(value, int | np.integer) or value < 1:
-            raise LaplodeError(f"`{name}` must be a positive integer, got {value!r}.")
+        check_count(name, value)
+    check_key("key", key)
+    if initialize is not None and not callable(initialize):
+        raise LaplodeError(f"`initialize` must be callable as initialize(key), got {type(initialize).__name__}.")
     lengths = _stage_lengths(horizons, problem.data.ts.shape[1])
     if steps < len(lengths):
         raise LaplodeError(f"`steps` = {steps} is fewer than the {len(lengths)} horizons: each takes one at least.")
@@ -154,9 +156,10 @@ def fit(
     losses: list[np.ndarray] = []
     interrupted = False
     at = _Stage(None, 0, 0)
-    saved: _Checkpoint | None = None
+    saved: _Saved | None = None
     if checkpoint is not None:
-        saved = _Checkpoint(checkpoint, _arguments(view, problem, optimizer, state, (lengths, share)), state)
+        arguments = _arguments(view, problem, optimizer, state, (lengths, share))
+        saved = _Saved(Checkpoint(checkpoint, "fit", arguments, _ARGUMENTS), state)
         if saved.exists:
             state, losses, at = saved.read()
 
@@ -236,15 +239,17 @@ def _arguments(view: Parameters, problem: Problem, optimizer, state: _State, ste
     }
 
 
-class _Checkpoint:
-    """The file of a fit with these arguments, whose state is of the form of `like`."""
+class _Saved:
+    """The checkpoints of a fit whose state is of the form of `like`."""
 
-    def __init__(self, path: Path, arguments: dict[str, str], like: _State):
-        self._path = path
-        self._arguments = arguments
+    def __init__(self, checkpoint: Checkpoint, like: _State):
+        self._checkpoint = checkpoint
         self._like = like
-        self.exists = os.path.exists(check_path("checkpoint", path))
         self._written = 0
+
+    @property
+    def exists(self) -> bool:
+        return self._checkpoint.exists
 
     def is_due(self, losses: list[np.ndarray], every: int, steps: int) -> bool:
         ran = sum(part.shape[1] for part in losses)
@@ -253,31 +258,18 @@ class _Checkpoint:
     def write(self, state: _State, losses: list[np.ndarray], at: _Stage) -> None:
         self._written = sum(part.shape[1] for part in losses)
         arrays = [*jax.tree.leaves(state), *jax.tree.leaves(at.before), np.concatenate(losses, axis=1)]
-        where = {"index": at.index, "done": at.done, "arguments": self._arguments}
-        try:
-            write(self._path, {"holds": "a checkpoint of fit", **where}, arrays)
-        except LaplodeError as error:  # a full disk is no reason to lose the fit itself
-            warnings.warn(f"The fit goes on without a new checkpoint. {error}", LaplodeWarning, stacklevel=3)
+        self._checkpoint.write({"index": at.index, "done": at.done, "ran": self._written}, arrays)
 
     def read(self) -> tuple[_State, list[np.ndarray], _Stage]:
         """What `write` wrote."""
         leaves, structure = jax.tree.flatten(self._like)
         pair, pair_structure = jax.tree.flatten((self._like.best, self._like.best_loss))
 
-        def check(header: dict[str, Any], forms: list[jax.ShapeDtypeStruct]) -> None:
-            if header["holds"] != "a checkpoint of fit":
-                raise LaplodeError(f"`checkpoint`: {self._path} holds {header['holds']}. Take another path.")
-            found = header["arguments"]
-            if other := [_ARGUMENTS[name] for name, digest in self._arguments.items() if found[name] != digest]:
-                raise LaplodeError(
-                    f"`checkpoint`: {self._path} is of a fit with other arguments: {', '.join(other)}. Call `fit` as "
-                    "before to go on with it; to begin anew, remove the file or take another path."
-                )
-            expected = [*leaves, *(pair if header["index"] else [])]
-            if [(x.shape, x.dtype) for x in expected] != [(x.shape, x.dtype) for x in forms[:-1]]:
-                raise LaplodeError(f"`checkpoint`: {self._path} holds arrays of other shapes. Remove it.")
+        def expected(header: dict[str, Any]):
+            of_state = [(x.shape, x.dtype) for x in [*leaves, *(pair if header["index"] else [])]]
+            return [*of_state, ((len(self._like.losses), header["ran"]), self._like.losses.dtype)]
 
-        header, arrays = read(self._path, check)
+        header, arrays = self._checkpoint.read(expected)
         state = jax.tree.unflatten(structure, arrays[: len(leaves)])
         before = jax.tree.unflatten(pair_structure, arrays[len(leaves) : -1]) if header["index"] else None
         losses = np.asarray(arrays[-1])

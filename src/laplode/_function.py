@@ -77,7 +77,7 @@ def predict_function(
 
     The linearized covariance J Λ⁻¹ Jᵀ is known as the delta method.
     """
-    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress)
+    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress, key)
     if not callable(function):
         raise LaplodeError(f"`function` must be callable as function(model), got {type(function).__name__}.")
     return _predict(function, posterior, sampling, key)
@@ -113,7 +113,7 @@ def predict_field(
 
     **Raises:** `LaplodeError` and warns as `predict_function` does; and raises it when the model is no `NeuralODE`.
     """
-    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress)
+    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress, key)
     model = posterior.parameters.model
     if not isinstance(model, NeuralODE):
         raise LaplodeError(

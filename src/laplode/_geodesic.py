@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from tqdm.auto import tqdm
 
 from ._curvature import free_bytes
 from ._errors import LaplodeError
+from ._mesh import everywhere, num_devices, over_rows
 from ._posterior import Posterior
 from ._prior import prior_rows, prior_vectors
 from ._problem import AbstractLikelihood
@@ -199,7 +201,8 @@ _TERM = diffrax.ODETerm(_field)
 
 
 @eqx.filter_jit
-def _start(surface: Surface, mean: Float[Array, " P"], velocities: Float[Array, "S P"], tolerance) -> _Lane:
+def _start(shared: tuple[Surface, Float[Array, " P"], Array], velocities: Float[Array, "S P"], _):
+    surface, mean, tolerance = shared
     tangent = surface.tangent(mean, surface.flow(mean))
 
     def one(velocity):
@@ -211,7 +214,7 @@ def _start(surface: Surface, mean: Float[Array, " P"], velocities: Float[Array, 
         t1, state, controlled = jax.tree.map(jnp.asarray, (t1, state, controlled))
         return _Lane(t0, t1, y, state, controlled, jnp.zeros((), int), jnp.zeros((), bool))
 
-    return jax.vmap(one)(velocities)
+    return jax.vmap(one)(velocities), ()
 
 
 def _attempt(surface: Surface, mean: Float[Array, " P"], tolerance, lane: _Lane) -> _Lane:
@@ -233,22 +236,29 @@ def _attempt(surface: Surface, mean: Float[Array, " P"], tolerance, lane: _Lane)
 
 
 @eqx.filter_jit
-def _advance(surface: Surface, mean: Float[Array, " P"], tolerance, lanes: _Lane, num: int) -> _Lane:
-    attempt = jax.vmap(lambda lane: _attempt(surface, mean, tolerance, lane))
-    return jax.lax.scan(lambda lanes, _: (attempt(lanes), None), lanes, length=num)[0]
+def _advance(shared: tuple[Surface, Float[Array, " P"], Array], lanes: _Lane, _):
+    attempt = jax.vmap(lambda lane: _attempt(*shared, lane))
+    return jax.lax.scan(lambda lanes, _: (attempt(lanes), None), lanes, length=_ATTEMPTS)[0], ()
 
 
 def follow(
-    surface: Surface, mean: Float[Array, " P"], velocities: Float[Array, "S P"], tolerance: float, *, progress: bool
+    surface: Surface,
+    mean: Float[Array, " P"],
+    velocities: Float[Array, "S P"],
+    tolerance: float,
+    *,
+    progress: bool,
+    mesh: Mesh | None = None,
 ) -> Geodesics:
     """Follow the geodesics that leave `mean` at `velocities` for unit time.
 
     Many at once, and no slow one holds up the rest: whenever some have ended, others take their places; when none are
-    left to start, those under way move together.
+    left to start, those under way move together, spread over the devices of the `mesh`.
     """
     num, size = velocities.shape
-    asked = jnp.asarray(tolerance, dtype=float)  # an array, so that another one is not compiled anew
-    together = min(_LANES, max(1, _LANE_BYTES // surface.lane_bytes(_num_predictions(surface))))
+    # An array, so that another tolerance is not compiled anew.
+    shared = everywhere(mesh, (surface, mean, jnp.asarray(tolerance, dtype=float)))
+    together = min(_LANES, max(1, _LANE_BYTES // surface.lane_bytes(_num_predictions(surface)))) * num_devices(mesh)
     width = 2 ** min(int(math.log2(together)), math.ceil(math.log2(num)))
     thetas, attempts = np.empty((num, size)), np.zeros(num, int)
     too_long, too_steep = np.zeros(num, bool), np.zeros(num, bool)
@@ -258,7 +268,7 @@ def follow(
     pad = lambda rows: np.concatenate([rows, np.zeros(width - len(rows), int)])
 
     def start(draws: np.ndarray) -> _Lane:
-        fresh = host(_start(surface, mean, velocities[pad(draws)], asked))
+        fresh = host(over_rows(mesh, _start, shared, velocities[pad(draws)])[0])
         return take(fresh, slice(len(draws)))
 
     waiting = min(width, num)
@@ -269,7 +279,7 @@ def follow(
             # A few widths only, as each is compiled.
             while len(draws) <= width // 8:
                 width //= 8
-            moved = _advance(surface, mean, asked, take(lanes, pad(np.arange(len(draws)))), _ATTEMPTS)
+            moved, _ = over_rows(mesh, _advance, shared, take(lanes, pad(np.arange(len(draws)))))
             lanes = take(host(moved), slice(len(draws)))
             long = (lanes.attempts >= _MOST_ATTEMPTS) & (lanes.t0 < 1)
             ended = (lanes.t0 >= 1) | lanes.too_steep | long

@@ -11,13 +11,16 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm.auto import tqdm
 
+from ._checkpoint import Checkpoint
 from ._curvature import (
     AbstractCurvature,
     BlockCurvature,
     DenseCurvature,
+    Work,
     check_x64,
     fisher,
     free_bytes,
@@ -30,10 +33,12 @@ from ._curvature import (
     value_and_gradient,
 )
 from ._errors import LaplodeError, LaplodeWarning, choose
+from ._file import Path, check_path, fingerprint, text_of
+from ._mesh import check_mesh, num_devices
 from ._model import check_model
 from ._posterior import Diagnostics, Method, Posterior
 from ._prior import log_prior, prior_deficit, prior_rows, prior_vectors
-from ._problem import Problem, check_problem
+from ._problem import Problem, check_count, check_key, check_problem
 from ._solve import AbstractFlow, ReplayedFlow, evaluate, flow, jacobian_route
 from ._structure import (
     Built,
@@ -72,6 +77,8 @@ def laplace(
     num_probes: int | None = None,
     key: PRNGKeyArray | None = None,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Posterior:
     """The Laplace approximation of p(θ | Y) around a fitted model: Normal(θ*, Λ⁻¹), Λ = curvature + prior precision.
@@ -95,19 +102,28 @@ def laplace(
     - `num_probes`, `key`: for "diagonal" with "hessian", estimate the diagonal from this many random probes, instead of
         taking it exactly at the cost of P Hessian-vector products.
     - `batch_size`: tangents under way at once in the exact Hessian; chosen from the free memory by default.
+    - `mesh`: devices that share the work: of the exact Hessian its tangents, otherwise the trajectories. After
+        `jax.distributed.initialize` those of several machines, each of which makes the same call.
+    - `checkpoint`: a file to keep the rows of the exact Hessian in. Where it exists, the same call goes on from it, to
+        the same bits as without a break; when it is of a finished one, no row is computed again. It is replaced as a
+        whole, which takes a twentieth of the time at most. Ctrl-C saves what was computed and raises
+        `KeyboardInterrupt`.
     - `progress`: whether to print what is about to be done (see `estimate`) and show a progress bar.
 
     **Returns:** a `Posterior`, with `.diagnostics`.
 
     **Raises:** `LaplodeError`, before any long computation, when 64-bit JAX is off, an option is unknown, model and
-    data disagree, the solve fails at θ*, or the matrix does not fit in memory. Warns (`LaplodeWarning`) when
-    eigenvalues were changed, parameters have no influence, or θ* is not a minimum.
+    data disagree, the solve fails at θ*, the matrix does not fit in memory, or `checkpoint` is damaged or of other
+    arguments. Warns (`LaplodeWarning`) when eigenvalues were changed, parameters have no influence, or θ* is not a
+    minimum.
 
     MacKay (1992), "A practical Bayesian framework for backpropagation networks".
     """
     method = Method(curvature, structure, regularization, rank, num_probes, batch_size, key)
     plan = _plan(model, problem, method, where)
     choose("regularization", regularization, _REGULARIZATIONS)
+    devices = check_mesh(mesh)
+    _check_rows(method, devices, checkpoint)
     if regularization == "jitter" and plan.structure is _LOW_RANK and curvature == "hessian":
         raise LaplodeError(
             '`regularization`="jitter" raises the whole spectrum, and structure="low_rank" has a part of it: '
@@ -118,7 +134,8 @@ def laplace(
     _check_finite(nll, nll_gradient, around, problem)
     if progress:
         tqdm.write(str(_estimate(plan, around, problem)))
-    found = plan.curvature(around, problem, method, progress)
+    saved = None if checkpoint is None else _checkpoint(checkpoint, around, problem, method, num_devices(devices))
+    found = plan.curvature(around, problem, method, Work(progress, devices, saved))
     posterior = _assembled(around, problem, method, found, nll, nll_gradient)
     _warn(posterior.diagnostics)
     return posterior
@@ -135,7 +152,7 @@ def curvature_again(posterior: Posterior, problem: Problem) -> AbstractCurvature
     """The curvature of another problem at the posterior's mean, of the same kind as the posterior's own."""
     method = posterior.method
     structure = choose("structure", method.structure, {s.name: s for s in _STRUCTURES})
-    return _curvature(method.curvature, structure)(posterior.flow, problem, method, False)
+    return _curvature(method.curvature, structure)(posterior.flow, problem, method, Work(progress=False))
 
 
 def _assembled(
@@ -189,7 +206,7 @@ class _Structure:
     """A structure of Λ: its name, the form in which it wants the exact Hessian, the bytes it takes, how it is built."""
 
     name: str
-    hessian: Callable[[AbstractFlow, Problem, Method, bool], AbstractCurvature]
+    hessian: Callable[[AbstractFlow, Problem, Method, Work], AbstractCurvature]
     num_bytes: Callable[[Sizes, bool], int]
     build: Callable[[AbstractCurvature, Array, Regularize, Sizes], Built]
 
@@ -197,7 +214,7 @@ class _Structure:
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     view: Parameters
-    curvature: Callable[[AbstractFlow, Problem, Method, bool], AbstractCurvature]
+    curvature: Callable[[AbstractFlow, Problem, Method, Work], AbstractCurvature]
     curvature_name: str
     structure: _Structure
     sizes: Sizes
@@ -272,14 +289,16 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
     check_problem(problem)
     for name in ("rank", "num_probes", "batch_size"):
         value = getattr(method, name)
-        if value is not None and (not isinstance(value, int | np.integer) or value < 1):
-            raise LaplodeError(f"`{name}` must be a positive integer or None, got {value!r}.")
+        if value is not None:
+            check_count(name, value)
     if method.rank is not None and chosen is not _LOW_RANK:
         raise LaplodeError(f'`rank` goes with structure="low_rank", not with structure="{structure}".')
     if method.num_probes is not None and (chosen is not _DIAGONAL or factored is not None):
         raise LaplodeError('`num_probes` goes with curvature="hessian" and structure="diagonal".')
     if method.num_probes is not None and method.key is None:
         raise LaplodeError("`key` is needed for random probes: key=jax.random.key(0).")
+    if method.key is not None:
+        check_key("key", method.key)
     check_model(model, problem)
     view = parameters(model, where, problem.prior)
     prior_vectors(problem.prior, view)
@@ -314,9 +333,11 @@ def _sizes(view: Parameters, problem: Problem, rank: int | None) -> Sizes:
     return Sizes(view.size, int(np.sum(problem.informed)) + num_rows, leaves, rank if rank is None else rank + num_rows)
 
 
-def _curvature(name: str, structure: _Structure) -> Callable[[AbstractFlow, Problem, Method, bool], AbstractCurvature]:
+def _curvature(name: str, structure: _Structure) -> Callable[[AbstractFlow, Problem, Method, Work], AbstractCurvature]:
     factored = _CURVATURES[name]
-    return structure.hessian if factored is None else lambda flow, problem, method, progress: factored(flow, problem)
+    if factored is None:
+        return structure.hessian
+    return lambda flow, problem, method, work: factored(flow, problem, work.mesh)
 
 
 def _estimate(plan: _Plan, around: AbstractFlow, problem: Problem) -> Estimate:
@@ -364,6 +385,42 @@ def _in_units(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.3g} TiB"
+
+
+def _check_rows(method: Method, devices: Mesh | None, checkpoint: Path | None) -> None:
+    """Raise `LaplodeError` where the curvature is not made row by row, and something was asked that needs rows."""
+    by_rows = method.curvature == "hessian" and method.structure != "low_rank" and method.num_probes is None
+    exact = 'curvature="hessian" and structure="full", "block_diagonal" or "diagonal", whose rows come one by one'
+    if devices is not None and method.curvature == "hessian" and not by_rows:
+        raise LaplodeError(
+            f'`mesh` goes with {exact}, and with "ggn" and "fisher"; of this Hessian each product waits for the one '
+            "before."
+        )
+    if checkpoint is None:
+        return
+    check_path("checkpoint", checkpoint)
+    if not by_rows:
+        raise LaplodeError(f"`checkpoint` goes with {exact}; what you ask for is done in one go.")
+    if devices is not None and jax.process_count() > 1:
+        raise LaplodeError(
+            "`checkpoint` is a file of one process, and `mesh` spreads the rows over several: leave it out."
+        )
+
+
+# What a checkpoint is compared by → the arguments that it comes from.
+_ARGUMENTS = {
+    "model": "`model` or `where` (or the machine, or a version of JAX or Diffrax)",
+    "problem": "`problem`",
+    "method": "`structure`, `batch_size` or `mesh`",
+}
+
+
+def _checkpoint(path: Path, around: AbstractFlow, problem: Problem, method: Method, devices: int) -> Checkpoint:
+    # Code is told by its names.
+    digest = lambda value: fingerprint((value, text_of(jax.tree.structure(value))))
+    rows = (method.structure, str(method.batch_size), devices)
+    arguments = {"model": digest(around), "problem": digest(problem), "method": fingerprint(rows)}
+    return Checkpoint(path, "laplace", arguments, _ARGUMENTS)
 
 
 # ---- Checks on what was found
@@ -441,13 +498,13 @@ def _symmetry_defect(found: AbstractCurvature) -> float:
 # ---- What each structure is made of
 
 
-def _leading(around: AbstractFlow, problem: Problem, method: Method, progress: bool) -> AbstractCurvature:
+def _leading(around: AbstractFlow, problem: Problem, method: Method, work: Work) -> AbstractCurvature:
     return hessian_leading(around, problem, rank=min(method.rank or _DEFAULT_RANK, around.parameters.size))
 
 
-def _diagonal(around: AbstractFlow, problem: Problem, method: Method, progress: bool) -> AbstractCurvature:
+def _diagonal(around: AbstractFlow, problem: Problem, method: Method, work: Work) -> AbstractCurvature:
     if method.num_probes is None:
-        return hessian_diagonal(around, problem, batch_size=method.batch_size, progress=progress)
+        return hessian_diagonal(around, problem, batch_size=method.batch_size, work=work)
     assert method.key is not None
     return hessian_diagonal_stochastic(around, problem, num_probes=method.num_probes, key=method.key)
 
@@ -457,9 +514,7 @@ _DEFAULT_RANK = 100
 
 _FULL = _Structure(
     name="full",
-    hessian=lambda flow, problem, method, progress: hessian(
-        flow, problem, batch_size=method.batch_size, progress=progress
-    ),
+    hessian=lambda flow, problem, method, work: hessian(flow, problem, batch_size=method.batch_size, work=work),
     # The curvature, its eigenvectors, the precision and its factor.
     num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 4 * 8 * sizes.parameters**2,
     build=build_full,
@@ -472,9 +527,7 @@ _LOW_RANK = _Structure(
 )
 _BLOCK_DIAGONAL = _Structure(
     name="block_diagonal",
-    hessian=lambda flow, problem, method, progress: hessian_blocks(
-        flow, problem, batch_size=method.batch_size, progress=progress
-    ),
+    hessian=lambda flow, problem, method, work: hessian_blocks(flow, problem, batch_size=method.batch_size, work=work),
     num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 4 * 8 * sum(size**2 for size in sizes.leaves),
     build=build_block_diagonal,
 )

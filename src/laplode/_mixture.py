@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from ._errors import LaplodeError
 from ._posterior import AbstractPosterior, Diagnostics, Posterior
-from ._problem import Problem
+from ._problem import Problem, real_array
 from ._solve import evaluate
 from ._vector import Parameters
 
@@ -138,7 +138,7 @@ def mixture(posteriors: Sequence[Posterior], weights: Sequence[float] | None = N
     if weights is None:
         log_weights = np.array([float(p.log_evidence) for p in posteriors])
     else:
-        given = np.asarray(weights, dtype=float)
+        given = real_array("weights", weights)
         if given.shape != (len(posteriors),) or not np.all(given >= 0) or not 0 < np.sum(given) < np.inf:
             raise LaplodeError(
                 f"`weights` must be {len(posteriors)} numbers of at least 0, one for each posterior; got {weights!r}."

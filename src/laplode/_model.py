@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from ._errors import LaplodeError
-from ._problem import Problem
+from ._problem import Problem, check_count, check_positive, real_array
 
 
 class NeuralODE(eqx.Module):
@@ -32,7 +32,7 @@ class NeuralODE(eqx.Module):
         scales last, as `Gaussian()`, `LogNormal()` and `StudentT(df)` without a scale take it.
     - `solver`, `stepsize_controller`, `dt0`, `max_steps`: as in `diffrax.diffeqsolve`. None of them is a parameter.
 
-    **Raises:** `LaplodeError` when `vector_field`, `observe`, `y0` or `scale` is not what is described here.
+    **Raises:** `LaplodeError` when `vector_field`, `observe`, or another argument is not what is described here.
     """
 
     vector_field: Callable
@@ -61,18 +61,27 @@ class NeuralODE(eqx.Module):
         if observe is not None and not callable(observe):
             raise LaplodeError(f"`observe` must be callable as (y, args), got {type(observe).__name__}.")
         if y0 is not None:
-            y0 = jnp.asarray(y0, dtype=float)
+            y0 = jnp.asarray(real_array("y0", y0), dtype=float)
             if y0.ndim not in (1, 2) or not np.all(np.isfinite(y0)):
                 raise LaplodeError(
                     f"`y0` of a NeuralODE must be finite and of shape (D,), or (N, D) for one state a trajectory; got "
                     f"{y0}. Known initial states go into Trajectories(ts, ys, y0=...)."
                 )
         if scale is not None:
-            scale = jnp.asarray(scale, dtype=float)
+            scale = jnp.asarray(real_array("scale", scale), dtype=float)
             if scale.ndim != 1 or not np.all(np.isfinite(scale)) or np.any(scale <= 0):
                 raise LaplodeError(
                     f"`scale` of a NeuralODE must be positive and of shape (K,), one for each channel; got {scale}."
                 )
+        kinds = (
+            ("solver", solver, diffrax.AbstractSolver),
+            ("stepsize_controller", stepsize_controller, diffrax.AbstractStepSizeController),
+        )
+        for name, value, kind in kinds:
+            if value is not None and not isinstance(value, kind):
+                raise LaplodeError(f"`{name}` must be one of Diffrax, or None; got {value!r}.")
+        if dt0 is not None and check_positive("dt0", dt0).ndim:
+            raise LaplodeError(f"`dt0` must be a number, got {dt0!r}.")
         self.vector_field = vector_field
         self.y0 = y0
         self.observe = observe
@@ -82,7 +91,7 @@ class NeuralODE(eqx.Module):
             diffrax.PIDController(rtol=1e-6, atol=1e-8) if stepsize_controller is None else stepsize_controller
         )
         self.dt0 = dt0
-        self.max_steps = max_steps
+        self.max_steps = check_count("max_steps", max_steps)
 
     def initial_state(self, y0: Float[Array, " D"] | Int[Array, ""] | None) -> Float[Array, " D"]:
         """`y0` when given, otherwise the model's own; of several of its own the one with the number `y0`."""

@@ -23,6 +23,7 @@ from ._draws import advice, log_joint_at
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._posterior import AbstractPosterior, Posterior
 from ._predict import Grid, predict_at
+from ._problem import check_count, check_flag, check_key, real_array
 from ._solve import has_reverse
 
 # Above this the ranks of the chains differ too much (Vehtari et al., 2021).
@@ -107,17 +108,15 @@ def nuts(
         )
     counts = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains}
     for name, value in (counts | {"max_tree_depth": max_tree_depth}).items():
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise LaplodeError(f"`{name}` must be a positive integer, got {value!r}.")
-    if not isinstance(num_prior, int | np.integer) or num_prior < 0:
-        raise LaplodeError(f"`num_prior` must be a number of draws, 0 for none; got {num_prior!r}.")
+        check_count(name, value)
+    check_count("num_prior", num_prior, 0)
+    check_key("key", key)
     if not isinstance(target_accept_prob, float | np.floating) or not 0 < target_accept_prob < 1:
         raise LaplodeError(f"`target_accept_prob` must lie between 0 and 1, got {target_accept_prob!r}.")
-    if not isinstance(dense_mass, bool | np.bool_):
-        raise LaplodeError(f"`dense_mass` must be True or False, got {dense_mass!r}.")
+    check_flag("dense_mass", dense_mass)
     vectorized = choose("chain_method", chain_method, {"vectorized": True, "sequential": False})
     data = posterior.problem.data
-    check_coords(coords or {}, posterior)
+    check_coords({} if coords is None else coords, posterior)
     here = Grid.of(posterior, data.ts, None, None)
     if ts is None and not (y0 is None and args is None):
         raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
@@ -241,7 +240,7 @@ def _begin(posterior: AbstractPosterior, starts: Any, num_chains: int, key: PRNG
     size, components = posterior.size, posterior.components
     unlimited = _Target(components[0], jnp.array(jnp.inf))
     if starts is not None:
-        thetas = np.asarray(starts, dtype=float)
+        thetas = real_array("starts", starts)
         if thetas.shape != (num_chains, size) or not np.all(np.isfinite(thetas)):
             raise LaplodeError(
                 f"`starts` must be finite and of shape (num_chains, P) = ({num_chains}, {size}), got {thetas.shape}."

@@ -31,7 +31,7 @@ from ._model import NeuralODE, starts
 from ._posterior import AbstractPosterior, Posterior
 from ._predict import Predictions
 from ._prior import check_independent, prior_vectors
-from ._problem import AbstractLikelihood, Trajectories
+from ._problem import AbstractLikelihood, Trajectories, check_count, check_key
 
 # From the color-blind safe palette of Okabe and Ito.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -76,13 +76,13 @@ def plot_trajectories(
 
     **Raises:** `LaplodeError` when there is nothing to plot, or a trajectory is unknown.
     """
+    _check_prob(prob)
     tree = to_datatree(source, *predictions) if isinstance(source, AbstractPosterior) else source
     if not isinstance(tree, xr.DataTree):
         raise LaplodeError(f"`source` must be a DataTree from to_datatree, or a posterior; got {type(tree).__name__}.")
     groups = [name for name in ("posterior_predictive", "predictions") if name in tree.children]
     if not groups:
         raise LaplodeError("`source` has no predictions: pass some from laplode.predict to to_datatree.")
-    _check_prob(prob)
     segments = [_segment(tree, name) for name in groups]
     if len(segments) == 2 and _covers(segments[1]["ts"], segments[0]["ts"]):
         segments = segments[1:]
@@ -142,9 +142,9 @@ def plot_trajectories(
     return plots
 
 
-def _check_prob(prob: float) -> None:
-    if not 0 < prob < 1:
-        raise LaplodeError(f"`prob` must lie between 0 and 1, got {prob}.")
+def _check_prob(prob: Any) -> None:
+    if not isinstance(prob, float | np.floating) or not 0 < prob < 1:
+        raise LaplodeError(f"`prob` must lie between 0 and 1, got {prob!r}.")
 
 
 def _covers(these: xr.DataArray, those: xr.DataArray) -> bool:
@@ -235,11 +235,11 @@ def plot_phase(
 
     **Raises:** `LaplodeError` when there is nothing to plot, or the vector field was asked for and can't be drawn.
     """
+    _check_prob(prob)
     if not isinstance(posterior, AbstractPosterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     if not predictions or not all(isinstance(item, Predictions) for item in predictions):
         raise LaplodeError("`predictions` must be some from laplode.predict.")
-    _check_prob(prob)
     item = max(predictions, key=lambda item: item.ts.shape[1])
     num, _, num_channels = item.mean.shape
     if len(set(channels)) != 2 or not all(0 <= k < num_channels for k in channels):
@@ -603,9 +603,11 @@ def plot_marginals(
 
     **Raises:** `LaplodeError` when draws are missing, or a name is unknown.
     """
+    check_count("num", num)
     if isinstance(source, AbstractPosterior):
         if key is None:
             raise LaplodeError("`key` is needed to draw from a posterior.")
+        check_key("key", key)
         source = to_datatree(source, key=key, parameters="all")
     if not isinstance(source, xr.DataTree):
         raise LaplodeError(f"`source` must be a DataTree from to_datatree or a posterior, got {type(source).__name__}.")
@@ -620,6 +622,8 @@ def plot_marginals(
         kept = sorted(narrow, key=narrow.__getitem__)[:num]
         chosen = [name for name in posterior if name in kept]
     else:
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise LaplodeError(f"`names` must be a list of names of parameters, got {names!r}.")
         chosen = []
         for wanted in names:
             found = [name for name in posterior if name == wanted or name.startswith(f"{wanted}[")]

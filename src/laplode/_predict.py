@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from ._draws import Sampling, draw, in_batches, mixed_mean, mixed_root, over_components, solve_at, solve_from
@@ -104,6 +105,7 @@ def predict(
     tolerance: float = TOLERANCE,
     khat: bool | None = None,
     resample: bool = False,
+    mesh: Mesh | None = None,
     progress: bool = True,
 ) -> Predictions:
     """Trajectories at `ts` under the posterior.
@@ -133,6 +135,8 @@ def predict(
         each. By default for all but "linearized".
     - `resample`: whether to return draws resampled by their smoothed weights, equally weighted, some of them repeated.
         Sensible where `khat` is low.
+    - `mesh`: devices that share the solves, as in `laplace`: of the trajectories where these are linearized, of the
+        draws where they are solved again or weighed.
     - `progress`: whether to show a progress bar.
 
     **Returns:** `Predictions`.
@@ -152,19 +156,19 @@ def predict(
     (2024), "Riemannian Laplace approximation with the Fisher metric"; Vehtari et al. (2024), "Pareto smoothed
     importance sampling".
     """
-    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress)
+    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress, key, mesh)
     start = UncertainStart.of(y0) if isinstance(y0, dist.Distribution) else None
     grid = dataclasses.replace(Grid.of(posterior, ts, y0 if start is None else start.mean, args), start=start)
     key_theta, key_noise, key_start = jax.random.split(key, 3)
     draws = draw(posterior, sampling, key_theta)
     states = grid.draw_states(key_start, num_samples)
-    trajectories = _linearized if sampling.method.linear else _solved
+    trajectories = _linearized if sampling.method.linear else _solves
     keys = jax.random.split(key_noise, len(posterior.components))
     means, roots = {}, {}
 
     def part(i, thetas, ok, states):
         component = posterior.components[i]
-        mean, predictions, roots[i] = trajectories(component, grid, thetas, states, progress)
+        mean, predictions, roots[i] = trajectories(component, grid, thetas, states, sampling)
         means[i] = mean[..., : component.problem.data.ys.shape[2]]
         return with_noise(component.problem.likelihood, predictions, ok, keys[i])
 
@@ -313,7 +317,7 @@ class Grid(eqx.Module):
         return cls(ts, np.concatenate([start, ts], axis=1), data.y0, data.args, 1, False)
 
 
-def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], states: Array, progress: bool):
+def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], states: Array, sampling: Sampling):
     around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
     num, channels = around.num_trajectories, posterior.problem.data.ys.shape[2]
     row_bytes = 8 * posterior.size * grid.ts.shape[1] * posterior.problem.prediction_shape[1]
@@ -322,7 +326,7 @@ def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], s
     for start in range(0, num, together):
         first = min(start, num - together)  # one compiled shape for all
         some = slice(first, first + together)
-        mean, jacobian = linearize(around.part(some))
+        mean, jacobian = linearize(around.part(some), mesh=sampling.mesh)
         root = _covariance_root(posterior.structure, jacobian, mean.shape, channels, grid.skip)
         shift = jnp.zeros(())
         if grid.start is not None:
@@ -365,14 +369,25 @@ def _covariance_root(
     return jax.lax.map(root, jnp.arange(num))
 
 
-def _solved(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], states: Array, progress: bool):
+def _solves(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], states: Array, sampling: Sampling):
+    return _solved(posterior, grid, thetas, states, sampling.progress, sampling.mesh)
+
+
+def _solved(
+    posterior: Posterior,
+    grid: Grid,
+    thetas: Float[Array, "S P"],
+    states: Array,
+    progress: bool,
+    mesh: Mesh | None = None,
+):
     rows = jnp.concatenate([posterior.mean[None], thetas])  # one program for the mean and the draws
-    solve = ft.partial(solve_at, posterior, grid.solve_ts, grid.y0, grid.args)
+    solve = ft.partial(solve_at, posterior, grid.solve_ts, grid.y0, grid.args, mesh=mesh)
     if grid.start is not None:
         states = jnp.concatenate([grid.start.mean[None], states]).reshape(len(rows), -1)
         rows = jnp.concatenate([rows, states], axis=1)
-        solve = ft.partial(solve_from, posterior, grid.solve_ts, grid.args)
-    solved = in_batches(solve, rows, "Solving at draws" if progress else None)[:, :, grid.skip :]
+        solve = ft.partial(solve_from, posterior, grid.solve_ts, grid.args, mesh=mesh)
+    solved = in_batches(solve, rows, "Solving at draws" if progress else None, mesh)[:, :, grid.skip :]
     return solved[0], solved[1:], None
 
 

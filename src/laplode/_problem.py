@@ -16,7 +16,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from ._errors import LaplodeError
 
 
-def _real_array(name: str, value: Any, unit: str = "numbers") -> np.ndarray:
+def real_array(name: str, value: Any, unit: str = "numbers") -> np.ndarray:
+    """Return `value` as a float64 array, or say that it is none of real numbers."""
     try:
         array = np.asarray(value)
         if array.dtype == object or np.iscomplexobj(array):
@@ -26,9 +27,35 @@ def _real_array(name: str, value: Any, unit: str = "numbers") -> np.ndarray:
         raise LaplodeError(f"`{name}` must be an array of real {unit}, got {type(value).__name__}.") from None
 
 
+def check_key(name: str, key: Any) -> PRNGKeyArray:
+    """Return `key`, or say that it is no JAX random key."""
+    array = isinstance(key, jax.Array | np.ndarray)
+    typed = array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()
+    raw = array and key.dtype == np.uint32 and key.shape in ((2,), (4,))
+    if not typed and not raw:
+        got = f"an array of {key.dtype} and shape {key.shape}" if array else repr(key)
+        raise LaplodeError(f"`{name}` must be one JAX random key, such as jax.random.key(0); got {got}.")
+    return key  # pyright: ignore[reportReturnType]
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Return `value` as an integer of at least `least`, or say that it is none."""
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+        wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise LaplodeError(f"`{name}` must be {wanted}, got {value!r}.")
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """Return `value` as True or False, or say that it is neither."""
+    if not isinstance(value, bool | np.bool_):
+        raise LaplodeError(f"`{name}` must be True or False, got {value!r}.")
+    return bool(value)
+
+
 def check_times(name: str, ts: Any) -> np.ndarray:
     """Return `ts` as a float64 array of shape (T,) or (N, T), or say what is wrong with it."""
-    ts = _real_array(name, ts, "times")
+    ts = real_array(name, ts, "times")
     if ts.ndim not in (1, 2) or ts.shape[-1] < 1:
         raise LaplodeError(f"`{name}` must have shape (T,) or (N, T), got shape {ts.shape}.")
     if not np.all(np.isfinite(ts)):
@@ -55,7 +82,7 @@ def check_solvable(name: str, ts: np.ndarray) -> None:
 
 def check_initial_state(name: str, y0: Any, num_trajectories: int) -> np.ndarray:
     """Return `y0` as a float64 array of shape (N, D), or say what is wrong with it."""
-    y0 = _real_array(name, y0, "states")
+    y0 = real_array(name, y0, "states")
     if y0.ndim == 1 and num_trajectories == 1:
         y0 = y0[None]
     if y0.ndim != 2 or y0.shape[0] != num_trajectories:
@@ -110,7 +137,7 @@ class Trajectories(eqx.Module):
     def __init__(self, ts: Any, ys: Any, y0: Any = None, args: PyTree = None):
         ts = check_times("ts", ts)
         check_solvable("ts", ts)
-        ys = _real_array("ys", ys, "observations")
+        ys = real_array("ys", ys, "observations")
         if ys.ndim == 2:
             ys = ys[None]
         if ys.ndim != 3:
@@ -215,8 +242,9 @@ def _has_density(likelihood: AbstractLikelihood, prediction: Float[Array, "... F
     return jnp.isfinite(likelihood.distribution(prediction).log_prob(ys))
 
 
-def _check_positive(name: str, value: Any) -> np.ndarray:
-    array = _real_array(name, value)
+def check_positive(name: str, value: Any) -> np.ndarray:
+    """Return `value` as an array of positive numbers, or say that it is none."""
+    array = real_array(name, value)
     if not np.all(np.isfinite(array)) or np.any(array <= 0):
         raise LaplodeError(f"`{name}` must be positive and finite, got {value}.")
     return array
@@ -272,14 +300,15 @@ class AbstractScaleLikelihood(AbstractLikelihood):
         return jnp.concatenate([of_location, jnp.full_like(scale, of_log_scale)], axis=-1)
 
 
-def _check_scale(scale: Any, learned: bool) -> np.ndarray | None:
+def _check_scale(scale: Any, learned: Any) -> np.ndarray | None:
+    check_flag("learned", learned)
     if scale is None:
         if learned:
             raise LaplodeError(
                 "`learned`=True adjusts a given scale; without one the model predicts it. Give the scale to start from."
             )
         return None
-    scale = _check_positive("scale", scale)
+    scale = check_positive("scale", scale)
     if scale.ndim > 1:
         raise LaplodeError(f"`scale` must be a scalar or have shape (K,), got shape {scale.shape}.")
     return scale
@@ -370,7 +399,7 @@ def _check_limits(lower: Any, upper: Any, scale: Any, positive: bool) -> tuple[n
         if limit is None:
             limits.append(None)
             continue
-        limit = _check_positive(name, limit) if positive else _real_array(name, limit)
+        limit = check_positive(name, limit) if positive else real_array(name, limit)
         if limit.ndim > 1 or not np.all(np.isfinite(limit)):
             raise LaplodeError(f"`{name}` must be a finite number or have shape (K,), got {limit}.")
         limits.append(limit)
@@ -407,7 +436,7 @@ class Gaussian(AbstractNormal):
 
     def __init__(self, scale: Any = None, *, learned: bool = False, lower: Any = None, upper: Any = None):
         self.scale = _check_scale(scale, learned)
-        self.learned = learned
+        self.learned = bool(learned)
         self.lower, self.upper = _check_limits(lower, upper, scale, positive=False)
 
     def family(self, location, scale):
@@ -441,7 +470,7 @@ class LogNormal(AbstractNormal):
 
     def __init__(self, scale: Any = None, *, learned: bool = False, lower: Any = None, upper: Any = None):
         self.scale = _check_scale(scale, learned)
-        self.learned = learned
+        self.learned = bool(learned)
         self.lower, self.upper = _check_limits(lower, upper, scale, positive=True)
 
     def family(self, location, scale):
@@ -484,12 +513,12 @@ class StudentT(AbstractScaleLikelihood):
     learned: bool = eqx.field(static=True)
 
     def __init__(self, df: Any, scale: Any = None, *, learned: bool = False):
-        df = _check_positive("df", df)
+        df = check_positive("df", df)
         if df.ndim:
             raise LaplodeError(f"`df` must be a number, got shape {df.shape}.")
         self.df = df
         self.scale = _check_scale(scale, learned)
-        self.learned = learned
+        self.learned = bool(learned)
 
     @property
     def quadratic(self):
@@ -534,7 +563,7 @@ class NegativeBinomial(AbstractLikelihood):
     concentration: Array | np.ndarray
 
     def __init__(self, concentration: Any):
-        concentration = _check_positive("concentration", concentration)
+        concentration = check_positive("concentration", concentration)
         if concentration.ndim > 1:
             raise LaplodeError(f"`concentration` must be a scalar or have shape (K,), got shape {concentration.shape}.")
         self.concentration = concentration
@@ -604,7 +633,7 @@ class GaussianPrior(AbstractPrior):
 
     def __init__(self, precision: PyTree, mean: PyTree = 0.0):
         def finite(name, leaf):
-            array = _real_array(name, leaf)
+            array = real_array(name, leaf)
             if not np.all(np.isfinite(array)):
                 raise LaplodeError(f"`{name}` must be finite, got {leaf}.")
             return array
@@ -615,7 +644,7 @@ class GaussianPrior(AbstractPrior):
             # Arrays, not Python floats: with these, each new value would be compiled anew.
             return jax.tree_util.tree_map_with_path(lambda p, x: check(name + jax.tree_util.keystr(p), x), tree)
 
-        self.precision = each(_check_positive, "precision", precision)
+        self.precision = each(check_positive, "precision", precision)
         self.mean = each(finite, "mean", mean)
 
 
@@ -721,7 +750,10 @@ class Problem(eqx.Module):
                 f"{type(prior).__name__}."
             )
         if not isinstance(prior, AbstractPrior):
-            prior = GaussianPrior(prior)
+            try:
+                prior = GaussianPrior(prior)
+            except LaplodeError as error:
+                raise LaplodeError(f"`prior` is no precision: {error}") from error
         channels = data.ys.shape[-1]
         for name in ("scale", "lower", "upper", "concentration"):
             value = getattr(likelihood, name, None)

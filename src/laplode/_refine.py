@@ -16,7 +16,7 @@ from ._errors import LaplodeError, LaplodeWarning, choose
 from ._fit import Fit
 from ._model import check_model
 from ._prior import log_prior, prior_deficit, prior_rows, prior_vectors
-from ._problem import Problem, check_problem
+from ._problem import Problem, check_count, check_problem
 from ._solve import (
     AbstractFlow,
     ReplayedFlow,
@@ -93,8 +93,7 @@ def refine(
     if not isinstance(decrement, int | float) or not 0 < decrement < math.inf:
         raise LaplodeError(f"`decrement` must be a positive number of nats, got {decrement!r}.")
     for name, value in (("steps", steps), ("newton_steps", newton_steps)):
-        if not isinstance(value, int | np.integer) or value < 0:
-            raise LaplodeError(f"`{name}` must be an integer of at least 0, got {value!r}.")
+        check_count(name, value, 0)
     check_model(model, problem)
     start = point = _Point.at(parameters(model, where, problem.prior), problem)
     if exact:
@@ -324,7 +323,7 @@ class _Quadratic(NamedTuple):
         around = point.flow
         local = _linearized(around, problem, route)
         tilt = _tilt(local).reshape(problem.informed.shape) if geodesic else None
-        found = hessian(around, problem, batch_size=batch_size, progress=False, tilt=tilt)
+        found = hessian(around, problem, batch_size=batch_size, tilt=tilt)
         precision = np.asarray(local.structure.prior_precision)
         deficit = np.asarray(prior_deficit(problem.prior, around.parameters))
         rows = np.asarray(prior_rows(problem.prior, around.parameters))

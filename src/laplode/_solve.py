@@ -17,9 +17,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._errors import LaplodeError
+from ._mesh import over_rows
 from ._model import NeuralODE, predict_trajectory, starts
 from ._vector import Parameters
 
@@ -67,10 +69,15 @@ class AbstractFlow(AbstractMap):
         """N."""
         return self.ts.shape[0]
 
+    @property
+    def rows(self) -> dict[str, PyTree]:
+        """All but the parameters: what there is of for each trajectory, along the first axis."""
+        names = (field.name for field in dataclasses.fields(self))
+        return {name: getattr(self, name) for name in names if name != "parameters"}
+
     def part(self, chosen: slice) -> "AbstractFlow":
         """The flow of some of the trajectories."""
-        ts, y0, args = jax.tree.map(lambda x: x[chosen], (self.ts, self.y0, self.args))
-        return dataclasses.replace(self, ts=ts, y0=y0, args=args)
+        return dataclasses.replace(self, **jax.tree.map(lambda x: x[chosen], self.rows))
 
 
 class ForeignFlow(AbstractFlow):
@@ -110,9 +117,6 @@ class ReplayedFlow(AbstractFlow):
         if route == "sensitivity":
             return _sensitivity(self, theta)
         return _AUTODIFF[route](self, theta)
-
-    def part(self, chosen):
-        return dataclasses.replace(super().part(chosen), boundaries=self.boundaries[chosen])
 
     @property
     def has_sensitivity(self) -> bool:
@@ -187,6 +191,34 @@ def flow(
         least = num_steps + int(spare * num_steps)
     padded = min(least + (-least) % 4, model.max_steps)
     return ReplayedFlow(view, ts, y0, args, boundaries[:, : padded + 1])
+
+
+def tightened(flow: ReplayedFlow, factor: float) -> ReplayedFlow:
+    """The flow on the steps that its solver takes with tolerances that are `factor` times smaller.
+
+    **Raises:** `LaplodeError` when its steps are not chosen by a tolerance, or there are too many of them.
+    """
+    rest = flow.parameters.rest
+    has_tolerance = lambda node: hasattr(node, "rtol") and hasattr(node, "atol")
+    nodes, structure = jax.tree.flatten(rest.stepsize_controller, is_leaf=has_tolerance)
+    if not any(map(has_tolerance, nodes)):
+        raise LaplodeError(
+            f"`posterior` is of a model whose steps have no tolerance ({type(rest.stepsize_controller).__name__}): "
+            "compare with a smaller `dt0` by hand, or take diffrax.PIDController(rtol, atol)."
+        )
+    smaller = lambda node: eqx.tree_at(lambda c: (c.rtol, c.atol), node, (node.rtol / factor, node.atol / factor))
+    controller = jax.tree.unflatten(structure, [smaller(node) if has_tolerance(node) else node for node in nodes])
+    view = eqx.tree_at(lambda p: p.rest.stepsize_controller, flow.parameters, controller)
+    inputs = (view.model, flow.ts, flow.y0, flow.args)
+    boundaries, accepted, _, y_last = _record(*inputs)
+    if not np.all(np.isfinite(np.asarray(y_last))) or np.any(
+        np.asarray(boundaries[:, -1]) < np.asarray(flow.ts[:, -1])
+    ):
+        raise LaplodeError(
+            f"`posterior` can't be compared with tolerances {factor:g} times smaller: with max_steps = "
+            f"{view.model.max_steps} the solve does not arrive. Allow more steps."
+        )
+    return dataclasses.replace(flow, parameters=view, boundaries=boundaries[:, : int(np.max(np.asarray(accepted))) + 1])
 
 
 # ---- Replaying it
@@ -527,7 +559,9 @@ def _at_observation(model: NeuralODE, y, cotangent, args) -> Float[Array, ""]:
     return cotangent @ model.observe_states(y[None], args)[0]
 
 
-def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrangian, Float[Array, "P P"]]:
+def local_hessian(
+    flow: ReplayedFlow, cotangents, weights, mesh: Mesh | None = None
+) -> tuple[LocalLagrangian, Float[Array, "P P"]]:
     """Jᵀ W J + ⟨cotangents, ∇² predictions⟩ in two parts: the Hessian of the first, plus the second.
 
     With cotangents (N, T, F) and W (N, T, F, F) the first and second derivatives of a loss in the predictions, that is
@@ -539,14 +573,15 @@ def local_hessian(flow: ReplayedFlow, cotangents, weights) -> tuple[LocalLagrang
     of which the last is the Hessian of the Lagrangian and the others are one matrix product. Compared with pushing P
     tangents through the solve and back, nothing is sequential any more.
     """
-    points, rest = _cross_terms(flow, cotangents, weights)
-    return LocalLagrangian(flow, *points, cotangents), rest
+    points, rest = over_rows(mesh, _cross_terms, flow.parameters, flow.rows, (cotangents, weights))
+    return LocalLagrangian(flow, *points, cotangents), rest  # pyright: ignore[reportCallIssue]
 
 
 @eqx.filter_jit
-def _cross_terms(flow: ReplayedFlow, cotangents, weights):
-    """All but M_θθ, and what the Lagrangian is made of: times, stages, adjoints, observed states, initial adjoints."""
-    view = flow.parameters
+def _cross_terms(view: Parameters, rows: dict[str, PyTree], derivatives: tuple[Array, Array]):
+    """What the Lagrangian is made of, times, stages, adjoints, observed states, initial adjoints; and all but M_θθ."""
+    flow = ReplayedFlow(view, **rows)
+    cotangents, weights = derivatives
     theta, model = view.vector, view.model
     tableau = _explicit_tableau(model.solver)
     assert tableau is not None
@@ -759,14 +794,29 @@ def _linearized(flow: AbstractMap, theta, route: str):
     return flow.linearized(theta, route)
 
 
-def linearize(flow: AbstractMap, route: str | None = None) -> tuple[Float[Array, "..."], Float[Array, "M P"]]:
+@eqx.filter_jit
+def _linearized_rows(shared: tuple[type[AbstractFlow], Parameters, str], rows: dict[str, PyTree], _):
+    """Predictions (N, T, F) and their Jacobian (N, T·F, P) of some trajectories; no sums."""
+    kind, view, route = shared
+    predictions, jacobian = kind(view, **rows).linearized(view.vector, route)
+    return (predictions, jacobian.reshape(len(predictions), -1, view.size)), ()
+
+
+def linearize(
+    flow: AbstractMap, route: str | None = None, *, mesh: Mesh | None = None
+) -> tuple[Float[Array, "..."], Float[Array, "M P"]]:
     """Values at the present parameters, such as predictions, and their Jacobian with a row for each of them in order.
 
-    To find the `route` takes traces of the model; who comes often hands it over.
+    To find the `route` takes traces of the model; who comes often hands it over. Trajectories are spread over a `mesh`.
 
     The Jacobian may be as large as memory allows: outside of `jit`, even a reshape would copy it.
     """
-    return _linearized(flow, flow.parameters.vector, route or jacobian_route(flow))
+    route = route or jacobian_route(flow)
+    if mesh is None or not isinstance(flow, AbstractFlow):
+        return _linearized(flow, flow.parameters.vector, route)
+    shared = (type(flow), flow.parameters, route)
+    (predictions, jacobian), _ = over_rows(mesh, _linearized_rows, shared, flow.rows)
+    return predictions, jacobian.reshape(-1, flow.parameters.size)
 
 
 def _field_at_start(flow: ReplayedFlow) -> Callable[[Array], Array]:

@@ -150,9 +150,9 @@ def run_hessian():
     around = flow_of(model, problem)
     view = around.parameters
     theta = view.vector
-    result, first, seconds = clock(lambda: hessian(around, problem, batch_size=None, progress=False).matrix, 1)
+    result, first, seconds = clock(lambda: hessian(around, problem, batch_size=None).matrix, 1)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    found = hessian(around, problem, batch_size=None, progress=False)
+    found = hessian(around, problem, batch_size=None)
     report("laplode: exact Hessian", first, seconds)
     print(f"peak memory {peak:.2f} GiB, symmetry defect {found.symmetry_defect:.1e}", flush=True)
 

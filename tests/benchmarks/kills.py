@@ -1,8 +1,9 @@
-"""A fit that is killed at random moments and goes on from its checkpoint. Run by hand:
+"""Work that is killed at random moments and goes on from its checkpoint: a fit, and an exact Hessian. Run by hand:
 
     python tests/benchmarks/kills.py [kills] [seed]
 
-Counts how often the fit that was begun again ended with other bits than one without a break: 0 is right.
+Half of the kills fall on each. Counts how often what was begun again ended with other bits than without a break: 0 is
+right.
 """
 
 import glob
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from typing import Any
 
 import equinox as eqx
@@ -33,20 +35,49 @@ class Decay(eqx.Module):
         return self.start * y0 * jnp.exp(-self.rate * ts[:, None])
 
 
+class Wave(eqx.Module):
+    """Sums of sines at fixed frequencies, then bent: many parameters, no solve."""
+
+    weights: jax.Array
+    shift: jax.Array
+
+    def __call__(self, ts, y0):
+        phases = jnp.arange(1, self.weights.shape[1] + 1) * ts[:, None] + self.shift
+        return y0 + jnp.tanh(jnp.sin(phases) @ self.weights.T)
+
+
+def problem_of(noise: float, channels: int) -> lp.Problem:
+    ts = np.linspace(0, 2, 20)
+    ys = np.exp(-ts)[None, :, None] + noise * np.random.default_rng(0).normal(size=(1, 20, channels))
+    return lp.Problem(lp.Trajectories(ts, ys, np.ones((1, channels))), lp.Gaussian(0.1, learned=True), 1.0)
+
+
 def job(checkpoint: str | None = None) -> lp.Fit:
     """A fit of several restarts and horizons: the same bits in every process."""
-    ts = np.linspace(0, 2, 20)
-    ys = np.exp(-ts)[None, :, None] + 0.1 * np.random.default_rng(0).normal(size=(1, 20, 1))
-    problem = lp.Problem(lp.Trajectories(ts, ys, [[1.0]]), lp.Gaussian(0.1, learned=True), 1.0)
     model = Decay(jnp.array([0.2]), jnp.array([[1.5]]))
     options: dict[str, Any] = dict(steps=4000, key=jax.random.key(0), restarts=2, horizons=(0.5, 1.0), progress=False)
-    return lp.fit(model, problem, ADAM, checkpoint=checkpoint, checkpoint_every=25, **options)
+    return lp.fit(model, problem_of(0.1, 1), ADAM, checkpoint=checkpoint, checkpoint_every=25, **options)
 
 
-def bits(fit: lp.Fit) -> list[bytes]:
-    """All numbers of a fit."""
-    numbers = [np.asarray(x).tobytes() for x in jax.tree.leaves((fit.model, fit.restarts, fit.losses, fit.problem))]
-    return [*numbers, repr(fit.stats).encode()]
+def hessian_job(checkpoint: str | None = None, structure: str = "full") -> lp.Posterior:
+    """An exact Hessian of ten chunks of rows."""
+    rng = np.random.default_rng(1)
+    model = Wave(jnp.asarray(rng.normal(size=(2, 200)) / 15), jnp.asarray(rng.normal(size=200)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)  # the model is not fitted
+        options = dict(structure=structure, batch_size=4, progress=False)
+        return lp.laplace(model, problem_of(0.1, 2), checkpoint=checkpoint, **options)
+
+
+def bits(result: lp.Fit | lp.Posterior) -> list[bytes]:
+    """All numbers of a result."""
+    if isinstance(result, lp.Posterior):
+        return [np.asarray(x).tobytes() for x in jax.tree.leaves(result.curvature)]
+    parts = (result.model, result.restarts, result.losses, result.problem)
+    return [*(np.asarray(x).tobytes() for x in jax.tree.leaves(parts)), repr(result.stats).encode()]
+
+
+JOBS = {"fit": job, "laplace": hessian_job}
 
 
 def setup(cache: str) -> None:
@@ -57,13 +88,35 @@ def setup(cache: str) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-def killed(checkpoint: str, cache: str, seconds: float) -> bool:
-    """Run the job in a process of its own and kill it so long after it got somewhere; False if it ended before."""
-    stamp = lambda: os.stat(checkpoint).st_mtime_ns if os.path.exists(checkpoint) else None
-    before = stamp()
-    process = subprocess.Popen([sys.executable, __file__, "--job", checkpoint, cache])
-    while process.poll() is None and stamp() == before:
+def _started(checkpoint: str, cache: str, name: str) -> subprocess.Popen:
+    """A job in a process of its own, at its first checkpoint since then."""
+    before = _stamp(checkpoint)
+    process = subprocess.Popen([sys.executable, __file__, "--job", name, checkpoint, cache])
+    while process.poll() is None and _stamp(checkpoint) == before:
         time.sleep(0.002)
+    return process
+
+
+def _stamp(path: str) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def seconds_of_writing(checkpoint: str, cache: str, name: str) -> float:
+    """From the first to the last checkpoint of a whole job."""
+    process = _started(checkpoint, cache, name)
+    first = _stamp(checkpoint)
+    process.wait()
+    last = _stamp(checkpoint)
+    os.remove(checkpoint)
+    return ((last or 0) - (first or 0)) * 1e-9
+
+
+def killed(checkpoint: str, cache: str, seconds: float, name: str = "fit") -> bool:
+    """Run a job in a process of its own and kill it so long after it got somewhere; False if it ended before."""
+    process = _started(checkpoint, cache, name)
     time.sleep(seconds)
     if process.poll() is None:
         process.kill()  # SIGKILL
@@ -76,25 +129,32 @@ def killed(checkpoint: str, cache: str, seconds: float) -> bool:
 def main(kills: int, seed: int) -> None:
     rng = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
-        cache, checkpoint = os.path.join(folder, "cache"), os.path.join(folder, "fit.laplode")
+        cache = os.path.join(folder, "cache")
         setup(cache)
-        whole = bits(job())
-        done = ended = different = 0
-        while done < kills:
-            done += killed(checkpoint, cache, rng.uniform(0, 0.3))
-            size = os.path.getsize(checkpoint)
-            if done % 5 == 0 or rng.random() < 0.1:
-                ended += 1
-                different += bits(job(checkpoint)) != whole
-                os.remove(checkpoint)
-            parts = len(glob.glob(checkpoint + ".*.tmp"))
-            print(f"{done} kills, {ended} ends, {different} different, {size} bytes, {parts} halves left", flush=True)
+        for name, num in (("fit", kills // 2), ("laplace", kills - kills // 2)):
+            checkpoint = os.path.join(folder, f"{name}.laplode")
+            whole = bits(JOBS[name]())
+            seconds = seconds_of_writing(checkpoint, cache, name)
+            done = ended = different = left = 0
+            while done < num:
+                was_killed = killed(checkpoint, cache, rng.uniform(0, 0.7 * seconds), name)
+                done += was_killed
+                size = os.path.getsize(checkpoint)
+                parts = len(glob.glob(checkpoint + ".*.tmp"))
+                left += parts
+                if not was_killed or done % 5 == 0 or rng.random() < 0.1:
+                    ended += 1
+                    different += bits(JOBS[name](checkpoint)) != whole
+                    os.remove(checkpoint)
+                    assert not glob.glob(checkpoint + ".*.tmp")
+                said = f"{done} kills, {ended} ends, {different} different, {size} bytes, {left} in the act of writing"
+                print(f"{name}: {said}", flush=True)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--job"]:
-        setup(sys.argv[3])
-        job(sys.argv[2])
+        setup(sys.argv[4])
+        JOBS[sys.argv[2]](sys.argv[3])
     else:
         given = [int(argument) for argument in sys.argv[1:]]
         main(*given, *(50, 0)[len(given) :])

@@ -1,0 +1,213 @@
+"""Values that make no sense, for every argument of every public function: each is refused by name, before any work.
+
+The cases are generated: kinds of bad values, and for each function which of its arguments are of which kind.
+"""
+
+import inspect
+import warnings
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+import optax
+import pytest
+
+import laplode as lp
+
+KEY = jax.random.key(0)
+NAN, INF = float("nan"), float("inf")
+TS = np.linspace(0, 4, 9)
+
+
+class Nothing:
+    """What is of no use as anything."""
+
+    def __repr__(self):
+        return "nothing"
+
+
+class Silent(eqx.Module):
+    """A module that is no model: it can't be called."""
+
+    rate: float = 1.0
+
+
+NOTHING = Nothing()
+NUMBER = [NOTHING, "three", None, [], NAN, 1j, {}]
+KINDS = {
+    "count": [0, -1, 2.5, *NUMBER],
+    "count or None": [0, -1, 2.5, "three", NAN, [2]],
+    "at least 0": [-1, 2.5, *NUMBER],
+    "positive": [0.0, -1.0, INF, *NUMBER],
+    "positive or None": [0.0, -1.0, INF, NAN, "three"],
+    "positive array": [0.0, -1.0, INF, NAN, "three", NOTHING, [1.0, -1.0], [[[1.0]]], 1j],
+    "probability": [0.0, 1.0, -0.1, *NUMBER],
+    "option": ["nonsense", "", 3, None, ["full"], NOTHING],
+    "key": [NOTHING, "seed", None, 0.5, [], np.zeros(3), jax.random.split(KEY, 2)],
+    "posterior": [NOTHING, None, 3, "posterior", KEY, Silent()],
+    "problem": [NOTHING, None, 3, lp.Gaussian(1.0), "problem"],
+    "data": [NOTHING, None, TS, (TS, TS)],
+    "model": [NOTHING, None, 3, jnp.tanh, Silent(), eqx.nn.Lambda(lambda ts, y0: ts["a"])],
+    "where": [3, "rate", [True], lambda m: m.nothing, {"rate": True}],
+    "times": [NOTHING, "now", None, [], 1.0, [0.0, NAN], [1.0, 0.0], [0.0, 0.0], [[[0.0, 1.0]]], [1j, 2j], [0, INF]],
+    "bounds": [NOTHING, None, 3.0, (1.0,), (2.0, 1.0), (-1.0, 1.0), (NAN, 1.0), ("a", "b"), (1.0, 2.0, 3.0)],
+    "predictions": [NOTHING, 3, "draws", None],
+    "flag": [NOTHING, "yes", 2, NAN],
+    "callable": [NOTHING, 3, "f"],
+    "path": [3, None, 1.5, NOTHING],
+    "new states": [NOTHING, "here", [[NAN, 1.0], [1.0, 1.0]], [[1j, 1.0], [1.0, 1.0]], [[[1.0]]], [[1.0, 2.0, 3.0]]],
+    "states": [NOTHING, "here", [1.0], [[NAN, 1.0], [1.0, 1.0]], [[1.0, 2.0]], [[1j, 1.0], [1.0, 1.0]], [[[1.0]]]],
+}  # fmt: skip
+
+# Of each function its arguments and their kind; beside a kind, or instead of it, values of its own.
+OPTIONS = dict(curvature="option", structure="option", where="where", rank="count or None", num_probes="count or None")
+SAMPLING = dict(
+    posterior="posterior", method="option", num_samples="count", key="key", proposal="option", df="positive",
+    tolerance="positive", resample="flag", khat="flag",
+)  # fmt: skip
+ARGUMENTS = {
+    "Trajectories": dict(ts="times", ys=[NOTHING, "seen", None, [1.0], [[INF, 1.0]] * 9, [[NAN, NAN]] * 9, TS, [[1j]]],
+                         y0="states", args=[3.0, {"a": 1.0}, np.zeros(3), [np.zeros((5, 2))]]),
+    "Gaussian": dict(scale="positive array", lower=[NOTHING, "low", NAN, INF, [[1.0]], 5.0],
+                     upper=[NOTHING, NAN, -INF], learned="flag"),
+    "LogNormal": dict(scale="positive array", lower=[NOTHING, 0.0, -1.0, NAN], upper=[NOTHING, 0.0, -1.0],
+                      learned="flag"),
+    "StudentT": dict(df="positive", scale="positive array", learned="flag"),
+    "NegativeBinomial": dict(concentration="positive array"),
+    "GaussianPrior": dict(precision=[0.0, -1.0, INF, NAN, "three", NOTHING, None, [], 1j, {"a": -1.0}],
+                          mean=[INF, NAN, "three", NOTHING, None, 1j]),
+    "NamedPriors": dict(named=[NOTHING, None, {}, {"rate": 1.0}, {3: dist.Normal()}, {"rate": dist.Poisson(1.0)},
+                               {"rate": dist.Dirichlet(jnp.ones(2))}]),
+    "Problem": dict(data="data", likelihood=[NOTHING, None, 3, lp.Gaussian, "gaussian", lambda f: f,
+                                             lambda f: dist.Normal(f, 1).to_event(1)],
+                    prior=[0.0, -1.0, NAN, INF, "strong", NOTHING, None, lp.Gaussian(1.0), dist.Normal()]),
+    "NeuralODE": dict(vector_field=[NOTHING, None, 3], observe="callable",
+                      y0=[NAN, [[[1.0]]], 1.0, "here", NOTHING, 1j], scale=[0.0, [-1.0], [NAN], [[1.0]], "small"],
+                      solver=[NOTHING, "tsit5", 3], stepsize_controller=[NOTHING, 1e-6], max_steps="count",
+                      dt0=[NOTHING, "small", 0.0, NAN]),
+    "laplace": dict(model="model", problem="problem", **OPTIONS, regularization="option", batch_size="count or None",
+                    mesh=[NOTHING, 4, "all", jax.devices()], checkpoint=[3, 1.5, NOTHING, "/nowhere/at/all"]),
+    "estimate": dict(model="model", problem="problem", **OPTIONS),
+    "curvature_products": dict(model="model", problem="problem", where="where"),
+    "fit": dict(model="model", problem="problem", optimizer=[NOTHING, None, "adam", optax.adam], steps="count",
+                key="key", horizons=[NOTHING, None, (), (0.5,), (1.0, 0.5), "all", (NAN, 1.0)],
+                restarts="count", where="where", initialize="callable", checkpoint=[3, 1.5, NOTHING],
+                checkpoint_every="count"),
+    "check_tolerance": dict(posterior="posterior", num_probes="count", key=["seed", 0.5, NOTHING]),
+    "refine": dict(model="model", problem="problem", curvature="option", decrement="positive", steps="at least 0",
+                   newton_steps="at least 0", where="where"),
+    "predict": dict(**SAMPLING, ts="times", y0="new states", args=[3.0, [1.0, 2.0]], mesh=[NOTHING, 4, "all"]),
+    "predict_function": dict(**SAMPLING, function=[NOTHING, None, 3]),
+    "predict_field": dict(posterior="posterior", method="option", num_samples="count", df="positive"),
+    "evidence": dict(posterior="posterior", precision="option", noise=["nonsense", 3, NOTHING]),
+    "maximize_evidence": dict(posterior="posterior", precision="option", noise=["nonsense", 3, NOTHING],
+                              precision_bounds="bounds", scale_bounds="bounds", steps="count", rounds="count",
+                              online="flag"),
+    "compare_evidence": dict(posteriors=[NOTHING, None, {}, [], {"a": 1}]),
+    "mixture": dict(posteriors=[NOTHING, None, [], [None], 3],
+                    weights=[NOTHING, [1.0, 2.0], [-1.0], [NAN], "all", [0.0]]),
+    "identifiability": dict(posterior="posterior", threshold="probability"),
+    "information_gain": dict(posterior="posterior", ts="times", criterion="option", target="callable", y0="new states"),
+    "choose_measurements": dict(posterior="posterior", ts="times", num="count", criterion="option", target="callable"),
+    "nuts": dict(posterior="posterior", key="key", num_warmup="count", num_samples="count", num_chains="count",
+                 target_accept_prob="probability", max_tree_depth="count", dense_mass="flag", num_prior="at least 0",
+                 chain_method="option", starts=[NOTHING, "mean", [1.0], np.full((4, 3), NAN)]),
+    "problem_from_loss": dict(model="model", data="data", squares=["nonsense", 0.0, NAN, NOTHING], errors="option",
+                              l2=[-1.0, NAN, INF, "three", NOTHING], weight_decay=[-1.0, NAN, "three", NOTHING],
+                              precision="positive or None", scale="positive or None", loss="callable"),
+    "to_datatree": dict(posterior="posterior", fit=[NOTHING, 3, [3]], num_samples="count", parameters=["nonsense", 3],
+                        key=[NOTHING, "seed", 0.5, None], coords=[{"channel": ["a"]}, {"nonsense": [1]}, NOTHING, 3]),
+    "plot_trajectories": dict(source=[NOTHING, None, 3], prob="probability"),
+    "plot_phase": dict(posterior="posterior", prob="probability"),
+    "plot_spectrum": dict(posterior=[NOTHING, None, 3]),
+    "plot_time_correlation": dict(predictions="predictions"),
+    "plot_marginals": dict(source=[NOTHING, None, 3], num="count", names=[["nonsense"], 3]),
+    "save": dict(path="path", value=[NOTHING, None, 3, TS]),
+    "load": dict(path="path"),
+}  # fmt: skip
+
+# Left out: what a bad value of one argument has to do with another.
+NEEDS = {
+    ("predict", "df"): dict(method="sampled", proposal="student_t"),
+    ("to_datatree", "key"): dict(prior_predictive=True),
+    ("Gaussian", "lower"): dict(upper=4.0),
+    ("laplace", "rank"): dict(structure="low_rank"),
+    ("estimate", "rank"): dict(structure="low_rank"),
+    ("predict", "args"): dict(y0=[[1.0, 1.0], [1.0, 1.0]]),
+    ("to_datatree", "num_samples"): dict(key=KEY),
+}
+
+OF_A_POSTERIOR = ("evidence", "maximize_evidence", "identifiability", "plot_spectrum", "plot_phase", "check_tolerance")
+
+
+def cases():
+    for name, arguments in ARGUMENTS.items():
+        for argument, kind in arguments.items():
+            for number, value in enumerate(KINDS[kind] if isinstance(kind, str) else kind):
+                yield pytest.param(name, argument, value, id=f"{name}-{argument}-{number}")
+
+
+@pytest.fixture(scope="module")
+def good(growth, growth_posterior):
+    """Arguments that are right, of each function."""
+    data = growth.problem.data
+    draws = lp.predict(growth_posterior, TS, num_samples=2, key=KEY, progress=False)
+    ys, optimizer = data.ys, optax.adam(0.1)
+    posterior, fitted = growth_posterior, dict(model=growth.model, problem=growth.problem)
+    sampling = dict(posterior=posterior, key=KEY, num_samples=2)
+    return {
+        "Trajectories": dict(ts=TS, ys=ys, y0=data.y0),
+        "Gaussian": dict(scale=1.0),
+        "LogNormal": dict(scale=1.0),
+        "StudentT": dict(df=3.0, scale=1.0),
+        "NegativeBinomial": dict(concentration=1.0),
+        "GaussianPrior": dict(precision=1.0),
+        "NamedPriors": dict(named={"rate": dist.Normal()}),
+        "Problem": dict(data=data, likelihood=lp.Gaussian(1.0), prior=1.0),
+        "NeuralODE": dict(vector_field=lambda t, y, args: y),
+        **{name: fitted for name in ("laplace", "estimate", "curvature_products", "refine")},
+        "fit": dict(**fitted, optimizer=optimizer, steps=3, key=KEY),
+        "predict": dict(**sampling, ts=TS),
+        "predict_function": dict(**sampling, function=lambda m: m.rate),
+        "predict_field": dict(**sampling, states=[[1.0, 1.0]]),
+        **{name: dict(posterior=posterior) for name in OF_A_POSTERIOR},
+        "compare_evidence": dict(posteriors={"a": posterior}),
+        "mixture": dict(posteriors=[posterior]),
+        "information_gain": dict(posterior=posterior, ts=TS),
+        "choose_measurements": dict(posterior=posterior, ts=TS, num=1),
+        "nuts": dict(posterior=posterior, key=KEY, num_warmup=1, num_samples=1),
+        "problem_from_loss": dict(model=growth.model, data=data, precision=1.0),
+        "to_datatree": dict(posterior=posterior, key=KEY),
+        "plot_trajectories": dict(source=posterior),
+        "plot_time_correlation": dict(predictions=draws),
+        "plot_marginals": dict(source=posterior, key=KEY),
+        "save": dict(path="/tmp/never", value=posterior),
+        "load": dict(path="/nowhere"),
+    }  # fmt: skip
+
+
+def test_there_are_enough_and_no_function_is_left_out():
+    assert len(list(cases())) >= 200
+    made_by_laplode = {
+        "CurvatureProducts", "Diagnostics", "Estimate", "Evidence", "Fit", "FunctionPredictions", "Hyperparameters",
+        "Identifiability", "InformationGain", "MatchedLoss", "Measurements", "MixturePosterior", "Posterior",
+        "Predictions", "FitError", "LaplodeError", "LaplodeWarning",
+    }  # fmt: skip
+    public = {name for name, value in vars(lp).items() if not name.startswith("_") and callable(value)}
+    assert public - made_by_laplode == set(ARGUMENTS) | {"Poisson"}  # which takes nothing
+    for name, arguments in ARGUMENTS.items():
+        assert set(arguments) <= set(inspect.signature(getattr(lp, name)).parameters), name
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), list(cases()))
+def test_refused_by_name(good, name, argument, value):
+    function = getattr(lp, name)
+    given = good[name] | NEEDS.get((name, argument), {}) | {argument: value}
+    if "progress" in inspect.signature(function).parameters:
+        given["progress"] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(lp.LaplodeError, match=f"`{argument}"):
+            function(**given)
