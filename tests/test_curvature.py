@@ -226,6 +226,7 @@ DENSITIES = {
     "gaussian's": (lp.Gaussian(), lambda y, f, s: st.norm(f, s).logpdf(y)),
     "lognormal's": (lp.LogNormal(), lambda y, f, s: st.lognorm(s, scale=f).logpdf(y)),
     "student's": (lp.StudentT(4.0), lambda y, f, s: st.t(4.0, f, s).logpdf(y)),
+    "counts's": (lp.NegativeBinomial(), lambda y, f, s: st.nbinom(s, s / (s + f)).logpmf(y)),
 }
 
 

@@ -155,7 +155,12 @@ def test_a_prediction_of_which_nothing_is_observed_needs_no_place_in_the_support
     assert np.all(second[0] == 0) and np.all(second[:, :, 0] == 0)
 
 
-PREDICTED_SCALE = {"gaussian": lp.Gaussian(), "lognormal": lp.LogNormal(), "student": lp.StudentT(4.0)}
+PREDICTED_SCALE = {
+    "gaussian": lp.Gaussian(),
+    "lognormal": lp.LogNormal(),
+    "student": lp.StudentT(4.0),
+    "counts": lp.NegativeBinomial(),
+}
 
 
 @pytest.mark.parametrize("name", [name for name in LIKELIHOODS if name != "user"] + [f"{n}'s" for n in PREDICTED_SCALE])
