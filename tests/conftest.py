@@ -1,5 +1,6 @@
 """What the tests share: 64-bit JAX, a compilation cache, and a few small problems with their posteriors."""
 
+import pathlib
 import tempfile
 import warnings
 from typing import Any, NamedTuple
@@ -27,6 +28,15 @@ def pytest_configure(config):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     # Compiling takes most of the time of the tests.
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Every compiled program holds memory maps, of which Linux allows a process 65530 before it aborts."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
