@@ -530,7 +530,7 @@ def test_a_checkpoint_of_a_hessian_is_of_its_arguments(growth, quiet, kills, sto
     for change, match in (
         (dict(model=eqx.tree_at(lambda m: m.gain, growth.model, jnp.array(1.3))), "other arguments: `model` or"),
         (dict(where=lambda m: m.gain), "`where`"),
-        (dict(problem=other), "other arguments: `problem`\\. "),
+        (dict(problem=other), "other arguments: code of the model or the likelihood, or `problem`\\. "),
         (dict(structure="diagonal"), "`structure`, `batch_size` or `mesh`\\. "),
         (dict(batch_size=2), "`batch_size`"),
         (dict(checkpoint=stored), r"holds Posterior. Take another path"),
@@ -543,6 +543,13 @@ def test_a_checkpoint_of_a_hessian_is_of_its_arguments(growth, quiet, kills, sto
             lp.laplace(**dict(model=growth.model, problem=growth.problem, checkpoint=path, progress=False) | change)
     with pytest.raises(lp.LaplodeError, match=r"`checkpoint`: .* holds a checkpoint of laplace. Take"):
         fit(growth, path)
+    # Functions without a name differ in what they give.
+    by_function = [
+        lp.Problem(growth.problem.data, lambda f, c=c: dist.LogNormal(jnp.log(f), c), 1.0) for c in (0.1, 0.2)
+    ]
+    quiet(growth.model, by_function[0], checkpoint=tmp_path / "d")
+    with pytest.raises(lp.LaplodeError, match="code of the model or the likelihood"):
+        lp.laplace(growth.model, by_function[1], checkpoint=tmp_path / "d", progress=False)
     assert path.read_bytes() == before
     path.write_bytes(before[:-3])
     with pytest.raises(lp.LaplodeError, match="bytes and should have"):

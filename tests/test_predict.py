@@ -425,3 +425,22 @@ def test_new_states_of_another_size_for_a_learned_initial_state():
     posterior = lp.laplace(model, lp.Problem(data, lp.Gaussian(0.1), 1e-6), curvature="ggn", progress=False)
     with pytest.raises(lp.LaplodeError, match="`y0`"):
         draw(posterior, ts, np.ones((1, 3)))
+
+
+class Uptake(eqx.Module):
+    """An amount that is 0 at first."""
+
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        return self.rate * (ts - ts[0])[:, None]
+
+
+@pytest.mark.parametrize("likelihood", [lp.LogNormal(0.1), lp.Poisson()], ids=lambda each: type(each).__name__)
+def test_what_is_zero_whatever_the_parameters(quiet, likelihood):
+    ts = np.arange(6.0)
+    ys = np.where(ts > 0, 3 * ts, np.nan)[:, None]
+    posterior = quiet(Uptake(jnp.array(3.0)), lp.Problem(lp.Trajectories(ts, ys), likelihood, 1.0))
+    found = draw(posterior, ts)
+    assert np.all(found.ok) and np.all(found.epistemic[:, 0, 0] == 0)
+    assert np.all(np.isfinite(found.predictive)) and np.all(found.epistemic[:, 0, 1:] > 0)

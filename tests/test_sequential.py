@@ -77,6 +77,18 @@ def test_a_diagonal_posterior_is_an_independent_prior(linear):
     assert "parameters are determined" in str(lp.identifiability(posterior))
 
 
+def test_truncation_leaves_the_prior_whole(linear, linear_posterior):
+    """Strong data don't push a weak prior out of a low rank."""
+    prior = linear_posterior.as_prior()
+    data = linear.problem.data
+    precise = lp.Problem(lp.Trajectories(data.ts, data.ys, data.y0), lp.Gaussian(1e-3), prior)
+    options = dict(curvature="ggn", structure="low_rank", progress=False)
+    for rank in (1, 2, 4):
+        found = lp.laplace(linear.model, precise, rank=rank, **options)
+        assert np.all(found.marginal_std() <= linear_posterior.marginal_std() * (1 + 1e-9))
+        assert 0 < found.diagnostics.effective_dof < rank + 1e-6
+
+
 @pytest.fixture(scope="module")
 def second(linear):
     """Of the linear problem, what came first and what came after it."""

@@ -417,14 +417,15 @@ def hessian(
     def put(start, rows):
         matrix[start : start + len(rows)] = rows
 
-    local = bool(agreed(work.mesh, int(_is_local(flow))))
+    local = bool(agreed(work.mesh, int(_is_local(flow, work.mesh))))
     _assemble(flow, problem, [_Part(0, matrix)], put, work, batch_size=batch_size, local=local, tilt=tilt)
     return symmetrized(matrix)
 
 
-def _is_local(flow: AbstractFlow) -> bool:
+def _is_local(flow: AbstractFlow, mesh: Mesh | None = None) -> bool:
     needed = local_hessian_bytes(flow)
-    return flow.parameters.size > _FEW_PARAMETERS and needed is not None and needed < free_bytes() // 4
+    free = free_bytes() // sharing_memory(mesh)
+    return flow.parameters.size > _FEW_PARAMETERS and needed is not None and needed < free // 4
 
 
 def _localized(flow: AbstractFlow, problem: Problem, tilt: Float[Array, "N T K"] | None, mesh: Mesh | None):

@@ -20,6 +20,7 @@ from ._curvature import (
     AbstractCurvature,
     BlockCurvature,
     DenseCurvature,
+    FactoredCurvature,
     Work,
     check_x64,
     fisher,
@@ -42,6 +43,7 @@ from ._problem import Problem, check_count, check_key, check_problem
 from ._solve import AbstractFlow, ReplayedFlow, evaluate, flow, jacobian_route
 from ._structure import (
     Built,
+    LowRank,
     Regularize,
     Sizes,
     build_block_diagonal,
@@ -134,7 +136,7 @@ def laplace(
     _check_finite(nll, nll_gradient, around, problem)
     if progress:
         tqdm.write(str(_estimate(plan, around, problem)))
-    saved = None if checkpoint is None else _checkpoint(checkpoint, around, problem, method, num_devices(devices))
+    saved = None if checkpoint is None else _checkpoint(checkpoint, around, problem, nll, method, num_devices(devices))
     found = plan.curvature(around, problem, method, Work(progress, devices, saved))
     posterior = _assembled(around, problem, method, found, nll, nll_gradient)
     _warn(posterior.diagnostics)
@@ -175,6 +177,9 @@ def _assembled(
         found if not np.any(deficit) else lessened(found, structure.name, deficit, [leaf[2:] for leaf in view.leaves])
     )
     if rows.shape[0]:
+        if isinstance(beside, FactoredCurvature) and method.rank is not None:  # that of these data alone
+            leading = LowRank(beside.factor, beside.weights, prior_precision, method.rank).split(prior_precision)[1]
+            beside = FactoredCurvature(leading, jnp.ones(len(leading)))
         beside = with_rows(beside, rows)
     built = structure.build(beside, prior_precision, regularize, _sizes(view, problem, method.rank))
     diagnostics = Diagnostics(
@@ -410,16 +415,18 @@ def _check_rows(method: Method, devices: Mesh | None, checkpoint: Path | None) -
 # What a checkpoint is compared by → the arguments that it comes from.
 _ARGUMENTS = {
     "model": "`model` or `where` (or the machine, or a version of JAX or Diffrax)",
-    "problem": "`problem`",
+    "problem": "code of the model or the likelihood, or `problem`",
     "method": "`structure`, `batch_size` or `mesh`",
 }
 
 
-def _checkpoint(path: Path, around: AbstractFlow, problem: Problem, method: Method, devices: int) -> Checkpoint:
-    # Code is told by its names.
+def _checkpoint(
+    path: Path, around: AbstractFlow, problem: Problem, nll: Array, method: Method, devices: int
+) -> Checkpoint:
+    # Code is told by its names, and by the value that it gives.
     digest = lambda value: fingerprint((value, text_of(jax.tree.structure(value))))
     rows = (method.structure, str(method.batch_size), devices)
-    arguments = {"model": digest(around), "problem": digest(problem), "method": fingerprint(rows)}
+    arguments = {"model": digest(around), "problem": digest((problem, nll)), "method": fingerprint(rows)}
     return Checkpoint(path, "laplace", arguments, _ARGUMENTS)
 
 

@@ -29,7 +29,8 @@ class NeuralODE(eqx.Module):
     - `scale`: None when the noise scale belongs to the likelihood; otherwise its first guess in the likelihood's units,
         positive, shape (K,), and it becomes a parameter, with a prior of its own:
         `NamedPriors({"scale": dist.HalfNormal(1.0)}, rest=...)`. The model then predicts (T, 2K), the logarithms of the
-        scales last, as `Gaussian()`, `LogNormal()` and `StudentT(df)` without a scale take it.
+        scales last, as `Gaussian()`, `LogNormal()` and `StudentT(df)` without a scale take it. Under
+        `NegativeBinomial()` it is the concentration.
     - `solver`, `stepsize_controller`, `dt0`, `max_steps`: as in `diffrax.diffeqsolve`. None of them is a parameter.
 
     **Raises:** `LaplodeError` when `vector_field`, `observe`, or another argument is not what is described here.
@@ -257,7 +258,7 @@ def check_model(model: Any, problem: Problem) -> None:
         return
     channels = data.ys.shape[2]
     if shape == (data.ys.shape[1], 2 * channels):
-        remedy = "It seems to predict noise scales too, and the likelihood has one: leave that out, laplode.Gaussian()."
+        remedy = "It seems to predict noise scales too, and the likelihood has one: leave that out, as in Gaussian()."
     elif problem.prediction_shape[1] == 2 * channels:
         remedy = (
             "A likelihood without a scale wants locations and the logarithms of scales, 2K numbers at each time: let "

@@ -26,7 +26,8 @@ class Diagnostics(eqx.Module):
     - `symmetry_defect`: ‖H − Hᵀ‖ / ‖H‖ before symmetrization; 0 for curvatures that are symmetric by construction.
     - `eigenvalue_min`, `eigenvalue_max`: of the precision Λ before regularization.
     - `condition_number`: of the precision Λ that is used.
-    - `num_negative`: negative eigenvalues of the likelihood's curvature, beyond rounding.
+    - `num_negative`: negative eigenvalues of the curvature of the data, beyond rounding; of the data behind `as_prior`
+        too.
     - `regularized`: what was changed, None if nothing.
     - `gradient_norm`, `newton_decrement`: ‖g‖ and ½ gᵀΛ⁻¹g (nats), g the gradient of −log p(Y | θ) − log p(θ).
     - `effective_dof`: tr((Λ − Λ0) Λ⁻¹), the number of directions that the data determine, Λ0 the prior's precision.
@@ -244,7 +245,8 @@ class Posterior(AbstractPosterior):
         Where trajectories are linear in θ and the noise is Gaussian, this is the posterior of all data at once, and the
         evidences multiply: p(Y₁) p(Y₂ | Y₁) = p(Y₁, Y₂). Otherwise the first data are held at their Gaussian, which is
         as good as the Laplace approximation of them is where the second move θ to. The parameters must be the same,
-        those of `where` included, and what is fixed stay as it was.
+        those of `where` included, and what is fixed stay as it was; a learned `y0` of shape (N, D) is that of the same
+        trajectories, seen again.
 
         **Returns:** a prior for `Problem`.
 

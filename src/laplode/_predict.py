@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from ._draws import Sampling, draw, in_batches, mixed_mean, mixed_root, over_components, solve_at, solve_from
 from ._errors import LaplodeError, LaplodeWarning
 from ._geodesic import TOLERANCE
+from ._mesh import num_devices
 from ._model import predicted_shape
 from ._posterior import AbstractPosterior, Posterior
 from ._problem import AbstractLikelihood, check_args, check_initial_state, check_solvable, check_times
@@ -34,7 +35,7 @@ class Predictions(eqx.Module):
     - `mean`: the prediction at the posterior mean θ*, (N, T, K); of a mixture the weighted mean of its components'.
     - `epistemic`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
     - `predictive`: the same with observation noise, (S, N, T, K).
-    - `scale`: where the model predicts the noise scale, draws of it, (S, N, T, K); else None.
+    - `scale`: where the model predicts the noise scale (or concentration), draws of it, (S, N, T, K); else None.
     - `thetas`: the parameter vectors of the draws, (S, P); of a geodesic that did not arrive, the last it reached.
     - `component`: which component of a mixture each draw is from, (S,); zeros without one.
     - `ok`: False for draws whose geodesic or solve failed, or that the likelihood can't have (negative under
@@ -321,7 +322,7 @@ def _linearized(posterior: Posterior, grid: Grid, thetas: Float[Array, "S P"], s
     around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
     num, channels = around.num_trajectories, posterior.problem.data.ys.shape[2]
     row_bytes = 8 * posterior.size * grid.ts.shape[1] * posterior.problem.prediction_shape[1]
-    together = min(max(_JACOBIAN_BYTES // row_bytes, 1), num)
+    together = min(max(_JACOBIAN_BYTES // row_bytes, num_devices(sampling.mesh)), num)
     parts = []
     for start in range(0, num, together):
         first = min(start, num - together)  # one compiled shape for all
@@ -350,7 +351,9 @@ def _linear_draws(
     stabilized, scale = jax.jvp(likelihood.stabilize, (mean,), (jnp.ones_like(mean),))
     add = lambda total, take: total + (take(thetas) - take(center)) @ take(jacobian).T
     change = over_columns(add, jnp.zeros((len(thetas), len(jacobian))), center.size)
-    return likelihood.unstabilize(stabilized + scale * (change.reshape(-1, *mean.shape) + shift))
+    moved = change.reshape(-1, *mean.shape) + shift
+    # What no parameter moves stays: where it is 0, its stabilized value and the derivative may be infinite.
+    return jnp.where(moved == 0, mean, likelihood.unstabilize(stabilized + scale * moved))
 
 
 @eqx.filter_jit

@@ -116,12 +116,16 @@ def refine(
                 local = _linearized(point.flow, problem, route)
                 if damping is None:
                     damping = 1e-3 * float(jnp.max(local.structure.strengths))
-                if not exact and local.decrement < decrement:
+                if not exact and local.decrement < decrement and point.loss <= best.loss + decrement:
                     reason = "converged"
                     break
                 below = best.loss + min(_RIPPLE, 2 * float(local.decrement)) if rippled else point.loss
                 following, damping = _levenberg_marquardt(point, problem, local, damping, bent, below)
                 counts[0] += 1
+                if following is None and point.loss > best.loss:
+                    rippled, point, damping = False, best, None  # downhill from here
+                    losses.append(point.loss)
+                    continue
                 if following is None:
                     reason = "no progress"
                     break
@@ -129,10 +133,12 @@ def refine(
                 losses.append(point.loss)
                 best, since_best = (point, 0) if point.loss < best.loss else (best, since_best + 1)
                 if rippled and since_best > _PATIENCE:
-                    rippled, point = False, best  # downhill from here
+                    rippled, point, damping = False, best, None
+                    losses.append(point.loss)
                 show(bar, "Levenberg-Marquardt", float(local.decrement))
                 # What Gauss-Newton steps gain slowly, Newton steps gain fast.
-                slow = len(losses) > 20 and losses[-11] - losses[-1] < 0.02
+                window = _PATIENCE if rippled else 10
+                slow = len(losses) > 2 * window and min(losses[:-window]) - min(losses) < 0.02
                 if exact and (slow or abs(gained) < 1e-3 * decrement):
                     break
             point = point if reason == "converged" else best
@@ -162,7 +168,7 @@ def refine(
                 show(bar, "Newton", region.decrement)
         except KeyboardInterrupt:
             reason = "interrupted"
-            point = min(point, best, key=lambda at: at.loss)
+            point, ended = min(point, best, key=lambda at: at.loss), None
     # On grids of their own, so that what was gained is no matter of the grid.
     settled = point.renewed(problem) if point.moves else point
     if settled is None or not settled.loss <= start.loss:
