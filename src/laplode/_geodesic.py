@@ -48,7 +48,7 @@ _FIRST = 0.05
 class Surface(eqx.Module):
     """θ ↦ (Λ0^½ (θ − θ*), R^½ g(θ)), of which M are observed predictions; `root_information` is R^½.
 
-    R is constant for every likelihood that names the coordinate g; for a user's own it is taken at θ*. The solve is on
+    R is constant for every likelihood that names the coordinate g; for others it is taken at θ*. The solve is on
     the frozen grid of θ*. What the prior's precision has beside its diagonal, Xᵀ X, is as that of more observations
     X θ: `prior_rows` is X.
     """
