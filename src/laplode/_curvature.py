@@ -133,6 +133,11 @@ class FactoredCurvature(AbstractCurvature):
         """Rows and columns start … stop of Fᵀ W F."""
         return FactoredCurvature(self.factor[:, start:stop], self.weights).matrix()
 
+    def with_rows(self, rows: Float[Array, "R P"]) -> "FactoredCurvature":
+        """Fᵀ W F + Xᵀ X of the rows X."""
+        weights = jnp.concatenate([self.weights, jnp.ones(rows.shape[0])])
+        return FactoredCurvature(jnp.concatenate([self.factor, rows]), weights)
+
 
 @jax.jit
 def _weighted(factor: Float[Array, "M P"], weights: Float[Array, " M"]) -> Float[Array, "M P"]:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
-from ._curvature import NegativeLogLikelihood, check_x64, hessian, hessian_batch_size
+from ._curvature import FactoredCurvature, NegativeLogLikelihood, check_x64, hessian, hessian_batch_size
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._fit import Fit
 from ._model import check_model
@@ -269,10 +269,10 @@ def _whitened(view: Parameters, problem: Problem, predictions, jacobian: Float[A
     score = problem.likelihood.score(predictions, ys).ravel()
     rows, offset = prior_rows(problem.prior, view), view.vector - mean
     gradient = precision * offset + (rows @ offset) @ rows - score @ jacobian
-    stacked = (jacobian, weights)
+    found = FactoredCurvature(jacobian, weights)
     if rows.shape[0]:
-        stacked = (jnp.concatenate([jacobian, rows]), jnp.concatenate([weights, jnp.ones(rows.shape[0])]))
-    structure = LowRank(*stacked, precision)
+        found = found.with_rows(rows)
+    structure = LowRank(found.factor, found.weights, precision)
     return weights, structure, gradient, 0.5 * gradient @ structure.covariance_product(gradient)
 
 

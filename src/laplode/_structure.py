@@ -419,8 +419,7 @@ def lessened(
 def with_rows(found: AbstractCurvature, rows: Float[Array, "R P"]) -> AbstractCurvature:
     """A curvature and Xᵀ X of the rows X beside it, in the same form."""
     if isinstance(found, FactoredCurvature):
-        weights = jnp.concatenate([found.weights, jnp.ones(rows.shape[0])])
-        return FactoredCurvature(jnp.concatenate([found.factor, rows]), weights)
+        return found.with_rows(rows)
     if isinstance(found, DenseCurvature):
         return DenseCurvature(found.matrix + gram(rows), found.symmetry_defect)
     if isinstance(found, BlockCurvature):
