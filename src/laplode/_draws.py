@@ -369,7 +369,7 @@ def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> 
     with np.errstate(all="ignore"):
         smoothed, khat = array_stats.psislw(-ratios[finite])  # it takes the log-likelihoods of leave-one-out
     # Where all weight is on a few draws, what is left of the others is zero to rounding, and no tail can be fitted.
-    if not np.all(np.isfinite(smoothed)):
+    if not np.all(np.isfinite(smoothed)) or np.isnan(khat):
         smoothed, khat = ratios[finite], float("inf")
     weights[finite] = smoothed - np.logaddexp.reduce(smoothed)
     return jnp.asarray(weights), float(khat)
