@@ -1,13 +1,16 @@
 """Draws along geodesics: where the answer is known, and where plain draws fail."""
 
+import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate as si
+from conftest import TIGHT
 
 import laplode as lp
+from laplode._geodesic import Surface, follow, log_volume
 
 KEY = jax.random.key(0)
 
@@ -104,14 +107,97 @@ class MichaelisMenten(eqx.Module):
         return -jnp.exp(self.log_v) * y / (jnp.exp(self.log_k) + y)
 
 
-def test_heavy_tails_are_reported():
+@pytest.fixture(scope="module")
+def elimination():
     truth = np.log([1.0, 2.0])
-    model = lp.NeuralODE(MichaelisMenten(*map(jnp.asarray, truth)))
+    model = lp.NeuralODE(MichaelisMenten(*map(jnp.asarray, truth)), stepsize_controller=TIGHT)
     ts = np.linspace(0, 4, 8)
     data = lp.Trajectories(ts, model(ts, jnp.ones(1)), np.ones(1))
     # The prior is wide, and centered at the truth so that the optimum is known.
     problem = lp.Problem(data, lp.Gaussian(0.1), lp.GaussianPrior(0.01, truth))
-    posterior = lp.laplace(model, problem, curvature="ggn", progress=False)
+    return lp.laplace(model, problem, curvature="ggn", progress=False)
+
+
+def test_heavy_tails_are_reported(elimination):
     with pytest.warns(lp.LaplodeWarning, match="Pareto k̂ = .* is above 0.67"):
-        found = draw(posterior, method="sampled", num_samples=1000)
+        found = draw(elimination, method="sampled", num_samples=1000)
     assert found.khat > 0.7
+
+
+def test_draws_are_the_nearest_points(elimination):
+    """What remains from a draw to the end of its line is normal to the surface there."""
+    surface, mean = Surface.of(elimination), elimination.mean
+    lines = elimination.sample(KEY, 8) - mean
+    ends = follow(surface, mean, lines, 1e-6, progress=False)
+    assert np.all(ends.ok)
+    start, here = surface.tangent(mean), surface.solved(mean)
+    for line, theta in zip(lines, ends.thetas, strict=True):
+        white = line * surface.root_prior
+        off_theta = (theta - mean) * surface.root_prior - white
+        off_seen = surface.solved(jnp.asarray(theta)) - here - start @ white
+        along = off_theta + off_seen @ surface.tangent(jnp.asarray(theta))
+        np.testing.assert_allclose(along, 0, atol=1e-4)
+        assert np.linalg.norm(off_seen) > 1e-3  # so that this is no matter of course
+
+
+def test_the_density_of_draws(elimination):
+    """Against differences of where neighboring lines end."""
+    surface, mean, h = Surface.of(elimination), elimination.mean, 1e-3
+    lines = 0.7 * (elimination.sample(KEY, 6) - mean)
+    steps = h * np.linalg.cholesky(elimination.covariance())
+    around = np.concatenate([lines + sign * step for step in steps.T for sign in (1, -1)])
+    ends = follow(surface, mean, jnp.concatenate([lines, around]), 1e-8, progress=False)
+    assert np.all(ends.ok)
+    found = log_volume(surface, mean, lines, jnp.asarray(ends.thetas[:6]))
+    moved = ends.thetas[6:].reshape(2, 2, 6, 2)
+    by_line = (moved[:, 0] - moved[:, 1]).transpose(1, 2, 0)  # (draws, θ, direction)
+    expected = np.log(np.linalg.det(2 * steps)) - np.log(np.linalg.det(by_line))
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert np.ptp(expected) > 0.5
+
+
+# ---- A model of one's own that can't be differentiated twice
+
+
+class Rate(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, t, y, args):
+        return -self.rate * y
+
+
+class Decay(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        solution = diffrax.diffeqsolve(
+            diffrax.ODETerm(lambda t, y, rate: -rate * y),
+            diffrax.Tsit5(),
+            ts[0],
+            ts[-1],
+            0.1,
+            y0,
+            self.rate,
+            saveat=diffrax.SaveAt(ts=ts),
+            stepsize_controller=TIGHT,
+        )
+        return solution.ys
+
+
+def test_a_model_without_second_derivatives():
+    ts = np.linspace(0, 2, 6)
+    ys = np.exp(-0.8 * ts)[:, None]
+    problem = lp.Problem(lp.Trajectories(ts, ys, np.ones(1)), lp.Gaussian(0.2), 1.0)
+    model = Decay(jnp.array(0.7842))
+    posterior = lp.laplace(model, problem, curvature="ggn", progress=False)
+    own, same = (
+        draw(posterior, khat=True),
+        draw(
+            lp.laplace(
+                lp.NeuralODE(Rate(model.rate), stepsize_controller=TIGHT), problem, curvature="ggn", progress=False
+            )
+        ),
+    )
+    assert np.all(own.ok) and own.khat < 0.7
+    # With the second derivatives steps are others, but they lead to the same points.
+    np.testing.assert_allclose(own.thetas, same.thetas, atol=0.02)

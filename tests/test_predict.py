@@ -324,6 +324,16 @@ def test_khat_where_one_draw_has_all_the_weight(scale):
     np.testing.assert_allclose(np.sum(np.exp(log_weights)), 1, rtol=1e-12)
 
 
+def test_khat_of_a_crowd_of_nearly_equal_weights():
+    """Most weights lie close together and some a little above: no tail, whatever is fitted to that edge."""
+    x = np.random.default_rng(0).normal(size=2000)
+    _, khat = importance_weights(jnp.asarray(-0.05 * x**2 + 0.01 * x**4), jnp.zeros(2000))
+    assert khat < 0.3
+    # A tail stays one: of Pareto weights of index 0.9.
+    _, khat = importance_weights(jnp.asarray(-0.9 * np.log(np.linspace(0.0005, 1, 2000))), jnp.zeros(2000))
+    assert 0.7 < khat < 1.1
+
+
 def test_a_point_far_from_the_optimum_is_flagged(growth, growth_posterior):
     away = eqx.tree_at(lambda m: m.rate, growth.model, jnp.array([0.6, -0.1]))
     with pytest.warns(lp.LaplodeWarning, match="nats"):

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ._curvature import check_x64
 from ._errors import LaplodeError, LaplodeWarning, choose
-from ._geodesic import Geodesics, Surface, follow, log_volume
+from ._geodesic import Ends, Surface, follow, log_volume
 from ._mesh import check_mesh, num_devices, over_rows
 from ._model import predict_trajectory, starts
 from ._posterior import AbstractPosterior, Posterior
@@ -175,7 +175,7 @@ def draw(posterior: AbstractPosterior, sampling: Sampling, key: PRNGKeyArray) ->
     if sampling.method.geodesic:
 
         def density(i, straight, thetas):
-            volume = log_volume(surfaces[i], components[i].mean, thetas)
+            volume = log_volume(surfaces[i], components[i].mean, straight - components[i].mean, thetas)
             return posterior.log_weights[i] + _log_density(components[i], sampling.df, straight) + volume
 
         log_q = over_components(density, component, straight, thetas)
@@ -228,13 +228,12 @@ def _resampled(log_weights: Float[Array, " S"], key: PRNGKeyArray) -> Array:
     return jnp.searchsorted(total, marks, side="right")
 
 
-def _warn_of_failures(ends: Geodesics) -> None:
+def _warn_of_failures(ends: Ends) -> None:
     if np.all(ends.ok):
         return
     warnings.warn(
-        f"{np.sum(~ends.ok)} of {len(ends.ok)} geodesics did not arrive (`.ok` says which): {np.sum(ends.too_long)} "
-        f"given up after {np.max(ends.attempts)} attempted steps, and {np.sum(ends.too_steep)} where no step was short "
-        "enough, as at the edge of what the model or the likelihood allows.",
+        f"{np.sum(~ends.ok)} of {len(ends.ok)} geodesic draws did not arrive (`.ok` says which): they were given up "
+        f"after {np.max(ends.attempts)} attempted steps, as at the edge of what the model or the likelihood allows.",
         LaplodeWarning,
         stacklevel=4,
     )
@@ -371,6 +370,12 @@ def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> 
     # Where all weight is on a few draws, what is left of the others is zero to rounding, and no tail can be fitted.
     if not np.all(np.isfinite(smoothed)) or np.isnan(khat):
         smoothed, khat = ratios[finite], float("inf")
+    # Of a tail of index k the largest of S weights is about S^k times the mean. Where it is far less, what was fitted
+    # is no tail, but the edge of a crowd of nearly equal weights.
+    num = np.sum(finite)
+    largest = (np.max(ratios[finite]) - np.logaddexp.reduce(ratios[finite]) + np.log(num)) / np.log(num)
+    if khat > largest and largest < khat_threshold(num) / 2:
+        smoothed, khat = ratios[finite], largest
     weights[finite] = smoothed - np.logaddexp.reduce(smoothed)
     return jnp.asarray(weights), float(khat)
 

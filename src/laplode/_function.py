@@ -26,7 +26,7 @@ class FunctionPredictions(eqx.Module):
         `ok`.
     - `draws`: (S, …); NaN where not `ok`.
     - `thetas`: the parameter vectors of the draws, (S, P).
-    - `ok`: False for draws at which the function is not finite, or whose geodesic did not arrive, (S,).
+    - `ok`: False for draws at which the function is not finite, or that did not arrive, (S,).
     - `log_weights`, `khat`: as in `Predictions`.
     """
 
@@ -73,7 +73,7 @@ def predict_function(
     **Returns:** `FunctionPredictions`.
 
     **Raises:** `LaplodeError` when an argument does not fit, or the function fails or is not finite at θ*. Warns
-    (`LaplodeWarning`) when it is not finite at draws, geodesics failed or k̂ is high.
+    (`LaplodeWarning`) when it is not finite at draws, geodesic draws failed or k̂ is high.
 
     The linearized covariance J Λ⁻¹ Jᵀ is known as the delta method.
     """

@@ -1,22 +1,22 @@
-"""Geodesics of the posterior's metric: draws that keep to the data where straight lines leave them.
+"""Draws along geodesics of the posterior's metric, which keep to the data where straight lines leave them.
 
 The metric Λ0 + Jᵀ R J is that of a surface: the parameters in units of the prior, Λ0^½ (θ − θ*), beside the predictions
 in units of the noise, R^½ g(θ), where g is the prediction in the coordinate in which its information R is constant. A
-geodesic moves along this surface and accelerates only normal to it, so that predictions follow lines that are as
-straight as the model allows. All is computed, and errors are measured, on the surface.
+draw leaves θ* along a straight line in the surface's tangent plane, and is the point of the surface nearest to the
+line's end. That agrees with the geodesic to second order (a projective retraction), but what is left of errors on the
+way doesn't count: one is found by optimization, with no step that has to be as short as the surface is curved.
 """
 
 import math
 from typing import NamedTuple
 
-import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
 from ._curvature import free_bytes
@@ -25,31 +25,46 @@ from ._mesh import everywhere, num_devices, over_rows
 from ._posterior import Posterior
 from ._prior import prior_rows, prior_vectors
 from ._problem import AbstractLikelihood
-from ._solve import AbstractFlow, evaluate, has_second_pushforward, jacobian_route
+from ._solve import AbstractFlow, evaluate, flow, has_second_pushforward, jacobian_route
 
-# Error allowed in a step, in posterior standard deviations.
-TOLERANCE = 0.1
+# How near to the nearest point is near enough, in posterior standard deviations.
+TOLERANCE = 0.3
 
-# Geodesics followed together at most, and the bytes of Jacobians that they may take.
+# Draws that are looked for together at most, and the bytes of Jacobians that they may take.
 _LANES = 64
 _LANE_BYTES = 2**28
 
-# Attempted steps between two looks at which geodesics have ended.
+# Attempted steps between two looks at which draws have arrived; Jacobians are of one grid of steps in between.
 _ATTEMPTS = 8
 
-# A geodesic is given up after so many attempted steps, or when a step is shorter than this part of its length.
-_MOST_ATTEMPTS = 1000
-_SHORTEST = 1e-6
+# A draw is given up after so many attempted steps.
+_MOST_ATTEMPTS = 500
 
-# Length of the first step, which costs little to be wrong.
-_FIRST = 0.05
+# By how much the target moves along its line before each step, at first, as a part of the line.
+_FIRST = 0.02
+
+# How the target's speed changes: after a step that was kept and hardly bent, and after one that was not kept.
+_FASTER, _SLOWER = 2.0, 0.7
+
+# A step is bent by at most this part of its length (Transtrum and Sethna, 2012); below the other it is hardly bent.
+_MOST_BENT = 0.75
+_HARDLY_BENT = 0.1
+
+# Room for more steps of the solve than it takes at θ*, as a part of those.
+_SPARE = 0.25
+
+# Up to so many parameters the density of draws is exact, at the price of this number squared of tangents.
+_FEW = 32
+
+# Damping after a rejected step, at least.
+_LEAST_DAMPING = 1e-2
 
 
 class Surface(eqx.Module):
     """θ ↦ (Λ0^½ (θ − θ*), R^½ g(θ)), of which M are observed predictions; `root_information` is R^½.
 
-    R is constant for every likelihood that names the coordinate g; for others it is taken at θ*. The solve is on
-    the frozen grid of θ*. What the prior's precision has beside its diagonal, Xᵀ X, is as that of more observations
+    R is constant for every likelihood that names the coordinate g; for others it is taken at θ*. Derivatives are of
+    the frozen grid of `flow`. What the prior's precision has beside its diagonal, Xᵀ X, is as that of more observations
     X θ: `prior_rows` is X.
     """
 
@@ -60,21 +75,16 @@ class Surface(eqx.Module):
     root_prior: Float[Array, " P"]
     prior_rows: Float[Array, "R P"]
     route: str = eqx.field(static=True)
+    bends: bool = eqx.field(static=True)  # whether the model has the second derivatives that steps are bent by
 
     @classmethod
     def of(cls, posterior: Posterior) -> "Surface":
         """The surface around a posterior's mean.
 
-        **Raises:** `LaplodeError` when the model can't be differentiated forward twice, or memory holds no Jacobian.
+        **Raises:** `LaplodeError` when memory holds no Jacobian.
         """
-        around, problem = posterior.flow, posterior.problem
-        if not has_second_pushforward(around):
-            raise LaplodeError(
-                '`method`="geodesic" differentiates the model forward twice, which it does not allow, as with '
-                "Diffrax's default adjoint. Change the line\n    diffrax.diffeqsolve(...)\nto\n"
-                "    diffrax.diffeqsolve(..., adjoint=diffrax.DirectAdjoint())\n(its values stay the same), or build "
-                'the model as laplode.NeuralODE(vector_field), or take method="linearized".'
-            )
+        problem, data = posterior.problem, posterior.problem.data
+        around = flow(posterior.parameters, data.ts, data.y0, data.args, spare=_SPARE)
         predictions = evaluate(around, posterior.mean)
         _, scale = jax.jvp(problem.likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
         information = problem.information(predictions) / scale**2
@@ -87,6 +97,7 @@ class Surface(eqx.Module):
             root_prior=jnp.sqrt(prior_vectors(problem.prior, posterior.parameters)[1]),
             prior_rows=prior_rows(problem.prior, posterior.parameters),
             route=jacobian_route(around),
+            bends=has_second_pushforward(around),
         )
         needed, free = surface.lane_bytes(predictions.size), free_bytes()
         if needed > free:
@@ -103,142 +114,194 @@ class Surface(eqx.Module):
         size, num = self.root_prior.size, self.observed.size + self.prior_rows.shape[0]
         return 8 * ((num_predictions + 2 * num) * size + 3 * min(num, size) ** 2)
 
-    def predict(self, theta: Float[Array, " P"]) -> tuple[Float[Array, " M+R"], Float[Array, "N T K"]]:
-        """R^½ g(θ) where something was observed, X θ after it, and all predictions as they are."""
-        predictions = self.flow(theta)
+    def seen(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, " M+R"]:
+        """R^½ g where something was observed, and X θ after it."""
         # Where nothing was observed g may be infinite, as the logarithm of 0 is: these are left out, not weighted by 0.
-        seen = self.root_information * self.likelihood.stabilize(predictions).ravel()[self.observed]
-        return jnp.concatenate([seen, self.prior_rows @ theta]), predictions
+        stable = self.likelihood.stabilize(predictions).ravel()[self.observed]
+        return jnp.concatenate([self.root_information * stable, self.prior_rows @ theta])
 
-    def tangent(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, "M+R P"]:
+    def solved(self, theta: Float[Array, " P"]) -> Float[Array, " M+R"]:
+        """The same by a solve of its own."""
+        return self.seen(theta, self.flow.solved(theta))
+
+    def renewed(self, theta: Float[Array, " P"]) -> "Surface":
+        """The same surface, with derivatives on the grid of steps that the solve at θ takes."""
+        return eqx.tree_at(lambda s: s.flow, self, self.flow.renewed(theta))
+
+    def tangent(self, theta: Float[Array, " P"]) -> Float[Array, "M+R P"]:
         """A = R^½ ∂g/∂θ Λ0^-½, and X Λ0^-½ below it."""
+        predictions, jacobian = self.flow.linearized(theta, self.route)
         _, scale = jax.jvp(self.likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
-        jacobian = self.flow.linearized(theta, self.route)[1][self.observed]
-        seen = (self.root_information * scale.ravel()[self.observed])[:, None] * jacobian
+        seen = (self.root_information * scale.ravel()[self.observed])[:, None] * jacobian[self.observed]
         return jnp.concatenate([seen, self.prior_rows]) / self.root_prior
 
-    def acceleration(self, theta: Float[Array, " P"], velocity: Float[Array, " P"]):
-        """Of a geodesic through θ, in both coordinates of the surface (P,) and (M,); `velocity` is dθ."""
-        push = lambda at: jax.jvp(self.predict, (at,), (velocity,))
-        ((_, predictions), _), (_, (bend, _)) = jax.jvp(push, (theta,), (velocity,))
-        tangent = self.tangent(theta, predictions)
+    def bend(self, theta: Float[Array, " P"], direction: Float[Array, " P"]) -> Float[Array, " M+R"]:
+        """The second derivative of what is seen along a direction of θ."""
+        at = lambda theta: self.seen(theta, self.flow(theta))
+        push = lambda theta: jax.jvp(at, (theta,), (direction,))[1]
+        return jax.jvp(push, (theta,), (direction,))[1]
+
+    def log_volume(self, origin: "_Origin", start: Float[Array, "M+R P"], line: Float[Array, " P"], theta):
+        """log |det dv/dθ| of a draw θ and the `line` v (P,) that it is the end of; `start` is the tangent A at θ*."""
+        surface = self.renewed(theta)
+        tangent = surface.tangent(theta)
         num, size = tangent.shape
-        if num < size:
-            lean = -tangent.T @ _solve(tangent @ tangent.T, bend)
-        else:
-            lean = -_solve(tangent.T @ tangent, tangent.T @ bend)
-        return lean, bend + tangent @ lean
+        small = num < size and not self.is_exact  # the smaller side
+        product = lambda other: jnp.eye(num if small else size) + (other @ tangent.T if small else tangent.T @ other)
+        metric = product(tangent)
+        if self.is_exact:
+            white = line * self.root_prior
+            off_theta = (theta - origin.theta) * self.root_prior - white
+            off_seen = surface.solved(theta) - origin.seen - start @ white
+            # Where the search has ended a little early, the part of it along the surface isn't zero yet.
+            normal = off_seen - tangent @ jnp.linalg.solve(metric, off_theta + off_seen @ tangent)
+            along = lambda theta: normal @ surface.seen(theta, surface.flow(theta))
+            metric += jax.jacfwd(jax.jacfwd(along))(theta) / jnp.outer(self.root_prior, self.root_prior)
+        return jnp.linalg.slogdet(metric)[1] - jnp.linalg.slogdet(product(start))[1]
 
-    def log_det(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
-        """log det(Λ0 + Jᵀ R J) − log det Λ0 at θ."""
-        tangent = self.tangent(theta, self.flow(theta))
-        num, size = tangent.shape
-        gram = tangent @ tangent.T if num < size else tangent.T @ tangent
-        return 2 * jnp.sum(jnp.log(jnp.diagonal(jnp.linalg.cholesky(jnp.eye(len(gram)) + gram))))
-
-
-def _solve(gram: Float[Array, "A A"], right: Float[Array, " A"]) -> Float[Array, " A"]:
-    return jsl.solve(jnp.eye(len(gram)) + gram, right, assume_a="pos")
+    @property
+    def is_exact(self) -> bool:
+        """Whether the density of draws takes second derivatives in all pairs of parameters into account."""
+        return self.bends and self.root_prior.size <= _FEW
 
 
 @eqx.filter_jit
-def log_volume(surface: Surface, mean: Float[Array, " P"], thetas: Float[Array, "S P"]) -> Float[Array, " S"]:
-    """½ (log det G(θ) − log det G(θ*)), G the metric: how much narrower the surface is in θ than at the mean."""
-    at = jax.lax.map(surface.log_det, jnp.concatenate([mean[None], thetas]))
-    return 0.5 * (at[1:] - at[0])
+def log_volume(
+    surface: Surface, mean: Float[Array, " P"], lines: Float[Array, "S P"], thetas: Float[Array, "S P"]
+) -> Float[Array, " S"]:
+    """log |det dv/dθ| of draws, v where a line ends: how much wider they lie in v than in θ.
+
+    The nearest point has X'(θ)ᵀ r = 0, r = X(θ) − X(θ*) − X'(θ*) v. Differentiated, that is
+
+        (X'(θ)ᵀ X'(θ) + Σ_i r_i X_i''(θ)) dθ = X'(θ)ᵀ X'(θ*) dv,
+
+    of which the sum over second derivatives is left out where there are more than a few parameters.
+    """
+    start = surface.tangent(mean)
+    origin = _Origin(mean, surface.solved(mean), jnp.zeros(()))
+    return jax.lax.map(lambda each: surface.log_volume(origin, start, *each), (lines, thetas))
 
 
-class Geodesics(NamedTuple):
-    """Where geodesics ended, (S, P), how many attempted steps each took, and which were given up, in two ways.
+class Ends(NamedTuple):
+    """The draws (S, P), how many attempted steps each took, and which arrived.
 
-    Of those given up the last point that was reached.
+    Of those that didn't the last point that was reached.
     """
 
     thetas: Float[np.ndarray, "S P"]
     attempts: Int[np.ndarray, " S"]
-    too_long: Bool[np.ndarray, " S"]
-    too_steep: Bool[np.ndarray, " S"]
-
-    @property
-    def ok(self) -> Bool[np.ndarray, " S"]:
-        """Which have arrived."""
-        return ~(self.too_long | self.too_steep)
+    ok: Bool[np.ndarray, " S"]
 
 
 class _Lane(eqx.Module):
-    """A geodesic under way: Diffrax's view of the step to try next. `y` holds position and velocity on the surface."""
+    """A draw under way: a point of the surface, its place in the space around it, and the line that it follows.
 
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
-    y: PyTree[Array]
-    solver_state: PyTree
-    controller_state: PyTree
+    The target is at the part `reached` of the line, and moves on by `stage` next.
+    """
+
+    theta: Float[Array, " P"]
+    seen: Float[Array, " M+R"]
+    line_theta: Float[Array, " P"]
+    line_seen: Float[Array, " M+R"]
+    reached: Float[Array, ""]
+    stage: Float[Array, ""]
+    damping: Float[Array, ""]
     attempts: Int[Array, ""]
-    too_steep: Bool[Array, ""]
+    arrived: Bool[Array, ""]
 
 
-_SOLVER = diffrax.Tsit5(scan_kind="lax")
-_ORDER = 5.0  # of its error
+class _Origin(eqx.Module):
+    """Where all lines begin, and what ends the search."""
 
-
-def _size(y: PyTree[Array]) -> Float[Array, ""]:
-    """Lengths on the surface are in posterior standard deviations."""
-    return jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(y)))
-
-
-def _controller(tolerance) -> diffrax.PIDController:
-    return diffrax.PIDController(rtol=0.0, atol=tolerance, norm=_size)
-
-
-def _field(t, y, args):
-    surface, mean = args
-    (position, _), velocity = y
-    acceleration = surface.acceleration(mean + position / surface.root_prior, velocity[0] / surface.root_prior)
-    return velocity, acceleration
-
-
-_TERM = diffrax.ODETerm(_field)
+    theta: Float[Array, " P"]
+    seen: Float[Array, " M+R"]
+    tolerance: Float[Array, ""]
 
 
 @eqx.filter_jit
-def _start(shared: tuple[Surface, Float[Array, " P"], Array], velocities: Float[Array, "S P"], _):
-    surface, mean, tolerance = shared
-    tangent = surface.tangent(mean, surface.flow(mean))
+def _start(shared: tuple[Surface, _Origin], velocities: Float[Array, "S P"], _):
+    surface, origin = shared
+    tangent = surface.tangent(origin.theta)
 
     def one(velocity):
-        along = velocity * surface.root_prior
-        y = ((jnp.zeros_like(along), jnp.zeros(len(tangent))), (along, tangent @ along))
-        args, t0, t1 = (surface, mean), jnp.zeros(()), jnp.asarray(_FIRST)
-        t1, controlled = _controller(tolerance).init(_TERM, t0, jnp.ones(()), y, t1, args, _SOLVER.func, _ORDER)
-        state = _SOLVER.init(_TERM, t0, jnp.asarray(t1), y, args)
-        t1, state, controlled = jax.tree.map(jnp.asarray, (t1, state, controlled))
-        return _Lane(t0, t1, y, state, controlled, jnp.zeros((), int), jnp.zeros((), bool))
+        line = velocity * surface.root_prior
+        zero = jnp.zeros(())
+        first = jnp.asarray(_FIRST)
+        count, arrived = jnp.zeros((), int), jnp.zeros((), bool)
+        return _Lane(origin.theta, origin.seen, line, tangent @ line, zero, first, zero, count, arrived)
 
     return jax.vmap(one)(velocities), ()
 
 
-def _attempt(surface: Surface, mean: Float[Array, " P"], tolerance, lane: _Lane) -> _Lane:
-    """One step of Diffrax's, accepted or not, as in `diffrax.diffeqsolve`."""
-    args = (surface, mean)
-    y, error, _, solver_state, _ = _SOLVER.step(_TERM, lane.t0, lane.t1, lane.y, args, lane.solver_state, False)
-    # Outside of what a likelihood allows nothing is finite, and the step is tried again, shorter.
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((y, error))]))
-    error = jax.tree.map(lambda x: jnp.where(finite, x, jnp.inf), error)
-    keep, t0, t1, _, controller_state, _ = _controller(tolerance).adapt_step_size(
-        lane.t0, lane.t1, lane.y, y, args, error, _ORDER, lane.controller_state
+def _attempt(surface: Surface, origin: _Origin, lane: _Lane) -> _Lane:
+    """A damped Gauss-Newton step, bent by its geodesic acceleration, to the nearest point of a target on the line.
+
+    It is kept if it comes nearer by a solve of its own: on a frozen grid steps find where its solution is wrong.
+    """
+    reached = jnp.minimum(lane.reached + lane.stage, 1.0)
+    # From the target to a point, in both coordinates.
+    off = lambda theta, seen: (
+        (theta - origin.theta) * surface.root_prior - reached * lane.line_theta,
+        seen - origin.seen - reached * lane.line_seen,
     )
+    distance = lambda at: 0.5 * (at[0] @ at[0] + at[1] @ at[1])
+    here = off(lane.theta, lane.seen)
+    tangent = surface.tangent(lane.theta)
+    solve = _damped_solve(tangent, 1 + lane.damping)
+    gradient = here[0] + here[1] @ tangent
+    step = -solve(gradient)
+    ratio, bent = jnp.zeros(()), step
+    if surface.bends:
+        bend = surface.bend(lane.theta, step / surface.root_prior)
+        acceleration = -solve(bend @ tangent)
+        ratio = jnp.linalg.norm(acceleration) / (jnp.linalg.norm(step) + jnp.finfo(float).tiny)
+        bent = step + 0.5 * acceleration
+    theta = lane.theta + bent / surface.root_prior
+    seen = surface.solved(theta)
+    gained = distance(here) - distance(off(theta, seen))
+    # Outside of what a model or a likelihood allows nothing is finite, and the comparison fails.
+    kept = (gained >= 0) & (ratio < _MOST_BENT)
+    # At least the squared length, along the surface, of the step without damping.
+    left = -(1 + lane.damping) * (gradient @ step)
+    near = jnp.minimum(left, jnp.where(kept, gained, jnp.inf)) < origin.tolerance**2
+    faster = near | (kept & (ratio < _HARDLY_BENT))
     select = lambda choice, new, old: jax.tree.map(lambda a, b: jnp.where(choice, a, b), new, old)
-    t0, t1 = jnp.asarray(t0), jnp.asarray(t1)
-    too_steep = (t1 - t0 < _SHORTEST) & (t0 < 1)
-    y, solver_state = select(keep, (y, solver_state), (lane.y, lane.solver_state))
-    new = _Lane(t0, jnp.minimum(t1, 1.0), y, solver_state, controller_state, lane.attempts + 1, too_steep)
-    return select((lane.t0 >= 1) | lane.too_steep, lane, new)
+    theta, seen, reached = select(kept, (theta, seen, reached), (lane.theta, lane.seen, lane.reached))
+    new = _Lane(
+        theta=theta,
+        seen=seen,
+        line_theta=lane.line_theta,
+        line_seen=lane.line_seen,
+        reached=reached,
+        stage=lane.stage * jnp.where(faster, _FASTER, jnp.where(kept, 1.0, _SLOWER)),
+        damping=jnp.where(kept, lane.damping / 4, jnp.maximum(4 * lane.damping, _LEAST_DAMPING)),
+        attempts=lane.attempts + 1,
+        arrived=(reached >= 1) & near,
+    )
+    return select(lane.arrived, lane, new)
+
+
+def _damped_solve(tangent: Float[Array, "M+R P"], ridge: Float[Array, ""]):
+    """v ↦ (ridge + Aᵀ A)⁻¹ v, on the smaller side. Factored once: several factorizations side by side, each of many
+    lanes, block one another in the thread pool of XLA's processor backend."""
+    num, size = tangent.shape
+    gram = tangent @ tangent.T if num < size else tangent.T @ tangent
+    factor = jnp.linalg.cholesky(ridge * jnp.eye(len(gram)) + gram)
+    inner = lambda v: jsl.cho_solve((factor, True), v)
+    if num < size:
+        return lambda v: (v - inner(tangent @ v) @ tangent) / ridge
+    return inner
 
 
 @eqx.filter_jit
-def _advance(shared: tuple[Surface, Float[Array, " P"], Array], lanes: _Lane, _):
-    attempt = jax.vmap(lambda lane: _attempt(*shared, lane))
-    return jax.lax.scan(lambda lanes, _: (attempt(lanes), None), lanes, length=_ATTEMPTS)[0], ()
+def _advance(shared: tuple[Surface, _Origin], lanes: _Lane, _):
+    surface, origin = shared
+
+    def one(lane):
+        local = surface.renewed(lane.theta)
+        return jax.lax.scan(lambda lane, _: (_attempt(local, origin, lane), None), lane, length=_ATTEMPTS)[0]
+
+    return jax.vmap(one)(lanes), ()
 
 
 def follow(
@@ -249,19 +312,19 @@ def follow(
     *,
     progress: bool,
     mesh: Mesh | None = None,
-) -> Geodesics:
-    """Follow the geodesics that leave `mean` at `velocities` for unit time.
+) -> Ends:
+    """The draws whose lines leave `mean` at `velocities` for unit time.
 
     Many at once, and no slow one holds up the rest: whenever some have ended, others take their places; when none are
     left to start, those under way move together, spread over the devices of the `mesh`.
     """
     num, size = velocities.shape
     # An array, so that another tolerance is not compiled anew.
-    shared = everywhere(mesh, (surface, mean, jnp.asarray(tolerance, dtype=float)))
+    origin = _Origin(mean, _solved(surface, mean), jnp.asarray(tolerance, dtype=float))
+    shared = everywhere(mesh, (surface, origin))
     together = min(_LANES, max(1, _LANE_BYTES // surface.lane_bytes(_num_predictions(surface)))) * num_devices(mesh)
     width = 2 ** min(int(math.log2(together)), math.ceil(math.log2(num)))
-    thetas, attempts = np.empty((num, size)), np.zeros(num, int)
-    too_long, too_steep = np.zeros(num, bool), np.zeros(num, bool)
+    thetas, attempts, ok = np.empty((num, size)), np.zeros(num, int), np.zeros(num, bool)
     host = lambda tree: jax.tree.map(np.array, tree)
     take = lambda tree, rows: jax.tree.map(lambda x: x[rows], tree)
     # Shapes stay the same, so that each program is compiled once.
@@ -272,7 +335,7 @@ def follow(
         return take(fresh, slice(len(draws)))
 
     waiting = min(width, num)
-    draws = np.arange(waiting)  # whose geodesic is in each lane
+    draws = np.arange(waiting)  # whose search is in each lane
     lanes = start(draws)
     with tqdm(total=num, desc="Geodesics", unit="draw", disable=not progress) as bar:
         while len(draws):
@@ -281,12 +344,9 @@ def follow(
                 width //= 8
             moved, _ = over_rows(mesh, _advance, shared, take(lanes, pad(np.arange(len(draws)))))
             lanes = take(host(moved), slice(len(draws)))
-            long = (lanes.attempts >= _MOST_ATTEMPTS) & (lanes.t0 < 1)
-            ended = (lanes.t0 >= 1) | lanes.too_steep | long
+            ended = lanes.arrived | (lanes.attempts >= _MOST_ATTEMPTS)
             done = draws[ended]
-            thetas[done] = np.asarray(mean) + lanes.y[0][0][ended] / np.asarray(surface.root_prior)
-            attempts[done], too_steep[done] = lanes.attempts[ended], lanes.too_steep[ended]
-            too_long[done] = long[ended] & ~lanes.too_steep[ended]
+            thetas[done], attempts[done], ok[done] = lanes.theta[ended], lanes.attempts[ended], lanes.arrived[ended]
             bar.update(len(done))
             draws, lanes = draws[~ended], take(lanes, ~ended)
             new = np.arange(waiting, min(waiting + len(done), num))
@@ -294,7 +354,12 @@ def follow(
                 waiting += len(new)
                 draws = np.concatenate([draws, new])
                 lanes = jax.tree.map(lambda a, b: np.concatenate([a, b]), lanes, start(new))
-    return Geodesics(thetas, attempts, too_long, too_steep)
+    return Ends(thetas, attempts, ok)
+
+
+@eqx.filter_jit
+def _solved(surface: Surface, theta: Float[Array, " P"]) -> Float[Array, " M+R"]:
+    return surface.solved(theta)
 
 
 def _num_predictions(surface: Surface) -> int:

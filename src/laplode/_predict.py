@@ -36,9 +36,9 @@ class Predictions(eqx.Module):
     - `epistemic`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
     - `predictive`: the same with observation noise, (S, N, T, K).
     - `scale`: where the model predicts the noise scale (or concentration), draws of it, (S, N, T, K); else None.
-    - `thetas`: the parameter vectors of the draws, (S, P); of a geodesic that did not arrive, the last it reached.
+    - `thetas`: the parameter vectors of the draws, (S, P); of a geodesic draw that did not arrive, the last it reached.
     - `component`: which component of a mixture each draw is from, (S,); zeros without one.
-    - `ok`: False for draws whose geodesic or solve failed, or that the likelihood can't have (negative under
+    - `ok`: False for draws that did not arrive or whose solve failed, or that the likelihood can't have (negative under
         LogNormal), (S,).
     - `log_p`, `log_q`: of each draw, the log joint density log p(Y, θ) and the log density it was drawn from, (S,);
         None unless importance weights were asked for. Of resampled draws, `log_q` is that times their weight.
@@ -123,15 +123,16 @@ def predict(
     - `args`: as in `Trajectories`, for new initial states.
     - `method`: "linearized": y = f(θ*) + J (θ − θ*), in the coordinate in which the likelihood's information is
         constant (log for LogNormal, so that draws stay positive); the recommended one. "geodesic": the ODE is solved at
-        draws of θ that keep to the data, each the end of the geodesic that leaves θ* with a velocity drawn from the
-        posterior; it takes some hundred Jacobians a draw. "sampled": the ODE is solved at each draw of θ, which is
-        right only where the posterior is tight.
+        draws of θ that keep to the data: each follows, to second order, the geodesic that leaves θ* with a velocity
+        drawn from the posterior; for a neural field it takes about a hundred Jacobians a draw. "sampled": the ODE is
+        solved at each draw of θ, which is right only where the posterior is tight.
     - `num_samples`: S.
     - `key`: a JAX random key.
     - `proposal`: what θ, or the geodesic's velocity, is drawn from: "gaussian", or "student_t", the multivariate t
         distribution with `df` degrees of freedom and scale matrix Λ⁻¹, whose tails cover more.
     - `df`: degrees of freedom of "student_t".
-    - `tolerance`: of geodesics, the error allowed in a step, in posterior standard deviations.
+    - `tolerance`: of geodesic draws, in posterior standard deviations: the search for one ends where its next step
+        would be shorter, or the last has gained less than this squared, in nats.
     - `khat`: whether to weigh the draws against the true posterior, which takes a solve of the data's trajectories for
         each. By default for all but "linearized".
     - `resample`: whether to return draws resampled by their smoothed weights, equally weighted, some of them repeated.
@@ -142,19 +143,22 @@ def predict(
 
     **Returns:** `Predictions`.
 
-    **Raises:** `LaplodeError` when an argument does not fit, or "geodesic" meets a model without second forward
-    derivatives. Warns (`LaplodeWarning`) when solves or geodesics failed or k̂ is high.
+    **Raises:** `LaplodeError` when an argument does not fit. Warns (`LaplodeWarning`) when solves or geodesic
+    draws failed or k̂ is high.
 
-    Geodesics obey θ'' = −Λ0⁻¹ Jᵀ (R⁻¹ + J Λ0⁻¹ Jᵀ)⁻¹ g''[θ', θ'] for unit time, in the metric G = Λ0 + Jᵀ R J, where g
-    is the prediction of the data in the coordinate in which its Fisher information R is constant, J = ∂g/∂θ, and Λ0 the
-    prior's precision. For a user's own distribution, which names no such coordinate, R is that at θ*. Along the way the
-    ODE is solved on the steps that its solve at θ* took; the trajectories returned are adaptive solves of their own.
-    The density of their ends is log q(θ) = log q(v) + ½ (log det G(θ) − log det G(θ*)), v the velocity: an
-    approximation, which takes the volume that geodesics spread to for that of flat space, and is exact for models that
-    are linear in θ. In a mixture it is that of the component that a geodesic started from.
+    The metric G = Λ0 + Jᵀ R J is that of the surface X(θ) = (Λ0^½ θ, R^½ g(θ)), where g is the prediction of the data
+    in the coordinate in which its Fisher information R is constant, J = ∂g/∂θ, and Λ0 the prior's precision. For a
+    user's own distribution, which names no such coordinate, R is that at θ*. With v from the posterior, a geodesic draw
+    is the point of the surface nearest to X(θ*) + X'(θ*) v: a projective retraction, which has the geodesic's velocity
+    and acceleration at θ*. It is found by Levenberg-Marquardt steps while the target moves along this line. The density
+    is
+    log q(θ) = log q(v) + log |det (X'ᵀ X' + Σ r_i X_i'')| − log |det X'(θ)ᵀ X'(θ*)|, r = X(θ) − X(θ*) − X'(θ*) v,
+    from which the sum is left out where there are more than 32 parameters. In a mixture it is that of the component
+    that the line started from.
 
     Immer, Korzepa and Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization"; Yu et al.
-    (2024), "Riemannian Laplace approximation with the Fisher metric"; Vehtari et al. (2024), "Pareto smoothed
+    (2024), "Riemannian Laplace approximation with the Fisher metric"; Absil and Malick (2012), "Projection-like
+    retractions on matrix manifolds"; Vehtari et al. (2024), "Pareto smoothed
     importance sampling".
     """
     sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress, key, mesh)

@@ -64,6 +64,14 @@ class AbstractFlow(AbstractMap):
     y0: eqx.AbstractVar[Float[Array, "N D"] | None]
     args: eqx.AbstractVar[PyTree]
 
+    @abc.abstractmethod
+    def solved(self, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
+        """The predictions by a solve that chooses its own steps; not finite where it fails."""
+
+    @abc.abstractmethod
+    def renewed(self, theta: Float[Array, " P"]) -> "AbstractFlow":
+        """The same map around another point, in any transformation."""
+
     @property
     def num_trajectories(self) -> int:
         """N."""
@@ -89,11 +97,16 @@ class ForeignFlow(AbstractFlow):
     args: PyTree
 
     def __call__(self, theta):
-        model = self.parameters.unravel(theta)
-        return jax.vmap(ft.partial(predict_trajectory, model))(self.ts, self.y0, self.args)
+        return _solved(self, theta)
 
     def linearized(self, theta, route):
         return _AUTODIFF[route](self, theta)
+
+    def solved(self, theta):
+        return _solved(self, theta)
+
+    def renewed(self, theta):
+        return self
 
 
 class ReplayedFlow(AbstractFlow):
@@ -118,6 +131,19 @@ class ReplayedFlow(AbstractFlow):
             return _sensitivity(self, theta)
         return _AUTODIFF[route](self, theta)
 
+    def solved(self, theta):
+        return _solved(self, theta)
+
+    def renewed(self, theta):
+        """Where the solve fails the grid stays as it is; of more steps than there is room for, some are joined."""
+        model, room = self.parameters.unravel(theta), self.boundaries.shape[1] - 1
+        boundaries, accepted, _, y_last = _record(model, self.ts, self.y0, self.args)
+        good = (boundaries[:, -1] >= self.ts[:, -1]) & jnp.all(jnp.isfinite(y_last), axis=-1)
+        kept = jnp.round(jnp.arange(room + 1) * jnp.maximum(accepted / room, 1.0)[:, None]).astype(int)
+        return dataclasses.replace(
+            self, boundaries=jnp.where(good[:, None], jnp.take_along_axis(boundaries, kept, axis=1), self.boundaries)
+        )
+
     @property
     def has_sensitivity(self) -> bool:
         """Whether `_sensitivity` applies and pays: it pulls once for each state, where others push for each θ."""
@@ -129,6 +155,11 @@ class ReplayedFlow(AbstractFlow):
         """D."""
         y0 = None if self.y0 is None else self.y0[0]
         return jax.eval_shape(self.parameters.model.initial_state, y0).size
+
+
+def _solved(flow: AbstractFlow, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
+    model = flow.parameters.unravel(theta)
+    return jax.vmap(ft.partial(predict_trajectory, model))(flow.ts, flow.y0, flow.args)
 
 
 # ---- From an adaptive solve to a frozen grid
