@@ -41,6 +41,7 @@ def pytest_configure(config):
     gc.set_threshold(20_000)
     if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the environment of the process that starts them
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads spin
+        os.environ.update(JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_TRACEBACK_IN_LOCATIONS_LIMIT="0")  # for subprocesses
         flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
         if _known_to_xla(flags):
             os.environ["XLA_FLAGS"] = flags
