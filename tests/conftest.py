@@ -1,6 +1,10 @@
 """What the tests share: 64-bit JAX, a compilation cache, and a few small problems with their posteriors."""
 
+import gc
+import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 import warnings
 from typing import Any, NamedTuple
@@ -21,13 +25,32 @@ matplotlib.use("Agg")
 TIGHT = diffrax.PIDController(rtol=1e-11, atol=1e-12)
 
 
+# XLA's older code generator compiles in half the time of its newer one.
+QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+
+
 def pytest_configure(config):
     cache = getattr(config, "cache", None)
     directory = tempfile.mkdtemp() if cache is None else cache.mkdir("jax")
     jax.config.update("jax_compilation_cache_dir", str(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    # Compiling takes most of the time of the tests.
+    # Tracing and compiling take most of the time of the tests.
     jax.config.update("jax_disable_most_optimizations", True)
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    gc.freeze()
+    gc.set_threshold(20_000)
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the environment of the process that starts them
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads spin
+        os.environ.update(JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_TRACEBACK_IN_LOCATIONS_LIMIT="0")  # for subprocesses
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
+        if _known_to_xla(flags):
+            os.environ["XLA_FLAGS"] = flags
+
+
+def _known_to_xla(flags):
+    """Whether XLA has these flags. It aborts a process whose flags it doesn't know, so that is another one."""
+    start = [sys.executable, "-c", "import jax; jax.devices('cpu')"]
+    return subprocess.run(start, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode == 0
 
 
 @pytest.fixture(autouse=True, scope="module")

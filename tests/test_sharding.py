@@ -129,7 +129,8 @@ def alone():
 
 
 def start(tmp_path, kind: str, number: int = 0, address: str = "", devices: int = 1):
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flags}
     command = [sys.executable, __file__, kind, str(tmp_path / "found"), address, str(number)]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
