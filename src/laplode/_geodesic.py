@@ -7,7 +7,12 @@ line's end. That agrees with the geodesic to second order (a projective retracti
 way doesn't count: one is found by optimization, with no step that has to be as short as the surface is curved.
 """
 
+import collections
+import concurrent.futures
+import contextlib
 import math
+import os
+import threading
 from typing import NamedTuple
 
 import equinox as eqx
@@ -30,9 +35,14 @@ from ._solve import AbstractFlow, evaluate, flow, has_second_pushforward, jacobi
 # How near to the nearest point is near enough, in posterior standard deviations.
 TOLERANCE = 0.3
 
-# Draws that are looked for together at most, and the bytes of Jacobians that they may take.
-_LANES = 64
+# Draws that a worker looks for together at most, and the bytes of Jacobians that all of them may take.
+_LANES = 16
 _LANE_BYTES = 2**28
+
+# Where few are left, so many times fewer are computed, down to so few.
+_NARROWER, _FEWEST_LANES = 4, 4
+
+_MOST_WORKERS = 8
 
 # Attempted steps between two looks at which draws have arrived; Jacobians are of one grid of steps in between.
 _ATTEMPTS = 8
@@ -281,13 +291,24 @@ def _attempt(surface: Surface, origin: _Origin, lane: _Lane) -> _Lane:
     return select(lane.arrived, lane, new)
 
 
+# One matrix after another: XLA's processor backend factors those of many lanes in tasks that wait for one another in
+# its thread pool, and where several programs do so at once, all threads wait forever.
+@jax.custom_batching.sequential_vmap
+def _cholesky(matrix):
+    return jnp.linalg.cholesky(matrix)
+
+
+@jax.custom_batching.sequential_vmap
+def _cholesky_solve(factor, right):
+    return jsl.cho_solve((factor, True), right)
+
+
 def _damped_solve(tangent: Float[Array, "M+R P"], ridge: Float[Array, ""]):
-    """v ↦ (ridge + Aᵀ A)⁻¹ v, on the smaller side. Factored once: several factorizations side by side, each of many
-    lanes, block one another in the thread pool of XLA's processor backend."""
+    """v ↦ (ridge + Aᵀ A)⁻¹ v, on the smaller side."""
     num, size = tangent.shape
     gram = tangent @ tangent.T if num < size else tangent.T @ tangent
-    factor = jnp.linalg.cholesky(ridge * jnp.eye(len(gram)) + gram)
-    inner = lambda v: jsl.cho_solve((factor, True), v)
+    factor = _cholesky(ridge * jnp.eye(len(gram)) + gram)
+    inner = lambda v: _cholesky_solve(factor, v)
     if num < size:
         return lambda v: (v - inner(tangent @ v) @ tangent) / ridge
     return inner
@@ -316,50 +337,79 @@ def follow(
     """The draws whose lines leave `mean` at `velocities` for unit time.
 
     Many at once, and no slow one holds up the rest: whenever some have ended, others take their places; when none are
-    left to start, those under way move together, spread over the devices of the `mesh`.
+    left to start, those under way move together. Spread over the devices of the `mesh`, or over the cores.
     """
     num, size = velocities.shape
     # An array, so that another tolerance is not compiled anew.
     origin = _Origin(mean, _solved(surface, mean), jnp.asarray(tolerance, dtype=float))
     shared = everywhere(mesh, (surface, origin))
-    together = min(_LANES, max(1, _LANE_BYTES // surface.lane_bytes(_num_predictions(surface)))) * num_devices(mesh)
-    width = 2 ** min(int(math.log2(together)), math.ceil(math.log2(num)))
+    workers = _num_workers(num, mesh)
+    together = min(_LANES, max(1, _LANE_BYTES // surface.lane_bytes(_num_predictions(surface)) // workers))
+    together *= num_devices(mesh)
+    most = 2 ** min(int(math.log2(together)), math.ceil(math.log2(math.ceil(num / workers))))
     thetas, attempts, ok = np.empty((num, size)), np.zeros(num, int), np.zeros(num, bool)
-    host = lambda tree: jax.tree.map(np.array, tree)
+    waiting = collections.deque(range(num))
+    compiled, compiling, stopped = set(), threading.Lock(), threading.Event()
+
+    def call(function, rows, width):
+        # Each program is compiled once, for a width, not by each worker.
+        with contextlib.nullcontext() if (function, width) in compiled else compiling:
+            found = over_rows(mesh, function, shared, rows)[0]
+            compiled.add((function, width))
+        return jax.tree.map(np.array, found)
+
     take = lambda tree, rows: jax.tree.map(lambda x: x[rows], tree)
-    # Shapes stay the same, so that each program is compiled once.
-    pad = lambda rows: np.concatenate([rows, np.zeros(width - len(rows), int)])
 
-    def start(draws: np.ndarray) -> _Lane:
-        fresh = host(over_rows(mesh, _start, shared, velocities[pad(draws)])[0])
-        return take(fresh, slice(len(draws)))
-
-    waiting = min(width, num)
-    draws = np.arange(waiting)  # whose search is in each lane
-    lanes = start(draws)
-    with tqdm(total=num, desc="Geodesics", unit="draw", disable=not progress) as bar:
-        while len(draws):
-            # A few widths only, as each is compiled.
-            while len(draws) <= width // 8:
-                width //= 8
-            moved, _ = over_rows(mesh, _advance, shared, take(lanes, pad(np.arange(len(draws)))))
-            lanes = take(host(moved), slice(len(draws)))
+    def search(bar):
+        width = most
+        # Shapes stay the same, so that few are compiled.
+        pad = lambda rows: np.concatenate([rows, np.zeros(width - len(rows), int)])
+        draws, lanes = np.zeros(0, int), None  # whose search is in each lane
+        while not stopped.is_set():
+            new = []
+            while waiting and len(draws) + len(new) < width:
+                with contextlib.suppress(IndexError):  # another worker was faster
+                    new.append(waiting.popleft())
+            if new:
+                fresh = take(call(_start, velocities[pad(np.array(new))], width), slice(len(new)))
+                lanes = fresh if lanes is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), lanes, fresh)
+                draws = np.concatenate([draws, new])
+            if not len(draws):
+                return
+            while width > _FEWEST_LANES and len(draws) <= width // _NARROWER:
+                width //= _NARROWER
+            lanes = take(call(_advance, take(lanes, pad(np.arange(len(draws)))), width), slice(len(draws)))
             ended = lanes.arrived | (lanes.attempts >= _MOST_ATTEMPTS)
             done = draws[ended]
             thetas[done], attempts[done], ok[done] = lanes.theta[ended], lanes.attempts[ended], lanes.arrived[ended]
             bar.update(len(done))
             draws, lanes = draws[~ended], take(lanes, ~ended)
-            new = np.arange(waiting, min(waiting + len(done), num))
-            if len(new):
-                waiting += len(new)
-                draws = np.concatenate([draws, new])
-                lanes = jax.tree.map(lambda a, b: np.concatenate([a, b]), lanes, start(new))
+
+    with tqdm(total=num, desc="Geodesics", unit="draw", disable=not progress) as bar:
+        if workers == 1:
+            search(bar)
+        else:
+            with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+                searches = [pool.submit(search, bar) for _ in range(workers)]
+                try:
+                    for each in searches:
+                        each.result()
+                except BaseException:  # such as Ctrl-C: the others need not go on
+                    stopped.set()
+                    raise
     return Ends(thetas, attempts, ok)
 
 
 @eqx.filter_jit
 def _solved(surface: Surface, theta: Float[Array, " P"]) -> Float[Array, " M+R"]:
     return surface.solved(theta)
+
+
+def _num_workers(num: int, mesh: Mesh | None) -> int:
+    """Small operations one after another keep one core of a processor busy: others are given searches of their own."""
+    if mesh is not None or jax.default_backend() != "cpu":
+        return 1
+    return max(1, min(os.cpu_count() or 1, _MOST_WORKERS, num // _FEWEST_LANES))
 
 
 def _num_predictions(surface: Surface) -> int:
