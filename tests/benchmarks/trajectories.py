@@ -2,7 +2,7 @@
 
     python tests/benchmarks/trajectories.py geodesic [first seed] [last seed]
 
-- `geodesic`: an MLP 2-16-16-2 (P = 354), 41 times to t = 10, noise 0.1, prior precision 1. Do all geodesics arrive, is
+- `geodesic`: an MLP 2-16-16-2 (P = 354), 41 times to t = 10, noise 0.1, prior precision 1. Do all draws arrive, is
     their spread that of the linearized posterior, do they keep to the data, and how long does one take?
 """
 
