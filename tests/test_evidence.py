@@ -12,6 +12,7 @@ import scipy.stats as st
 from jax.flatten_util import ravel_pytree
 
 import laplode as lp
+from laplode import _evidence
 
 
 def quietly(posterior, **options):
@@ -263,3 +264,46 @@ def test_comparison_wants_the_same_data(growth, growth_posterior, neural_posteri
         lp.compare_evidence({})
     with pytest.raises(lp.LaplodeError, match="'a'"):
         lp.compare_evidence({"a": growth.model})
+
+
+# ---- Where it is hard
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_rounds_are_counted(growth_posterior, monkeypatch, progress):
+    calls = []
+    monkeypatch.setattr(_evidence, "_refined", lambda posterior: calls.append(posterior) or posterior)
+    monkeypatch.setattr(_evidence, "_SETTLED", -np.inf)
+    with pytest.warns(lp.LaplodeWarning, match="has not settled"):
+        lp.maximize_evidence(growth_posterior, online=True, rounds=3, progress=progress)
+    assert len(calls) == 3
+
+
+class Redundant(eqx.Module):
+    """Two parameters of which only the sum is seen."""
+
+    slopes: jax.Array
+
+    def __call__(self, ts, y0):
+        return jnp.sum(self.slopes) * ts[:, None]
+
+
+def test_eigenvalues_that_are_far_apart(quiet):
+    """The matrix written out has lost the smaller one; the evidence has not."""
+    ts, scale = np.linspace(1, 2, 6), 1e-9
+    ys = 0.7 * ts + scale * np.random.default_rng(0).normal(size=6)
+    slope = ys @ ts / (ts @ ts)  # the prior adds nothing to that
+    problem = lp.Problem(lp.Trajectories(ts, ys[:, None]), lp.Gaussian(scale), 1.0)
+    posterior = quiet(Redundant(jnp.full(2, slope / 2)), problem, curvature="ggn")
+    assert posterior.diagnostics.condition_number > 1e16
+    function, start = lp.evidence(posterior)
+    np.testing.assert_allclose(function(start), posterior.log_evidence, rtol=1e-8)
+    flat, unflatten = ravel_pytree(start)
+    for move in ([0.0, 0.0], [1.0, 0.0], [-1.0, 0.5]):
+        precision, noise = np.exp(move[0]), scale * np.exp(move[1])
+        # Of y ~ N(0, noise² + 2 t tᵀ / precision), by the part along t and the rest.
+        along, total = ys @ ts / np.linalg.norm(ts), noise**2 + 2 * ts @ ts / precision
+        rest = np.sum((ys - slope * ts) ** 2)
+        exact = st.norm.logpdf(along, scale=np.sqrt(total)) - rest / noise**2 / 2 - 5 * np.log(2 * np.pi * noise**2) / 2
+        np.testing.assert_allclose(function(unflatten(flat + np.array(move))), exact, rtol=1e-7)
+    np.testing.assert_allclose(*slopes(function, start), rtol=1e-6)

@@ -128,6 +128,18 @@ class _ByDiagonal(_LogDet):
         return jnp.sum(jnp.log((diagonal if self.regularize is None else self.regularize(diagonal)) + precision))
 
 
+class _ByRoot(_LogDet):
+    """log det of Σ_b shrink_b R_bᵀ R_b + diag(precision), from the R_b: where eigenvalues are so far apart that the sum
+    written out has lost the smallest."""
+
+    roots: Float[Array, "B P P"]
+
+    def __call__(self, precision, shrink):
+        rows = [*(jnp.sqrt(shrink)[:, None, None] * self.roots), jnp.diag(jnp.sqrt(precision))]
+        root = jnp.linalg.qr(jnp.concatenate(rows))[1]
+        return 2 * jnp.sum(jnp.log(jnp.abs(jnp.diagonal(root))))
+
+
 class _ByGram(_LogDet):
     """In data space: log det Λ0 + log det(I + W^½ F Λ0⁻¹ Fᵀ W^½), F (M, P), of which the `rank` leading modes count.
 
@@ -179,6 +191,8 @@ def _log_det(posterior: Posterior, groups: Int[np.ndarray, " P"], by_channel: bo
         if isinstance(structure, BlockDiagonal):
             leaves = [(start, stop) for _, _, start, stop in posterior.parameters.leaves]
             return _ByBlocks(tuple(jnp.stack([e.block(*leaf) for e in each]) for leaf in leaves), None)
+        if concave and posterior.diagnostics.condition_number > _FAR_APART:
+            return _ByRoot(jnp.stack([_root(e) for e in each]))
         return _ByBlocks((jnp.stack([e.matrix() for e in each]),), None)
     if isinstance(found, EigenCurvature):
         assert isinstance(structure, LowRank)
@@ -196,6 +210,18 @@ def _log_det(posterior: Posterior, groups: Int[np.ndarray, " P"], by_channel: bo
     if isinstance(structure, Diagonal):
         return _ByDiagonal(stacked[0], regularize)
     return _ByBlocks(stacked, regularize)
+
+
+# A condition number beyond which the log-determinant of a matrix is no longer smooth in what it is made of.
+_FAR_APART = 1e12
+
+
+def _root(found: FactoredCurvature) -> Float[Array, "P P"]:
+    """R with Rᵀ R the curvature."""
+    size = found.factor.shape[1]
+    rows = jnp.sqrt(found.weights)[:, None] * found.factor
+    # Of fewer observations than parameters too.
+    return jnp.linalg.qr(jnp.concatenate([rows, jnp.zeros((size, size))]), mode="r")
 
 
 _REGULARIZATIONS: dict[str, Callable[[Array], Array]] = {"clip": jax.nn.relu, "abs": jnp.abs}
@@ -509,7 +535,7 @@ def maximize_evidence(
     moved: Array | float = 0.0  # of the log scales since the start
     settled = not online
     with tqdm(total=rounds if online else 1, desc="Evidence", unit="round", disable=not progress) as bar:
-        while True:
+        for left in reversed(range(rounds if online else 1)):
             if online:
                 posterior = _refined(posterior)
             function, start = evidence(posterior, precision=precision, noise=noise)
@@ -521,7 +547,7 @@ def maximize_evidence(
             bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
             gained = float(function(found) - function(start))
             settled = settled or gained < _SETTLED
-            if settled or bar.n >= rounds:
+            if settled or not left:
                 break
     _warn(posterior, function, found, bounds, settled)
     return posterior
