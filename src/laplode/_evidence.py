@@ -535,7 +535,8 @@ def maximize_evidence(
     moved: Array | float = 0.0  # of the log scales since the start
     settled = not online
     with tqdm(total=rounds if online else 1, desc="Evidence", unit="round", disable=not progress) as bar:
-        for left in reversed(range(rounds if online else 1)):
+        left = rounds if online else 1
+        while True:
             if online:
                 posterior = _refined(posterior)
             function, start = evidence(posterior, precision=precision, noise=noise)
@@ -547,6 +548,7 @@ def maximize_evidence(
             bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
             gained = float(function(found) - function(start))
             settled = settled or gained < _SETTLED
+            left -= 1
             if settled or not left:
                 break
     _warn(posterior, function, found, bounds, settled)

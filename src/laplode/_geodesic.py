@@ -12,6 +12,7 @@ import concurrent.futures
 import contextlib
 import math
 import os
+import re
 import threading
 from typing import NamedTuple
 
@@ -343,7 +344,7 @@ def follow(
     # An array, so that another tolerance is not compiled anew.
     origin = _Origin(mean, _solved(surface, mean), jnp.asarray(tolerance, dtype=float))
     shared = everywhere(mesh, (surface, origin))
-    workers = _num_workers(num, mesh)
+    workers = _num_workers(surface, num, mesh)
     together = min(_LANES, max(1, _LANE_BYTES // surface.lane_bytes(_num_predictions(surface)) // workers))
     together *= num_devices(mesh)
     most = 2 ** min(int(math.log2(together)), math.ceil(math.log2(math.ceil(num / workers))))
@@ -405,11 +406,18 @@ def _solved(surface: Surface, theta: Float[Array, " P"]) -> Float[Array, " M+R"]
     return surface.solved(theta)
 
 
-def _num_workers(num: int, mesh: Mesh | None) -> int:
+# Operations of which XLA's processor backend makes tasks that wait for one another, see `_cholesky`.
+_FACTORS = re.compile(r"= (lu|cholesky|triangular_solve|qr|geqrf|householder_product|svd|eigh?|schur)[ \[]")
+
+
+def _num_workers(surface: Surface, num: int, mesh: Mesh | None) -> int:
     """Small operations one after another keep one core of a processor busy: others are given searches of their own."""
-    if mesh is not None or jax.default_backend() != "cpu":
+    most = min(os.cpu_count() or 1, _MOST_WORKERS, num // _FEWEST_LANES)
+    # Implicit solvers factor matrices, and a model of one's own may have one.
+    if mesh is not None or jax.default_backend() != "cpu" or surface.route != "sensitivity" or most < 2:
         return 1
-    return max(1, min(os.cpu_count() or 1, _MOST_WORKERS, num // _FEWEST_LANES))
+    solve = jax.make_jaxpr(surface.flow.solved)(surface.flow.parameters.vector)
+    return 1 if _FACTORS.search(str(solve)) else most
 
 
 def _num_predictions(surface: Surface) -> int:
