@@ -534,8 +534,8 @@ def maximize_evidence(
     _forms(posterior, precision, noise)
     moved: Array | float = 0.0  # of the log scales since the start
     settled = not online
-    with tqdm(total=rounds if online else 1, desc="Evidence", unit="round", disable=not progress) as bar:
-        left = rounds if online else 1
+    left = rounds if online else 1
+    with tqdm(total=left, desc="Evidence", unit="round", disable=not progress) as bar:
         while True:
             if online:
                 posterior = _refined(posterior)

@@ -10,6 +10,7 @@ way doesn't count: one is found by optimization, with no step that has to be as 
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
 import math
 import os
 import re
@@ -278,11 +279,10 @@ def _attempt(surface: Surface, origin: _Origin, lane: _Lane) -> _Lane:
     faster = near | (kept & (ratio < _HARDLY_BENT))
     select = lambda choice, new, old: jax.tree.map(lambda a, b: jnp.where(choice, a, b), new, old)
     theta, seen, reached = select(kept, (theta, seen, reached), (lane.theta, lane.seen, lane.reached))
-    new = _Lane(
+    new = dataclasses.replace(
+        lane,
         theta=theta,
         seen=seen,
-        line_theta=lane.line_theta,
-        line_seen=lane.line_seen,
         reached=reached,
         stage=lane.stage * jnp.where(faster, _FASTER, jnp.where(kept, 1.0, _SLOWER)),
         damping=jnp.where(kept, lane.damping / 4, jnp.maximum(4 * lane.damping, _LEAST_DAMPING)),

@@ -64,9 +64,10 @@ class AbstractFlow(AbstractMap):
     y0: eqx.AbstractVar[Float[Array, "N D"] | None]
     args: eqx.AbstractVar[PyTree]
 
-    @abc.abstractmethod
     def solved(self, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
         """The predictions by a solve that chooses its own steps; not finite where it fails."""
+        model = self.parameters.unravel(theta)
+        return jax.vmap(ft.partial(predict_trajectory, model))(self.ts, self.y0, self.args)
 
     @abc.abstractmethod
     def renewed(self, theta: Float[Array, " P"]) -> "AbstractFlow":
@@ -97,13 +98,10 @@ class ForeignFlow(AbstractFlow):
     args: PyTree
 
     def __call__(self, theta):
-        return _solved(self, theta)
+        return self.solved(theta)
 
     def linearized(self, theta, route):
         return _AUTODIFF[route](self, theta)
-
-    def solved(self, theta):
-        return _solved(self, theta)
 
     def renewed(self, theta):
         return self
@@ -131,9 +129,6 @@ class ReplayedFlow(AbstractFlow):
             return _sensitivity(self, theta)
         return _AUTODIFF[route](self, theta)
 
-    def solved(self, theta):
-        return _solved(self, theta)
-
     def renewed(self, theta):
         """Where the solve fails the grid stays as it is; of more steps than there is room for, some are joined."""
         model, room = self.parameters.unravel(theta), self.boundaries.shape[1] - 1
@@ -155,11 +150,6 @@ class ReplayedFlow(AbstractFlow):
         """D."""
         y0 = None if self.y0 is None else self.y0[0]
         return jax.eval_shape(self.parameters.model.initial_state, y0).size
-
-
-def _solved(flow: AbstractFlow, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
-    model = flow.parameters.unravel(theta)
-    return jax.vmap(ft.partial(predict_trajectory, model))(flow.ts, flow.y0, flow.args)
 
 
 # ---- From an adaptive solve to a frozen grid
