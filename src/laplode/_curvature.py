@@ -545,4 +545,9 @@ def _factored(problem: Problem, jacobian: Float[Array, "N*T*K P"], weights: Floa
     weights = weights.ravel()
     if np.all(informed):  # a matrix this large is not copied for nothing
         return FactoredCurvature(jacobian, weights)
-    return FactoredCurvature(jacobian[informed], weights[informed])
+    return FactoredCurvature(*_rows(jacobian, weights, np.flatnonzero(informed)))
+
+
+@jax.jit
+def _rows(jacobian: Float[Array, "N*T*K P"], weights: Float[Array, " N*T*K"], chosen: Int[np.ndarray, " M"]):
+    return jacobian[chosen], weights[chosen]

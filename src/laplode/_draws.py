@@ -22,7 +22,7 @@ from ._curvature import check_x64
 from ._errors import LaplodeError, LaplodeWarning, choose
 from ._geodesic import Ends, Surface, follow, log_volume
 from ._mesh import check_mesh, num_devices, over_rows
-from ._model import predict_trajectory, starts
+from ._model import predict_trajectories, starts
 from ._posterior import AbstractPosterior, Posterior
 from ._prior import log_prior
 from ._problem import check_count, check_flag, check_key
@@ -258,7 +258,7 @@ def _warn_of_weights(khat: float, sampling: Sampling) -> None:
 
 def _solve(view: Parameters, ts, y0, args, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
     model = view.unravel(theta)
-    return jax.vmap(ft.partial(predict_trajectory, model))(ts, starts(model, y0, len(ts)), args)
+    return predict_trajectories(model, ts, starts(model, y0, len(ts)), args)
 
 
 def solve_at(

@@ -98,14 +98,14 @@ class Surface(eqx.Module):
         problem, data = posterior.problem, posterior.problem.data
         around = flow(posterior.parameters, data.ts, data.y0, data.args, spare=_SPARE)
         predictions = evaluate(around, posterior.mean)
-        _, scale = jax.jvp(problem.likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
-        information = problem.information(predictions) / scale**2
-        observed = jnp.flatnonzero(problem.informed)
+        observed = jnp.asarray(np.flatnonzero(problem.informed))
         surface = cls(
             flow=around,
             likelihood=problem.likelihood,
             observed=observed,
-            root_information=jnp.sqrt(information.ravel()[observed]),
+            root_information=_root_information(
+                problem.likelihood, predictions, problem.information(predictions), observed
+            ),
             root_prior=jnp.sqrt(prior_vectors(problem.prior, posterior.parameters)[1]),
             prior_rows=prior_rows(problem.prior, posterior.parameters),
             route=jacobian_route(around),
@@ -399,6 +399,13 @@ def follow(
                     stopped.set()
                     raise
     return Ends(thetas, attempts, ok)
+
+
+@eqx.filter_jit
+def _root_information(likelihood: AbstractLikelihood, predictions: Array, information: Array, observed: Array):
+    """In the coordinate in which the likelihood is stable."""
+    _, scale = jax.jvp(likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
+    return jnp.sqrt((information / scale**2).ravel()[observed])
 
 
 @eqx.filter_jit

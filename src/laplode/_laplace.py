@@ -42,6 +42,7 @@ from ._prior import log_prior, prior_deficit, prior_rows, prior_vectors
 from ._problem import Problem, check_count, check_key, check_problem
 from ._solve import AbstractFlow, ReplayedFlow, evaluate, flow, jacobian_route
 from ._structure import (
+    AbstractStructure,
     Built,
     LowRank,
     Regularize,
@@ -167,8 +168,8 @@ def _assembled(
 ) -> Posterior:
     view = around.parameters
     prior_mean, prior_precision = prior_vectors(problem.prior, view)
-    rows, offset = prior_rows(problem.prior, view), view.vector - prior_mean
-    gradient = nll_gradient + prior_precision * offset + (rows @ offset) @ rows
+    rows = prior_rows(problem.prior, view)
+    gradient = _gradient(nll_gradient, prior_precision, rows, view.vector - prior_mean)
     regularize = Regularize(method.regularization, _REGULARIZATIONS[method.regularization])
     structure = choose("structure", method.structure, {s.name: s for s in _STRUCTURES})
     inert = _inert(found, nll_gradient, view)
@@ -182,6 +183,7 @@ def _assembled(
             beside = FactoredCurvature(leading, jnp.ones(len(leading)))
         beside = with_rows(beside, rows)
     built = structure.build(beside, prior_precision, regularize, _sizes(view, problem, method.rank))
+    gradient_norm, decrement, dof = _summary(built.structure, prior_precision, rows, gradient)
     diagnostics = Diagnostics(
         num_parameters=view.size,
         num_observations=int(np.sum(problem.data.observed)),
@@ -191,16 +193,26 @@ def _assembled(
         condition_number=built.condition_number,
         num_negative=built.num_negative,
         regularized=built.regularized,
-        gradient_norm=float(jnp.linalg.norm(gradient)),
-        newton_decrement=float(0.5 * gradient @ built.structure.covariance_product(gradient)),
-        effective_dof=float(
-            built.structure.effective_dof(prior_precision) - jnp.sum(rows * built.structure.covariance_product(rows))
-        ),
+        gradient_norm=float(gradient_norm),
+        newton_decrement=float(decrement),
+        effective_dof=float(dof),
         inert=inert,
     )
     log_joint = log_prior(problem.prior, view, view.vector) - nll
     posterior = Posterior(view, problem, around, found, built.structure, log_joint, diagnostics, method)  # pyright: ignore[reportCallIssue]
     return posterior
+
+
+@jax.jit
+def _gradient(nll_gradient: Array, prior_precision: Array, rows: Float[Array, "R P"], offset: Array) -> Array:
+    return nll_gradient + prior_precision * offset + (rows @ offset) @ rows
+
+
+@eqx.filter_jit
+def _summary(structure: AbstractStructure, prior_precision: Array, rows: Float[Array, "R P"], gradient: Array):
+    """‖gradient‖, the Newton decrement and the effective degrees of freedom."""
+    dof = structure.effective_dof(prior_precision) - jnp.sum(rows * structure.covariance_product(rows))
+    return jnp.linalg.norm(gradient), 0.5 * gradient @ structure.covariance_product(gradient), dof
 
 
 # ---- Before anything long is done

@@ -1,5 +1,6 @@
 """The Neural ODE, and the contract that a foreign model meets."""
 
+import functools as ft
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -213,6 +214,15 @@ def predict_trajectory(model: Callable, ts, y0, args, dtype: Any = float) -> Flo
     return model(ts, y0, args)
 
 
+@eqx.filter_jit
+def predict_trajectories(model: Callable, ts, y0, args) -> Float[Array, "N T F"]:
+    """The same of several, each along the first axis.
+
+    Compiled for itself, so that a solve is traced once, and not in all that is made of it.
+    """
+    return jax.vmap(ft.partial(predict_trajectory, model))(ts, y0, args)
+
+
 def is_real_array(leaf: Any) -> bool:
     """Whether a leaf is an array of real floating point numbers."""
     return eqx.is_inexact_array(leaf) and not np.iscomplexobj(leaf)
@@ -224,9 +234,10 @@ def in_float(tree: PyTree) -> PyTree:
 
 
 def predicted_shape(model: Any, ts, y0, args) -> tuple[int, ...]:
-    """The shape of a model's predictions of the first trajectory, without a solve; raises what the model raises."""
-    first = jax.tree.map(lambda x: x[0], (ts, starts(model, y0, len(ts)), args))
-    return eqx.filter_eval_shape(predict_trajectory, in_float(model), *first).shape
+    """The shape of a model's predictions of one trajectory, without a solve; raises what the model raises."""
+    # Of all trajectories, in float: traced like that for the solve itself.
+    inputs = in_float((ts, starts(model, y0, len(ts)), args))
+    return eqx.filter_eval_shape(predict_trajectories, in_float(model), *inputs).shape[1:]
 
 
 def check_model(model: Any, problem: Problem) -> None:

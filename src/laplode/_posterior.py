@@ -97,6 +97,8 @@ class AbstractPosterior(eqx.Module):
 
     def choose(self, key: PRNGKeyArray, n: int) -> Int[np.ndarray, " n"]:
         """The component of each of `n` draws, (n,)."""
+        if len(self.components) == 1:
+            return np.zeros(n, int)
         return np.asarray(jax.random.categorical(key, self.log_weights, shape=(n,)))
 
     @property
@@ -145,6 +147,7 @@ def _normals(keys: PRNGKeyArray, size: int) -> Float[Array, "n P"]:
     return jax.lax.fori_loop(0, -(-num // block), fill, jnp.zeros((num, size)))
 
 
+@eqx.filter_jit
 def _log_normal(offset: Float[Array, "... P"], structure: AbstractStructure) -> Float[Array, "..."]:
     quadratic = jnp.sum(offset * structure.precision_product(offset), axis=-1)
     return 0.5 * (structure.log_det - offset.shape[-1] * math.log(2 * math.pi) - quadratic)

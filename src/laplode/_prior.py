@@ -138,6 +138,7 @@ def log_prior(prior: AbstractPrior, view: Parameters, theta: Float[Array, "... P
     return total
 
 
+@eqx.filter_jit
 def prior_draws(prior: AbstractPrior, view: Parameters, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
     """Draws of θ from the prior."""
     mean, precision = _rest(prior, view)

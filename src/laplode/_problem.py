@@ -191,10 +191,12 @@ class AbstractLikelihood(eqx.Module):
     def distribution(self, prediction: Float[Array, "... F"]) -> dist.Distribution:
         """The NumPyro distribution of the observations (..., K)."""
 
+    @eqx.filter_jit
     def sample(self, key: PRNGKeyArray, prediction: Float[Array, "... F"]) -> Float[Array, "... K"]:
         """Observations as they would be recorded."""
         return jnp.asarray(self.distribution(prediction).sample(key), dtype=float)
 
+    @eqx.filter_jit
     def log_prob(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... K"]:
         """log p(y | prediction) of each observation, in nats; 0 where `ys` is NaN."""
         observed = ~jnp.isnan(ys)
@@ -213,6 +215,7 @@ class AbstractLikelihood(eqx.Module):
         location = jnp.where(possible, prediction[..., :channels], value)
         return jnp.concatenate([location, prediction[..., channels:]], axis=-1)
 
+    @eqx.filter_jit
     def score(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... F"]:
         """∂ log p(y | prediction) / ∂ prediction of each observation; 0 where `ys` is NaN."""
         return jax.grad(lambda f: jnp.sum(self.log_prob(f, ys)))(prediction)
@@ -358,6 +361,7 @@ class AbstractNormal(AbstractScaleLikelihood):
         drawn = super().sample(key, prediction)
         return jnp.clip(drawn, self.lower, self.upper) if self.censored else drawn
 
+    @eqx.filter_jit
     def log_prob(self, prediction, ys):
         if not self.censored:
             return super().log_prob(prediction, ys)
@@ -826,13 +830,17 @@ class Problem(eqx.Module):
 
     def information(self, predictions: Float[Array, "N T F"]) -> Float[Array, "N T F"]:
         """Fisher information of the data in each prediction: 0 where nothing was observed."""
-        ys = jnp.asarray(self.data.ys)
-        observed = jnp.tile(~jnp.isnan(ys), (1, 1, predictions.shape[2] // ys.shape[2]))
-        return jnp.where(observed, self.likelihood.fisher(predictions, ys), 0)
+        return _information(self.likelihood, predictions, jnp.asarray(self.data.ys))
 
     def log_likelihood(self, predictions: Float[Array, "N T F"]) -> Float[Array, ""]:
         """log p(Y | predictions) in nats, summed over all observations."""
         return jnp.sum(self.likelihood.log_prob(predictions, jnp.asarray(self.data.ys)))
+
+
+@eqx.filter_jit
+def _information(likelihood: AbstractLikelihood, predictions: Float[Array, "N T F"], ys: Float[Array, "N T K"]):
+    observed = jnp.tile(~jnp.isnan(ys), (1, 1, predictions.shape[2] // ys.shape[2]))
+    return jnp.where(observed, likelihood.fisher(predictions, ys), 0)
 
 
 def _check_distribution(likelihood: AbstractLikelihood, shape: tuple[int, ...]) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._errors import LaplodeError
 from ._mesh import over_rows
-from ._model import NeuralODE, predict_trajectory, starts
+from ._model import NeuralODE, predict_trajectories, starts
 from ._vector import Parameters
 
 # Bytes of right-hand sides computed at once in a sensitivity solve: small enough for a processor's cache.
@@ -66,8 +66,7 @@ class AbstractFlow(AbstractMap):
 
     def solved(self, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
         """The predictions by a solve that chooses its own steps; not finite where it fails."""
-        model = self.parameters.unravel(theta)
-        return jax.vmap(ft.partial(predict_trajectory, model))(self.ts, self.y0, self.args)
+        return predict_trajectories(self.parameters.unravel(theta), self.ts, self.y0, self.args)
 
     @abc.abstractmethod
     def renewed(self, theta: Float[Array, " P"]) -> "AbstractFlow":
@@ -121,8 +120,7 @@ class ReplayedFlow(AbstractFlow):
     boundaries: Float[Array, "N steps+1"]
 
     def __call__(self, theta):
-        model = self.parameters.unravel(theta)
-        return jax.vmap(ft.partial(_replay, model))(self.boundaries, self.ts, self.y0, self.args)
+        return _replay(self.parameters.unravel(theta), self.boundaries, self.ts, self.y0, self.args)
 
     def linearized(self, theta, route):
         if route == "sensitivity":
@@ -358,14 +356,19 @@ def _states_general(model: NeuralODE, boundaries, ts, y0, args):
     return jax.vmap(interpolate)(_locate(boundaries, ts), ts)
 
 
-def _replay(model: NeuralODE, boundaries, ts, y0, args) -> Float[Array, "T K"]:
-    y0 = model.initial_state(y0)
+@eqx.filter_jit  # traced once for all that is made of it
+def _replay(model: NeuralODE, boundaries, ts, y0, args) -> Float[Array, "N T K"]:
     tableau = _explicit_tableau(model.solver)
-    if tableau is None:
-        states = _states_general(model, boundaries, ts, y0, args)
-    else:
-        states = _states_explicit(tableau, model, boundaries, ts, y0, args)
-    return model.observe_states(states, args)
+
+    def one(boundaries, ts, y0, args):
+        y0 = model.initial_state(y0)
+        if tableau is None:
+            states = _states_general(model, boundaries, ts, y0, args)
+        else:
+            states = _states_explicit(tableau, model, boundaries, ts, y0, args)
+        return model.observe_states(states, args)
+
+    return jax.vmap(one)(boundaries, ts, y0, args)
 
 
 # ---- Its sensitivities

@@ -68,25 +68,30 @@ class Full(AbstractStructure):
 
     def __init__(self, cholesky: Float[Array, "P P"]):
         self.cholesky = cholesky
-        self.log_det = 2 * jnp.sum(jnp.log(jnp.diagonal(cholesky)))
+        self.log_det = _log_det(cholesky)
 
+    @eqx.filter_jit
     def _solve(self, v: Array, trans: int) -> Array:
         columns = v.reshape(-1, v.shape[-1]).T
         return jsl.solve_triangular(self.cholesky, columns, lower=True, trans=trans).T.reshape(v.shape)
 
+    @eqx.filter_jit
     def precision_product(self, v):
         return (v @ self.cholesky) @ self.cholesky.T
 
+    @eqx.filter_jit
     def covariance_product(self, v):
         return self._solve(self._solve(v, 0), 1)
 
     def root_product(self, z):
         return self._solve(z, 1)
 
+    @eqx.filter_jit
     def variance(self):
         inverse = jsl.solve_triangular(self.cholesky, jnp.eye(self.cholesky.shape[0]), lower=True)
         return jnp.sum(inverse**2, axis=0)
 
+    @eqx.filter_jit
     def predictive_covariance(self, jacobian):
         half = self._solve(jacobian, 0)
         return half @ half.T
@@ -102,6 +107,12 @@ class Full(AbstractStructure):
         least = np.linalg.svd(np.asarray(self.cholesky / jnp.sqrt(diagonal)[:, None]), compute_uv=False)[-1] ** 2
         strengths, rows = _beyond(self.cholesky, 0.5 * least * diagonal)
         return 0.5 * least * diagonal, jnp.asarray(rows * np.sqrt(strengths)[:, None])
+
+
+@jax.jit
+def _log_det(cholesky: Float[Array, "P P"]) -> Float[Array, ""]:
+    """Of L Lᵀ."""
+    return 2 * jnp.sum(jnp.log(jnp.diagonal(cholesky)))
 
 
 def _beyond(cholesky: Float[Array, "P P"], base: Float[Array, " P"]) -> tuple[np.ndarray, np.ndarray]:
@@ -200,21 +211,11 @@ class LowRank(AbstractStructure):
 
     def __init__(self, factor, weights, prior_precision, rank: int | None = None):
         num, size = factor.shape
-        if num > size:  # the same matrix by its eigenvectors, P of them instead of M
-            half = jnp.sqrt(weights)[:, None] * factor / jnp.sqrt(prior_precision)
-            eigenvalues, vectors = jnp.linalg.eigh(half.T @ half)
-            factor, weights = vectors.T * jnp.sqrt(prior_precision), jnp.maximum(eigenvalues, 0)
-            num = size
-        scale = jnp.sqrt(weights)
-        gram = scale[:, None] * _scaled_gram(factor, 1 / prior_precision) * scale
-        strengths, modes = jnp.linalg.eigh(gram)
-        kept = slice(num - min(num if rank is None else rank, num), num)
+        if num > size:
+            factor, weights = _by_eigenvectors(factor, weights, prior_precision)
         self.factor = factor
-        self.scale = scale
         self.prior_precision = prior_precision
-        self.modes = modes[:, kept]
-        self.strengths = jnp.maximum(strengths[kept], 0)
-        self.log_det = jnp.sum(jnp.log(prior_precision)) + jnp.sum(jnp.log1p(self.strengths))
+        self.scale, self.modes, self.strengths, self.log_det = _modes(factor, weights, prior_precision, rank)
 
     def effective_dof(self, prior_precision):
         return jnp.sum(self.strengths / (1 + self.strengths))
@@ -275,6 +276,25 @@ class LowRank(AbstractStructure):
     @eqx.filter_jit
     def split(self, base):
         return self.prior_precision, (self.modes.T * self.scale) @ self.factor
+
+
+@jax.jit
+def _by_eigenvectors(factor: Float[Array, "M P"], weights: Float[Array, " M"], prior_precision: Float[Array, " P"]):
+    """Factor and weights of the same matrix, P of them instead of M."""
+    half = jnp.sqrt(weights)[:, None] * factor / jnp.sqrt(prior_precision)
+    eigenvalues, vectors = jnp.linalg.eigh(half.T @ half)
+    return vectors.T * jnp.sqrt(prior_precision), jnp.maximum(eigenvalues, 0)
+
+
+@eqx.filter_jit
+def _modes(factor: Float[Array, "M P"], weights: Float[Array, " M"], prior_precision: Array, rank: int | None):
+    """√w, the strongest modes and their strengths, and log |Λ|."""
+    scale = jnp.sqrt(weights)
+    strengths, modes = jnp.linalg.eigh(scale[:, None] * _scaled_gram(factor, 1 / prior_precision) * scale)
+    num = len(weights)
+    kept = slice(num - min(num if rank is None else rank, num), num)
+    strengths = jnp.maximum(strengths[kept], 0)
+    return scale, modes[:, kept], strengths, jnp.sum(jnp.log(prior_precision)) + jnp.sum(jnp.log1p(strengths))
 
 
 # Columns of a wide matrix taken at a time, so that what is made of them stays small beside it.

@@ -2,8 +2,10 @@
 
     python tests/benchmarks/calibration.py run linear|oscillator|predator|vanderpol|fitzhugh FIRST LAST --out DIR
     python tests/benchmarks/calibration.py table DIR
+    python tests/benchmarks/calibration.py nuts SYSTEM SEED
 
 `run` adds a line for each seed to DIR/SYSTEM.jsonl, and leaves out those that are there; `table` reads all of them.
+`nuts` compares one seed with NUTS on the exact posterior, with the noise and the prior precision found there.
 
 Each seed has its own initial state (known) and noise: 41 times to t = 10, two channels, standard deviation 0.1, which
 the methods have to find. The truth continues to t = 15. The field is a basis linear in its parameters for `linear`,
@@ -314,6 +316,35 @@ def run(options):
         )
 
 
+def against_nuts(options):
+    """Rows of a Markdown table: spread over that of NUTS, and the distance of means in its standard deviations."""
+    model, data, *_ = simulate(options.system, options.seed)
+    found, _ = posteriors_of(options.system, model, data, options.seed, options.restarts, options.steps, {})
+    best, key = found[0], jax.random.key(options.seed)
+    draws, deep = options.draws, options.max_tree_depth
+    sampler = dict(num_warmup=draws, num_samples=draws, target_accept_prob=0.9, max_tree_depth=deep, progress=False)
+    tree = laplode.nuts(best, TS, key=key, **sampler)
+    attrs, values = tree["posterior"].attrs, tree["predictions"]["f"].values[:, :, 0]
+    reference = values.reshape(-1, *values.shape[2:])
+    mean, std = reference.mean(axis=0), reference.std(axis=0)
+    methods = {"linearized": closed_form([best], [1.0])}
+    for method in ("geodesic", "sampled"):
+        predictions = laplode.predict(best, TS, method=method, num_samples=200, key=key, progress=False)
+        methods[method] = Marginals.of_draws(predictions, scale_of(best))
+    for method, marginals in methods.items():
+        center = np.tensordot(marginals.weights, marginals.means, 1)
+        cells = [
+            f"{np.mean(x[rows]):.2f}"
+            for x in (marginals.std()[1:] / std[1:], np.abs(center - mean)[1:] / std[1:])
+            for rows in (slice(None, TRAIN - 1), slice(TRAIN - 1, None))
+        ]
+        print(
+            f"| {options.system} {options.seed} | {attrs['max_rhat_f']:.3f} | {attrs['max_rhat']:.2f} | "
+            f"{attrs['num_divergences']} | {attrs['sampling_time']:.0f} | {method} | {' | '.join(cells)} |",
+            flush=True,
+        )
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -368,6 +399,12 @@ def main():
     command.add_argument("--restarts", type=int, default=3)
     command.add_argument("--steps", type=int, default=800, help="of Adam")
     command.set_defaults(do=run)
+    command = commands.add_parser("nuts")
+    command.add_argument("system", choices=SYSTEMS)
+    command.add_argument("seed", type=int)
+    command.add_argument("--draws", type=int, default=1000, help="of each of 4 chains, after as many of warmup")
+    command.add_argument("--max-tree-depth", type=int, default=8)
+    command.set_defaults(do=against_nuts, restarts=3, steps=800)
     command = commands.add_parser("table")
     command.add_argument("folder", type=Path)
     command.set_defaults(do=lambda options: table(options.folder))

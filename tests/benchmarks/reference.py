@@ -1,22 +1,26 @@
 """Predictive bands of laplode's methods beside NUTS on the exact posterior. Run by hand:
 
-    python tests/benchmarks/reference.py lotka-volterra|quadratic-0.01|quadratic-0.05 [draws of each of 4 chains]
+    python tests/benchmarks/reference.py lotka-volterra|quadratic-0.01|quadratic-0.05|hare-lynx [draws of each chain]
 
 - `lotka-volterra`: the target of Dandekar et al. (2020), "Bayesian neural ordinary differential equations": noise-free
   Lotka-Volterra data, t = 0, 0.1 … 3.5, a network 2-20-2, log p = −SSE − ‖θ‖²; forecast to 4.5.
 - `quadratic-σ`: that of Schmid et al. (2024), "Assessment of uncertainty quantification in universal differential
   equations": x' = x − network(t) for x' = x − 2x², 12 points on [0, 10]; prior precision 1, forecast to 12.
+- `hare-lynx`: the mechanistic model of examples/rates.py, initial states and noise scales inferred too: moments of its
+    parameters by importance resampling from a Student t beside those of NUTS.
 """
 
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optax
 
 import laplode
@@ -168,8 +172,87 @@ def reference(target: Target, models: list[Any], num_samples: int):
     return f.reshape(-1, *f.shape[2:])
 
 
+# ---- Moments of a mechanistic model
+
+
+class Rates(eqx.Module):
+    birth: jax.Array
+    hunt: jax.Array
+    death: jax.Array
+    feed: jax.Array
+
+    def __call__(self, t, y, args):
+        hare, lynx = y
+        return jnp.stack([(self.birth - self.hunt * lynx) * hare, (self.feed * hare - self.death) * lynx])
+
+
+def hare_lynx(num_samples: int):
+    path = Path(__file__).parents[2] / "examples" / "hare_lynx.csv"
+    table = np.genfromtxt(path, delimiter=",", skip_header=4)
+    years, counts = table[:, 0], table[:, 1:]
+    model = laplode.NeuralODE(Rates(*map(jnp.array, (0.5, 0.03, 0.8, 0.03))), y0=counts[0], scale=[0.3, 0.3])
+    priors = {
+        "vector_field.birth": dist.TruncatedNormal(1.0, 0.5, low=0.0),
+        "vector_field.hunt": dist.TruncatedNormal(0.05, 0.05, low=0.0),
+        "vector_field.death": dist.TruncatedNormal(1.0, 0.5, low=0.0),
+        "vector_field.feed": dist.TruncatedNormal(0.05, 0.05, low=0.0),
+        "y0": dist.LogNormal(jnp.log(10.0), 1.0),
+        "scale": dist.LogNormal(-1.0, 1.0),
+    }
+    data = laplode.Trajectories(years, counts)
+    problem = laplode.Problem(data, laplode.LogNormal(), laplode.NamedPriors(priors))
+    fit = laplode.refine(model, problem, progress=False)
+    posterior = laplode.laplace(fit.model, problem, progress=False)
+    nuts = laplode.nuts(
+        posterior, key=jax.random.key(2), num_warmup=1000, num_samples=num_samples, progress=sys.stderr.isatty()
+    )
+    attrs = nuts["posterior"].attrs
+    print(
+        f"NUTS: {num_samples} draws of 4 chains, r_hat at most {attrs['max_rhat']:.4f}, "
+        f"{attrs['num_divergences']} divergences",
+        flush=True,
+    )
+    reference = _flat(nuts["posterior"].dataset)
+    for proposal in ("gaussian", "student_t"):
+        for resample in (False, True):
+            draws = laplode.predict(
+                posterior,
+                years,
+                method="sampled",
+                proposal=proposal,
+                resample=resample,
+                num_samples=4000,
+                key=jax.random.key(3),
+                progress=False,
+            )
+            found = _flat(laplode.to_datatree(posterior, draws)["posterior"].dataset)
+            shift = max(abs(found[n].mean() - x.mean()) / x.std() for n, x in reference.items())
+            widths = [found[n].std() / x.std() for n, x in reference.items()]
+            print(
+                f"{proposal}{', resampled' if resample else ''}: k\u0302 {draws.khat:.2f}; means differ by at most "
+                f"{shift:.3f} standard deviations, which are {min(widths):.3f} to {max(widths):.3f} of those of NUTS"
+            )
+
+
+def _flat(posterior) -> dict[str, np.ndarray]:
+    """Each number of the parameters, and its draws."""
+    drawn = posterior.stack(draw_=("chain", "draw"))
+    return {
+        f"{name}{list(index)}": values
+        for name, array in drawn.items()
+        for index, values in _entries(array.transpose(..., "draw_").values)
+    }
+
+
+def _entries(values: np.ndarray):
+    for index in np.ndindex(values.shape[:-1]):
+        yield index, values[index]
+
+
 def main():
     name, num_samples = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 300
+    if name == "hare-lynx":
+        return hare_lynx(num_samples)
     target = TARGETS[name]()
     print(name, flush=True)
     models = optima(target, restarts=3)
