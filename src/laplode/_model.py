@@ -193,6 +193,25 @@ def starts(model: Any, y0: Any, num: int) -> Any:
     return y0
 
 
+@eqx.filter_jit
+def accepted_steps(model: NeuralODE, ts, y0, args):
+    """Of the adaptive solve of each trajectory: times from the first to the last, at the end repeated; how many steps
+    it took, how it ended, and in which state.
+    """
+
+    def one(ts, y0, args):
+        saveat = diffrax.SaveAt(t0=True, steps=True)
+        solution = model.solve(ts, y0, args, saveat=saveat, adjoint=diffrax.ForwardMode(), throw=False)
+        # Unused entries are infinite in Diffrax; here they repeat the final time: steps of length zero.
+        times: Array = solution.ts  # pyright: ignore[reportAssignmentType]
+        states: Array = solution.ys  # pyright: ignore[reportAssignmentType]
+        accepted = solution.stats["num_accepted_steps"]
+        last = jnp.max(jnp.where(jnp.isfinite(times), times, -jnp.inf))
+        return jnp.minimum(times, last), accepted, solution.result, states[accepted]
+
+    return jax.vmap(one)(ts, y0, args)
+
+
 def predict_trajectory(model: Callable, ts, y0, args, dtype: Any = float) -> Float[Array, "T F"]:
     """Call any model on one trajectory; failed solves of a `NeuralODE` come back as infinities.
 
@@ -235,9 +254,16 @@ def in_float(tree: PyTree) -> PyTree:
 
 def predicted_shape(model: Any, ts, y0, args) -> tuple[int, ...]:
     """The shape of a model's predictions of one trajectory, without a solve; raises what the model raises."""
-    # Of all trajectories, in float: traced like that for the solve itself.
+    # What is traced here is what comes next, and serves it.
     inputs = in_float((ts, starts(model, y0, len(ts)), args))
-    return eqx.filter_eval_shape(predict_trajectories, in_float(model), *inputs).shape[1:]
+    function = _observed_at_end if isinstance(model, NeuralODE) else predict_trajectories
+    return eqx.filter_eval_shape(function, in_float(model), *inputs).shape[1:]
+
+
+def _observed_at_end(model: NeuralODE, ts, y0, args) -> Float[Array, "N T F"]:
+    *_, states = accepted_steps(model, ts, y0, args)
+    along = lambda state, args: model.observe_states(jnp.broadcast_to(state, (ts.shape[1], *state.shape)), args)
+    return jax.vmap(along)(states, args)
 
 
 def check_model(model: Any, problem: Problem) -> None:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from ._errors import LaplodeError
 from ._mesh import over_rows
-from ._model import NeuralODE, predict_trajectories, starts
+from ._model import NeuralODE, accepted_steps, predict_trajectories, starts
 from ._vector import Parameters
 
 # Bytes of right-hand sides computed at once in a sensitivity solve: small enough for a processor's cache.
@@ -130,7 +130,7 @@ class ReplayedFlow(AbstractFlow):
     def renewed(self, theta):
         """Where the solve fails the grid stays as it is; of more steps than there is room for, some are joined."""
         model, room = self.parameters.unravel(theta), self.boundaries.shape[1] - 1
-        boundaries, accepted, _, y_last = _record(model, self.ts, self.y0, self.args)
+        boundaries, accepted, _, y_last = accepted_steps(model, self.ts, self.y0, self.args)
         good = (boundaries[:, -1] >= self.ts[:, -1]) & jnp.all(jnp.isfinite(y_last), axis=-1)
         kept = jnp.round(jnp.arange(room + 1) * jnp.maximum(accepted / room, 1.0)[:, None]).astype(int)
         return dataclasses.replace(
@@ -151,21 +151,6 @@ class ReplayedFlow(AbstractFlow):
 
 
 # ---- From an adaptive solve to a frozen grid
-
-
-@eqx.filter_jit
-def _record(model: NeuralODE, ts, y0, args):
-    def one(ts, y0, args):
-        saveat = diffrax.SaveAt(t0=True, steps=True)
-        solution = model.solve(ts, y0, args, saveat=saveat, adjoint=diffrax.ForwardMode(), throw=False)
-        # Unused entries are infinite in Diffrax; here they repeat the final time: steps of length zero.
-        times: Array = solution.ts  # pyright: ignore[reportAssignmentType]
-        states: Array = solution.ys  # pyright: ignore[reportAssignmentType]
-        accepted = solution.stats["num_accepted_steps"]
-        last = jnp.max(jnp.where(jnp.isfinite(times), times, -jnp.inf))
-        return jnp.minimum(times, last), accepted, solution.result, states[accepted]
-
-    return jax.vmap(one)(ts, y0, args)
 
 
 def flow(
@@ -190,7 +175,7 @@ def flow(
     ts, y0, args = inputs
     if not isinstance(model, NeuralODE):
         return ForeignFlow(view, ts, y0, args)
-    boundaries, accepted, result, y_last = _record(model, ts, y0, args)
+    boundaries, accepted, result, y_last = accepted_steps(model, ts, y0, args)
     reached = np.asarray(boundaries[:, -1])
     end = np.asarray(ts[:, -1])
     failed = (reached < end) | ~np.all(np.isfinite(np.asarray(y_last)), axis=-1)
@@ -229,7 +214,7 @@ def tightened(flow: ReplayedFlow, factor: float) -> ReplayedFlow:
     controller = jax.tree.unflatten(structure, [smaller(node) if has_tolerance(node) else node for node in nodes])
     view = eqx.tree_at(lambda p: p.rest.stepsize_controller, flow.parameters, controller)
     inputs = (view.model, flow.ts, flow.y0, flow.args)
-    boundaries, accepted, _, y_last = _record(*inputs)
+    boundaries, accepted, _, y_last = accepted_steps(*inputs)
     if not np.all(np.isfinite(np.asarray(y_last))) or np.any(
         np.asarray(boundaries[:, -1]) < np.asarray(flow.ts[:, -1])
     ):
