@@ -33,7 +33,7 @@ def pytest_configure(config):
     cache = getattr(config, "cache", None)
     directory = tempfile.mkdtemp() if cache is None else cache.mkdir("jax")
     jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # workers share small programs too
     # Tracing and compiling take most of the time of the tests.
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_traceback_in_locations_limit", 0)

@@ -124,32 +124,38 @@ def test_heavy_tails_are_reported(elimination):
     assert found.khat > 0.7
 
 
-def test_draws_are_the_nearest_points(elimination):
-    """What remains from a draw to the end of its line is normal to the surface there."""
+@pytest.fixture(scope="module")
+def arrived(elimination):
+    """Six lines and, for each direction of θ, their neighbors on both sides; the last are where they end."""
     surface, mean = Surface.of(elimination), elimination.mean
-    lines = elimination.sample(KEY, 8) - mean
-    ends = follow(surface, mean, lines, 1e-6, progress=False)
+    lines = 0.7 * (elimination.sample(KEY, 6) - mean)
+    steps = 1e-3 * np.linalg.cholesky(elimination.covariance())
+    around = [lines + sign * step for step in steps.T for sign in (1, -1)]
+    ends = follow(surface, mean, jnp.concatenate([lines, *around]), 1e-8, progress=False)
     assert np.all(ends.ok)
+    return surface, mean, lines, steps, ends.thetas
+
+
+def test_draws_are_the_nearest_points(arrived):
+    """What remains from a draw to the end of its line is normal to the surface there."""
+    surface, mean, lines, _, thetas = arrived
     start, here = surface.tangent(mean), surface.solved(mean)
-    for line, theta in zip(lines, ends.thetas, strict=True):
+    distances = []
+    for line, theta in zip(lines, thetas[:6], strict=True):
         white = line * surface.root_prior
         off_theta = (theta - mean) * surface.root_prior - white
         off_seen = surface.solved(jnp.asarray(theta)) - here - start @ white
         along = off_theta + off_seen @ surface.tangent(jnp.asarray(theta))
         np.testing.assert_allclose(along, 0, atol=1e-4)
-        assert np.linalg.norm(off_seen) > 1e-3  # so that this is no matter of course
+        distances.append(np.linalg.norm(off_seen))
+    assert max(distances) > 1e-2  # so that this is no matter of course
 
 
-def test_the_density_of_draws(elimination):
+def test_the_density_of_draws(arrived):
     """Against differences of where neighboring lines end."""
-    surface, mean, h = Surface.of(elimination), elimination.mean, 1e-3
-    lines = 0.7 * (elimination.sample(KEY, 6) - mean)
-    steps = h * np.linalg.cholesky(elimination.covariance())
-    around = np.concatenate([lines + sign * step for step in steps.T for sign in (1, -1)])
-    ends = follow(surface, mean, jnp.concatenate([lines, around]), 1e-8, progress=False)
-    assert np.all(ends.ok)
-    found = log_volume(surface, mean, lines, jnp.asarray(ends.thetas[:6]))
-    moved = ends.thetas[6:].reshape(2, 2, 6, 2)
+    surface, mean, lines, steps, thetas = arrived
+    found = log_volume(surface, mean, lines, jnp.asarray(thetas[:6]))
+    moved = thetas[6:].reshape(2, 2, 6, 2)
     by_line = (moved[:, 0] - moved[:, 1]).transpose(1, 2, 0)  # (draws, θ, direction)
     expected = np.log(np.linalg.det(2 * steps)) - np.log(np.linalg.det(by_line))
     np.testing.assert_allclose(found, expected, atol=1e-3)

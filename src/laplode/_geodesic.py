@@ -419,7 +419,8 @@ _FACTORS = re.compile(r"= (lu|cholesky|triangular_solve|qr|geqrf|householder_pro
 
 def _num_workers(surface: Surface, num: int, mesh: Mesh | None) -> int:
     """Small operations one after another keep one core of a processor busy: others are given searches of their own."""
-    most = min(os.cpu_count() or 1, _MOST_WORKERS, num // _FEWEST_LANES)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = min(cores, _MOST_WORKERS, num // _FEWEST_LANES)
     # Implicit solvers factor matrices, and a model of one's own may have one.
     if mesh is not None or jax.default_backend() != "cpu" or surface.route != "sensitivity" or most < 2:
         return 1
