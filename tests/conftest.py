@@ -38,7 +38,7 @@ def pytest_configure(config):
     jax.config.update("jax_disable_most_optimizations", True)
     jax.config.update("jax_traceback_in_locations_limit", 0)
     gc.freeze()
-    gc.set_threshold(20_000)
+    gc.set_threshold(100_000)
     if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have the environment of the process that starts them
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # idle threads spin
         os.environ.update(JAX_DISABLE_MOST_OPTIMIZATIONS="1", JAX_TRACEBACK_IN_LOCATIONS_LIMIT="0")  # for subprocesses
