@@ -10,7 +10,9 @@
     parameters by importance resampling from a Student t beside those of NUTS.
 """
 
+import runpy
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -20,7 +22,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 import optax
 
 import laplode
@@ -175,34 +176,13 @@ def reference(target: Target, models: list[Any], num_samples: int):
 # ---- Moments of a mechanistic model
 
 
-class Rates(eqx.Module):
-    birth: jax.Array
-    hunt: jax.Array
-    death: jax.Array
-    feed: jax.Array
-
-    def __call__(self, t, y, args):
-        hare, lynx = y
-        return jnp.stack([(self.birth - self.hunt * lynx) * hare, (self.feed * hare - self.death) * lynx])
-
-
 def hare_lynx(num_samples: int):
-    path = Path(__file__).parents[2] / "examples" / "hare_lynx.csv"
-    table = np.genfromtxt(path, delimiter=",", skip_header=4)
-    years, counts = table[:, 0], table[:, 1:]
-    model = laplode.NeuralODE(Rates(*map(jnp.array, (0.5, 0.03, 0.8, 0.03))), y0=counts[0], scale=[0.3, 0.3])
-    priors = {
-        "vector_field.birth": dist.TruncatedNormal(1.0, 0.5, low=0.0),
-        "vector_field.hunt": dist.TruncatedNormal(0.05, 0.05, low=0.0),
-        "vector_field.death": dist.TruncatedNormal(1.0, 0.5, low=0.0),
-        "vector_field.feed": dist.TruncatedNormal(0.05, 0.05, low=0.0),
-        "y0": dist.LogNormal(jnp.log(10.0), 1.0),
-        "scale": dist.LogNormal(-1.0, 1.0),
-    }
-    data = laplode.Trajectories(years, counts)
-    problem = laplode.Problem(data, laplode.LogNormal(), laplode.NamedPriors(priors))
-    fit = laplode.refine(model, problem, progress=False)
-    posterior = laplode.laplace(fit.model, problem, progress=False)
+    """What the posterior of the example finds, which runs as it stands."""
+    example = Path(__file__).parents[2] / "examples" / "rates.py"
+    with tempfile.TemporaryDirectory() as out:
+        arguments, sys.argv = sys.argv, [str(example), "--quick", "--out", out]
+        posterior, years = map(runpy.run_path(str(example)).get, ("posterior", "years"))
+        sys.argv = arguments
     nuts = laplode.nuts(
         posterior, key=jax.random.key(2), num_warmup=1000, num_samples=num_samples, progress=sys.stderr.isatty()
     )
@@ -212,7 +192,7 @@ def hare_lynx(num_samples: int):
         f"{attrs['num_divergences']} divergences",
         flush=True,
     )
-    reference = _flat(nuts["posterior"].dataset)
+    reference = parameters(nuts)
     for proposal in ("gaussian", "student_t"):
         for resample in (False, True):
             draws = laplode.predict(
@@ -225,28 +205,19 @@ def hare_lynx(num_samples: int):
                 key=jax.random.key(3),
                 progress=False,
             )
-            found = _flat(laplode.to_datatree(posterior, draws)["posterior"].dataset)
-            shift = max(abs(found[n].mean() - x.mean()) / x.std() for n, x in reference.items())
-            widths = [found[n].std() / x.std() for n, x in reference.items()]
+            found = parameters(laplode.to_datatree(posterior, draws))
+            shift = np.max(np.abs(found.mean(axis=0) - reference.mean(axis=0)) / reference.std(axis=0))
+            widths = found.std(axis=0) / reference.std(axis=0)
             print(
                 f"{proposal}{', resampled' if resample else ''}: k\u0302 {draws.khat:.2f}; means differ by at most "
-                f"{shift:.3f} standard deviations, which are {min(widths):.3f} to {max(widths):.3f} of those of NUTS"
+                f"{shift:.3f} standard deviations, which are {widths.min():.3f} to {widths.max():.3f} of those of NUTS"
             )
 
 
-def _flat(posterior) -> dict[str, np.ndarray]:
-    """Each number of the parameters, and its draws."""
-    drawn = posterior.stack(draw_=("chain", "draw"))
-    return {
-        f"{name}{list(index)}": values
-        for name, array in drawn.items()
-        for index, values in _entries(array.transpose(..., "draw_").values)
-    }
-
-
-def _entries(values: np.ndarray):
-    for index in np.ndindex(values.shape[:-1]):
-        yield index, values[index]
+def parameters(tree) -> np.ndarray:
+    """Draws (S, P), all chains one after another."""
+    stacked = tree["posterior"].dataset.to_stacked_array("parameter", ["chain", "draw"])
+    return stacked.values.reshape(-1, stacked.sizes["parameter"])
 
 
 def main():
