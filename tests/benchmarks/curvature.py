@@ -20,9 +20,10 @@ import numpy as np
 import optax
 
 import laplode
-from laplode._curvature import ggn, hessian
-from laplode._solve import flow, linearize
-from laplode._vector import parameters
+from laplode._curvature.gauss_newton import ggn
+from laplode._curvature.hessian import hessian
+from laplode._model.parameters import parameters
+from laplode._solve.maps import flow, linearize
 
 jax.config.update("jax_enable_x64", True)
 

@@ -1,0 +1,1 @@
+"""Matrices, and what they become with a prior."""

@@ -1,0 +1,1 @@
+"""The curvature of the negative log-likelihood."""

@@ -1,0 +1,36 @@
+"""Gauss-Newton and empirical Fisher matrices, as factors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from .._algebra.forms import FactoredCurvature
+from .._problem.problem import Problem
+from .._solve.maps import AbstractFlow, linearize
+
+
+def ggn(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredCurvature:
+    """The generalized Gauss-Newton matrix Jᵀ R J, R the Fisher information of each observation in its prediction."""
+    predictions, jacobian = linearize(flow, mesh=mesh)
+    return _factored(problem, jacobian, problem.information(predictions))
+
+
+def fisher(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredCurvature:
+    """The empirical Fisher matrix Σ_m s_m s_mᵀ, s_m the gradient of the log-likelihood of observation m."""
+    predictions, jacobian = linearize(flow, mesh=mesh)
+    return _factored(problem, jacobian, problem.likelihood.score(predictions, jnp.asarray(problem.data.ys)) ** 2)
+
+
+def _factored(problem: Problem, jacobian: Float[Array, "N*T*K P"], weights: Float[Array, "N T K"]) -> FactoredCurvature:
+    informed = problem.informed.ravel()
+    weights = weights.ravel()
+    if np.all(informed):  # a matrix this large is not copied for nothing
+        return FactoredCurvature(jacobian, weights)
+    return FactoredCurvature(*_rows(jacobian, weights, np.flatnonzero(informed)))
+
+
+@jax.jit
+def _rows(jacobian: Float[Array, "N*T*K P"], weights: Float[Array, " N*T*K"], chosen: Int[np.ndarray, " M"]):
+    return jacobian[chosen], weights[chosen]

@@ -1,0 +1,286 @@
+"""The exact Hessian of the negative log-likelihood: whole, in blocks, its diagonal, its leading eigenpairs."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import matfree.decomp
+import matfree.eig
+import matfree.stochtrace
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+from tqdm.auto import tqdm
+
+from .._algebra.forms import BlockCurvature, DenseCurvature, DiagonalCurvature, EigenCurvature, symmetrized
+from .._devices import agreed, everywhere, free_bytes, num_devices, over_rows, sharing_memory
+from .._files import Checkpoint
+from .._problem.problem import Problem
+from .._solve.maps import AbstractFlow, ReplayedFlow, check_second_order
+from .._solve.objective import NegativeLogLikelihood, _loss_derivatives, _Tilted, hessian_vector_product
+from .._solve.second_order import local_hessian, local_hessian_bytes
+
+# Tangents between two looks at the progress bar; more at once gain a processor nothing.
+_CHUNK = 64
+
+
+# What one batch of tangents may keep where nothing is sequential: a processor's cache, roughly.
+_CACHE_BYTES = 2**24
+
+
+class Work(NamedTuple):
+    """How a long computation is done, which is no matter of its result: seen, spread over devices, kept in a file."""
+
+    progress: bool
+    mesh: Mesh | None = None
+    checkpoint: Checkpoint | None = None
+
+
+_QUIETLY = Work(progress=False)
+
+
+@eqx.filter_jit
+def _hessian_rows(shared: tuple[Callable[[Array], Array], Array, int], tangents: Int[Array, " C"], _=None):
+    """Rows of the Hessian of a scalar function (a pytree) at θ, `batch` of the `tangents` at a time; no sums."""
+    function, theta, batch = shared
+    gradient = jax.grad(function)
+    tangent = lambda i: jnp.zeros_like(theta).at[i].set(1)
+    row = lambda i: jax.jvp(gradient, (theta,), (tangent(i),))[1]
+    return jax.lax.map(row, tangents, batch_size=min(batch, len(tangents))), ()
+
+
+def _batch_size(function: Callable[[Array], Array], theta: Float[Array, " P"], budget: int) -> int:
+    """Tangents to push at once, so that what reverse differentiation keeps of them stays within `budget` bytes."""
+    pull = jax.eval_shape(lambda: jax.vjp(function, theta)[1])
+    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+    # Each tangent keeps as much again for itself, and works on a copy.
+    return int(min(max(budget // (3 * kept + 8 * theta.nbytes), 1), _CHUNK))
+
+
+def _row_chunks(
+    function: Callable[[Array], Array],
+    theta: Float[Array, " P"],
+    batch_size: int,
+    progress: bool,
+    mesh: Mesh | None,
+    done: int,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The rows of the Hessian from `done` on, chunk after chunk, each with the index of its first row.
+
+    `jax.hessian` pushes all P tangents at once, which takes P times the memory of a gradient; here only `batch_size`
+    are under way on each device.
+    """
+    chunk = min(max(_CHUNK, batch_size) * num_devices(mesh), theta.size)
+    shared = everywhere(mesh, (function, theta, batch_size))
+    with tqdm(total=theta.size, initial=done, desc="Hessian", unit="tangent", disable=not progress) as bar:
+        for start in range(done, theta.size, chunk):
+            first = min(start, theta.size - chunk)  # the last chunk overlaps its neighbor: one program serves all
+            rows, _ = over_rows(mesh, _hessian_rows, shared, np.arange(first, first + chunk))
+            yield start, np.asarray(rows)[start - first :]
+            bar.update(first + chunk - start)
+
+
+class _Part(NamedTuple):
+    """An array whose first axis are rows `start` … of the Hessian, or what is kept of them."""
+
+    start: int
+    array: np.ndarray
+
+    def until(self, row: int) -> np.ndarray:
+        """Of the rows before that one."""
+        return self.array[: min(max(row - self.start, 0), len(self.array))]
+
+
+class _Saving:
+    """Writes a checkpoint whenever the last one is long ago beside the time that it took."""
+
+    _EVERY = 20
+
+    def __init__(self, checkpoint: Checkpoint, state: dict[str, Any], parts: Sequence[_Part]):
+        self._checkpoint = checkpoint
+        self._state = state
+        self._parts = parts
+        self._due = -math.inf
+
+    def write(self, done: int, *, always: bool) -> None:
+        start = time.monotonic()
+        if start < self._due and not always:
+            return
+        self._checkpoint.write({**self._state, "done": done}, [part.until(done) for part in self._parts])
+        end = time.monotonic()
+        self._due = end + self._EVERY * (end - start)
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, parts: Sequence[_Part]) -> dict[str, Any]:
+        """The state, with the rows done put back into the parts."""
+        header, arrays = checkpoint.read(lambda s: [(p.until(s["done"]).shape, p.array.dtype) for p in parts])
+        for part, array in zip(parts, arrays, strict=True):
+            part.array[: len(array)] = array
+        return {name: header[name] for name in ("local", "batch_size", "done")}
+
+
+def _assemble(
+    flow: AbstractFlow,
+    problem: Problem,
+    parts: Sequence[_Part],
+    put: Callable[[int, np.ndarray], None],
+    work: Work,
+    *,
+    batch_size: int | None,
+    local: bool = False,
+    tilt: Float[Array, "N T K"] | None = None,
+) -> None:
+    """Call `put` with chunk after chunk of rows of the Hessian, which fill the `parts`, each row once.
+
+    Where it is `local`, the solve is taken apart into local pieces (see `local_hessian`), and the tangents need not go
+    through it.
+    """
+    theta, mesh = flow.parameters.vector, work.mesh
+    # What the bits depend on and the free memory decides is that of the first call.
+    state = {"local": local, "batch_size": batch_size, "done": 0}
+    if work.checkpoint is not None and work.checkpoint.exists:
+        state = _Saving.read(work.checkpoint, parts)
+    done = state["done"]
+    if done == theta.size:
+        return
+    rest = None
+    if state["local"]:
+        function, rest = _localized(flow, problem, tilt, mesh)
+        budget = _CACHE_BYTES
+    else:
+        check_second_order(flow)
+        function = NegativeLogLikelihood(flow, problem) if tilt is None else _Tilted(flow, problem, tilt)
+        budget = min(free_bytes() // sharing_memory(mesh) // 4, 2**29)
+    if state["batch_size"] is None:
+        state["batch_size"] = agreed(mesh, _batch_size(function, theta, budget))
+    saving = None if work.checkpoint is None else _Saving(work.checkpoint, state, parts)
+    try:
+        for start, rows in _row_chunks(function, theta, state["batch_size"], work.progress, mesh, done):
+            put(start, rows if rest is None else rows + np.asarray(rest[start : start + len(rows)]))
+            done = start + len(rows)
+            if saving is not None:
+                saving.write(done, always=done == theta.size)
+    except KeyboardInterrupt as interrupt:
+        if saving is not None:
+            saving.write(done, always=True)
+            interrupt.add_note(f"{done} of {theta.size} rows are saved: the same call goes on from there.")
+        raise
+
+
+# Below so many parameters, a few chunks of tangents pushed through the solve are done before the local way compiles.
+_FEW_PARAMETERS = 100
+
+
+def hessian(
+    flow: AbstractFlow,
+    problem: Problem,
+    *,
+    batch_size: int | None,
+    work: Work = _QUIETLY,
+    tilt: Float[Array, "N T K"] | None = None,
+) -> DenseCurvature:
+    """The exact Hessian of −log p(Y | θ) at the flow's parameters, by forward-over-reverse in chunks of tangents.
+
+    With a `tilt`, that of −log p(Y | θ) + ⟨tilt, f(θ)⟩.
+
+    **Raises:** `LaplodeError` when the model has no second derivatives, with the line to change.
+    """
+    size = flow.parameters.size
+    matrix = np.zeros((size, size))
+
+    def put(start, rows):
+        matrix[start : start + len(rows)] = rows
+
+    local = bool(agreed(work.mesh, int(_is_local(flow, work.mesh))))
+    _assemble(flow, problem, [_Part(0, matrix)], put, work, batch_size=batch_size, local=local, tilt=tilt)
+    return symmetrized(matrix)
+
+
+def _is_local(flow: AbstractFlow, mesh: Mesh | None = None) -> bool:
+    needed = local_hessian_bytes(flow.parameters, flow.steps) if isinstance(flow, ReplayedFlow) else None
+    free = free_bytes() // sharing_memory(mesh)
+    return flow.parameters.size > _FEW_PARAMETERS and needed is not None and needed < free // 4
+
+
+def _localized(flow: AbstractFlow, problem: Problem, tilt: Float[Array, "N T K"] | None, mesh: Mesh | None):
+    cotangents, weights = _loss_derivatives(flow, problem)
+    cotangents = cotangents if tilt is None else cotangents + tilt
+    assert isinstance(flow, ReplayedFlow)
+    return local_hessian(flow.parameters, flow.steps, cotangents, weights, mesh)  # pyright: ignore[reportArgumentType]
+
+
+def hessian_batch_size(flow: AbstractFlow, problem: Problem) -> int | None:
+    """What `hessian` would find out about its `batch_size` by tracing, for who calls it often; None if no matter."""
+    if not _is_local(flow):
+        return None
+    return _batch_size(_localized(flow, problem, None, None)[0], flow.parameters.vector, _CACHE_BYTES)
+
+
+def hessian_blocks(
+    flow: AbstractFlow, problem: Problem, *, batch_size: int | None, work: Work = _QUIETLY
+) -> BlockCurvature:
+    """The blocks of the exact Hessian on its diagonal, one for each leaf of the model."""
+    blocks = [_Part(start, np.zeros((stop - start, stop - start))) for _, _, start, stop in flow.parameters.leaves]
+
+    def put(first, rows):
+        for start, block in blocks:
+            low, high = max(first, start), min(first + len(rows), start + len(block))
+            if low < high:
+                block[low - start : high - start] = rows[low - first : high - first, start : start + len(block)]
+
+    _assemble(flow, problem, blocks, put, work, batch_size=batch_size)
+    return BlockCurvature(tuple(symmetrized(block.array) for block in blocks))
+
+
+def hessian_diagonal(
+    flow: AbstractFlow, problem: Problem, *, batch_size: int | None, work: Work = _QUIETLY
+) -> DiagonalCurvature:
+    """The diagonal of the exact Hessian, at the cost of all of it but without its memory."""
+    diagonal = np.zeros(flow.parameters.size)
+
+    def put(start, rows):
+        diagonal[start : start + len(rows)] = np.diagonal(rows, offset=start)
+
+    _assemble(flow, problem, [_Part(0, diagonal)], put, work, batch_size=batch_size)
+    return DiagonalCurvature(jnp.asarray(diagonal))
+
+
+def hessian_diagonal_stochastic(
+    flow: AbstractFlow, problem: Problem, *, num_probes: int, key: PRNGKeyArray
+) -> DiagonalCurvature:
+    """The diagonal of the exact Hessian as the mean of v ∘ H v over random signs v (Bekas et al., 2007)."""
+    check_second_order(flow)
+    return DiagonalCurvature(_hutchinson(flow, problem, num_probes, key))
+
+
+@eqx.filter_jit
+def _hutchinson(flow: AbstractFlow, problem: Problem, num_probes: int, key: PRNGKeyArray) -> Float[Array, " P"]:
+    theta = flow.parameters.vector
+    probe = matfree.stochtrace.sampler_signs(theta, num=1)
+    estimate = matfree.stochtrace.estimator_monte_carlo(matfree.stochtrace.monte_carlo_diagonal(), sampler=probe)
+    product = lambda v: hessian_vector_product(flow, problem, theta, v)
+    keys = jax.random.split(key, num_probes)
+    # A few probes at a time: all at once would hold as many solves.
+    return jnp.mean(jax.lax.map(lambda key: estimate(product, key), keys, batch_size=8), axis=0)
+
+
+@eqx.filter_jit
+def _lanczos(flow: AbstractFlow, problem: Problem, num_products: int):
+    theta = flow.parameters.vector
+    tridiagonalize = matfree.decomp.tridiag_sym(num_products, reortho="full", custom_vjp=False)
+    start = jax.random.normal(jax.random.key(0), theta.shape)  # any start with a part in every direction
+    return matfree.eig.eigh_partial(tridiagonalize)(lambda v: hessian_vector_product(flow, problem, theta, v), start)
+
+
+def hessian_leading(flow: AbstractFlow, problem: Problem, *, rank: int) -> EigenCurvature:
+    """The leading eigenpairs of the exact Hessian, largest in size first, by Lanczos over Hessian-vector products."""
+    check_second_order(flow)
+    # Lanczos finds the ends of the spectrum first; half of the pairs of a run have usually converged.
+    num_products = min(flow.parameters.size, 2 * rank + 10)
+    eigenvalues, vectors = _lanczos(flow, problem, num_products)
+    leading = jnp.argsort(-jnp.abs(eigenvalues))[:rank]
+    return EigenCurvature(vectors[leading], eigenvalues[leading])

@@ -1,0 +1,1 @@
+"""What the data determine, where to measure, how far to trust a posterior."""

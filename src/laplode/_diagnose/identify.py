@@ -1,0 +1,216 @@
+"""Which directions of θ the data determine, and which are left to the prior."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from .._algebra.structure import AbstractStructure, BlockDiagonal, Diagonal, Full, LowRank
+from .._errors import LaplodeError
+from .._model.local_prior import check_independent, prior_vectors
+from .._model.parameters import Parameters
+from .._posterior.posterior import Posterior
+
+# Of more directions without any information than this, no basis is made.
+_MOST_EMPTY = 64
+
+
+# Parameters named for each direction, and the share of it at which names suffice.
+_MOST_NAMES, _ENOUGH = 8, 0.95
+
+
+class Identifiability(eqx.Module):
+    """What the data say of the parameters, beside the prior. The coordinates are those of θ, in prior deviations.
+
+    - `directions`: a `pandas.DataFrame`, a row for each direction, the least determined first: "strength" x, the
+        likelihood's curvature along it in units of the prior's precision; "determined", x / (1 + x), how much of it is
+        the data's: 0 where the posterior is the prior; "parameters" and "loadings", the names of its largest entries
+        and their squares, which sum to 1 over all parameters; "count", 1, or the number of directions without any
+        information that are too many to be told one by one, whose loadings are their mean.
+    - `leaves`: a `pandas.DataFrame`, a row for each array of the model: "size"; "prior_std" and "posterior_std";
+        "contraction", the posterior's standard deviation over the prior's, 1 where nothing was learned; "determined",
+        how many of its numbers the data determine. Of arrays these are root mean squares, but for the last.
+    - `threshold`: below which a direction counts as left to the prior.
+    """
+
+    directions: pd.DataFrame
+    leaves: pd.DataFrame
+    threshold: float
+
+    @property
+    def uninformed(self) -> pd.DataFrame:
+        """The directions that are left to the prior."""
+        return self.directions.loc[np.asarray(self.directions["determined"]) < self.threshold]
+
+    def __str__(self) -> str:
+        size, determined = np.sum(np.asarray(self.leaves[["size", "determined"]]), axis=0)
+        uninformed = self.uninformed.to_dict("records")
+        lines = [
+            f"{determined:.2f} of {int(size)} parameters are determined by the data; "
+            f"{sum(row['count'] for row in uninformed)} directions are less than {self.threshold:g} so."
+        ]
+        for row in uninformed[:10]:
+            several = f"{row['count']} directions, " if row["count"] != 1 else ""
+            pairs = zip(row["parameters"], row["loadings"], strict=True)
+            named = ", ".join(f"{name} {share:.2f}" for name, share in pairs)
+            lines.append(f"  {several}determined {row['determined']:.3g}: {named}")
+        if len(self.uninformed) > 10:
+            lines.append(f"  … ({len(self.uninformed)} in all)")
+        return "\n".join([*lines, "", self.leaves.to_string(float_format=lambda x: f"{x:.3g}")])
+
+
+def identifiability(posterior: Posterior, *, threshold: float = 0.1) -> Identifiability:
+    """Which directions of the parameters the data determine, and what those that they leave to the prior are made of.
+
+    **Arguments:**
+
+    - `posterior`: from `laplace`, of any structure: a direction of `block_diagonal` lies within one block, of
+        `diagonal` it is a single parameter, and what a `low_rank` leaves out counts as left to the prior.
+    - `threshold`: how much of a direction the data must determine for it not to be left to the prior, between 0 and 1.
+
+    **Returns:** `Identifiability`, which prints as a report.
+
+    **Raises:** `LaplodeError` when an argument does not fit.
+
+    The directions are eigenvectors v of Λ0^-½ (Λ − Λ0) Λ0^-½, with Λ0 the precision of the prior, or of the Gaussian
+    that a named prior looks like at θ*, in unconstrained coordinates; x is the eigenvalue. A strength below 0, of an
+    exact Hessian, is a direction in which the likelihood bends upward. Directions without any information have no
+    eigenvectors of their own; among them are shown those with few large entries (varimax).
+
+    Spantini et al. (2015), "Optimal low-rank approximations of Bayesian linear inverse problems"; MacKay (1992) for
+    x / (1 + x); Kaiser (1958), "The varimax criterion for analytic rotation in factor analysis".
+    """
+    if not isinstance(posterior, Posterior):
+        raise LaplodeError(
+            f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}: of a mixture, take one of "
+            "its `.components`."
+        )
+    if not isinstance(threshold, int | float | np.number) or not 0 < threshold < 1:
+        raise LaplodeError(f"`threshold` must lie between 0 and 1, got {threshold!r}.")
+    view = posterior.parameters
+    check_independent(
+        posterior.problem.prior,
+        "`posterior`",
+        "directions are measured in units of each parameter's own prior. Ask it of the posterior of all data together, "
+        "or compare `covariance()` before and after.",
+    )
+    prior = np.asarray(prior_vectors(posterior.problem.prior, view)[1])
+    names = _entry_names(view)
+    rows = [_row(d, names) for block in _blocks(posterior.structure, prior) for d in _directions(block)]
+    columns = ["strength", "determined", "count", "parameters", "loadings"]
+    directions = pd.DataFrame(rows, columns=columns).sort_values("strength", ignore_index=True)  # pyright: ignore[reportArgumentType]
+    return Identifiability(directions, _leaves(posterior, prior), float(threshold))
+
+
+def _entry_names(view: Parameters) -> np.ndarray:
+    names = []
+    for name, shape, _, _ in view.leaves:
+        places = np.ndindex(*shape)
+        names.extend(name + (f"[{', '.join(map(str, place))}]" if shape else "") for place in places)
+    return np.array(names, dtype=object)
+
+
+def _leaves(posterior: Posterior, prior: Float[np.ndarray, " P"]) -> pd.DataFrame:
+    variance = np.asarray(posterior.structure.variance())
+    ratio = variance * prior
+    rows = {}
+    for name, _, start, stop in posterior.parameters.leaves:
+        rms = lambda x, s=slice(start, stop): float(np.sqrt(np.mean(x[s])))
+        determined = float(np.sum(1 - ratio[start:stop]))
+        rows[name] = (stop - start, rms(1 / prior), rms(variance), rms(ratio), determined)
+    columns = ["size", "prior_std", "posterior_std", "contraction", "determined"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+
+class _Block(NamedTuple):
+    """Part of θ from `start`, `size` long, with orthonormal `vectors`; None if these are the single entries."""
+
+    start: int
+    size: int
+    strengths: Float[np.ndarray, " R"]
+    vectors: Float[np.ndarray, "R p"] | None
+
+
+class _Direction(NamedTuple):
+    """A direction, or `count` of them together, by its squared entries from `start` on."""
+
+    start: int
+    strength: float
+    count: int
+    squares: Float[np.ndarray, " p"]
+
+
+def _blocks(structure: AbstractStructure, prior: Float[np.ndarray, " P"]) -> Iterator[_Block]:
+    if isinstance(structure, Diagonal):
+        yield _Block(0, prior.size, np.asarray(structure.precision) / prior - 1, None)
+    elif isinstance(structure, LowRank):
+        # Of a mode without strength, the right singular vector can't be had from the left one.
+        strengths = np.asarray(structure.strengths)
+        kept = np.flatnonzero(strengths > _noise(strengths, strengths.size))
+        yield _Block(0, prior.size, strengths[kept], np.asarray(structure.right_vectors(kept)))
+    else:
+        assert isinstance(structure, Full | BlockDiagonal)
+        start = 0
+        for block in structure.blocks if isinstance(structure, BlockDiagonal) else (structure,):
+            size = len(block.cholesky)
+            half = np.asarray(block.cholesky) / np.sqrt(prior[start : start + size])[:, None]
+            strengths, vectors = np.linalg.eigh(half @ half.T - np.eye(size))
+            yield _Block(start, size, strengths, vectors.T)
+            start += size
+
+
+def _noise(strengths: Float[np.ndarray, " R"], size: int) -> float:
+    """The strength below which there is none, but for rounding."""
+    return 10 * size * np.finfo(float).eps * max(1.0, np.max(np.abs(strengths), initial=0.0))
+
+
+def _directions(block: _Block) -> Iterator[_Direction]:
+    if block.vectors is None:
+        for i, strength in enumerate(block.strengths):
+            yield _Direction(block.start + i, float(strength), 1, np.ones(1))
+        return
+    some = np.abs(block.strengths) > _noise(block.strengths, block.size)
+    for strength, vector in zip(block.strengths[some], block.vectors[some], strict=True):
+        yield _Direction(block.start, float(strength), 1, vector**2)
+    num_empty = block.size - int(np.sum(some))
+    if num_empty > _MOST_EMPTY:
+        rest = np.maximum(1 - np.sum(block.vectors[some] ** 2, axis=0), 0)
+        yield _Direction(block.start, 0.0, num_empty, rest / num_empty)
+    elif num_empty:
+        for vector in _varimax(_complement(block.vectors[some], num_empty)).T:
+            yield _Direction(block.start, 0.0, 1, vector**2)
+
+
+def _complement(vectors: Float[np.ndarray, "R p"], num: int) -> Float[np.ndarray, "p num"]:
+    """An orthonormal basis of what is orthogonal to all of the vectors, without a matrix p×p."""
+    basis = np.random.default_rng(0).normal(size=(vectors.shape[1], num))
+    for _ in range(2):  # once more for what rounding left
+        basis = np.linalg.qr(basis - vectors.T @ (vectors @ basis))[0]
+    return basis
+
+
+def _varimax(basis: Float[np.ndarray, "p d"]) -> Float[np.ndarray, "p d"]:
+    """The basis rotated so that the squares of its entries vary most."""
+    rotation, before = np.eye(basis.shape[1]), 0.0
+    for _ in range(200):
+        turned = basis @ rotation
+        left, values, right = np.linalg.svd(basis.T @ (turned**3 - turned * np.mean(turned**2, axis=0)))
+        rotation = left @ right
+        if np.sum(values) <= before * (1 + 1e-10):
+            break
+        before = np.sum(values)
+    return basis @ rotation
+
+
+def _row(direction: _Direction, names: np.ndarray) -> tuple[Any, ...]:
+    squares = direction.squares
+    leading = np.argpartition(-squares, min(_MOST_NAMES, squares.size) - 1)[:_MOST_NAMES]
+    leading = leading[np.argsort(-squares[leading], kind="stable")]
+    enough = int(np.searchsorted(np.cumsum(squares[leading]), _ENOUGH)) + 1
+    leading = leading[:enough]
+    determined = direction.strength / (1 + direction.strength)
+    loadings = tuple(float(x) for x in squares[leading])
+    return direction.strength, determined, direction.count, tuple(names[direction.start + leading]), loadings

@@ -1,0 +1,1 @@
+"""From a first guess or a training loop to an optimum."""

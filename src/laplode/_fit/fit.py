@@ -1,0 +1,392 @@
+"""From a first guess to a fitted model: maximum a posteriori by Optax."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from tqdm.auto import tqdm
+
+from .._checks import check_count, check_key
+from .._errors import FitError, LaplodeError, LaplodeWarning
+from .._files import Checkpoint, Path, fingerprint, text_of
+from .._model.local_prior import log_prior
+from .._model.neural_ode import starts
+from .._model.own import check_model
+from .._model.parameters import Parameters, Where, parameters
+from .._problem.problem import Problem, check_problem
+from .._problem.scale import AbstractScaleLikelihood
+from .._solve.maps import ForeignFlow
+from .._solve.objective import NegativeLogLikelihood
+
+# Optimization steps between two looks at the loss.
+_CHUNK = 25
+
+
+class Fit(eqx.Module):
+    """A fitted model.
+
+    - `model`: the best model found.
+    - `losses`: −log p(Y | θ) − log p(θ) in nats before each step, (steps,). While the horizon grows, Y is the prefix of
+        the data that was fitted at the time.
+    - `problem`: the problem, with the noise scale found where it was learned.
+    - `restarts`: the best model of each restart that did not fail, the best first; empty without restarts.
+    - `stats`: "loss" (of `model`, on all data unless interrupted before), "restart_losses" (the best of each restart,
+        NaN where it failed),
+        "horizons" (number of times, and of steps, of each stage) and "interrupted".
+    """
+
+    model: Any
+    losses: Float[np.ndarray, " steps"]
+    problem: Problem
+    stats: dict[str, Any]
+    restarts: tuple[Any, ...] = ()
+
+
+class _State(eqx.Module):
+    """One restart. `losses` is a buffer of one chunk; `alive` turns false at the first step that is not finite, and
+    `gradient_failed` says that the loss still was.
+    """
+
+    trainable: PyTree
+    optimizer_state: PyTree
+    alive: Array
+    gradient_failed: Array
+    best: PyTree
+    best_loss: Array
+    losses: Array
+
+
+class _Stage(NamedTuple):
+    """Where a fit has come to: the best of the stage before this one, if any, and what was done of this one."""
+
+    before: tuple[PyTree, Array] | None
+    index: int
+    done: int
+
+
+def fit(
+    model: Any,
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    *,
+    steps: int,
+    key: PRNGKeyArray,
+    horizons: Sequence[float] = (0.25, 0.5, 1.0),
+    restarts: int = 1,
+    initialize: Callable[[PRNGKeyArray], Any] | None = None,
+    where: Where = None,
+    checkpoint: Path | None = None,
+    checkpoint_every: int = 100,
+    progress: bool = True,
+) -> Fit:
+    """Minimize −log p(Y | θ) − log p(θ), and over learned noise scales, with any Optax optimizer.
+
+    **Arguments:**
+
+    - `model`: the first guess.
+    - `problem`: data, likelihood and prior.
+    - `optimizer`: such as `optax.adam(1e-2)`. It sees the model's parameters, and the log noise scales beside them as a
+        tuple `(parameters, log_scale)` where they are learned.
+    - `steps`: in all, shared equally among the horizons.
+    - `key`: a JAX random key, for the restarts.
+    - `horizons`: the growing fractions of the times that are fitted one after another, the last of them 1. A Neural ODE
+        started on whole oscillations settles on a flat line; started on a prefix it follows the data out. (1.0,) fits
+        everything from the start.
+    - `restarts`: how many fits to run side by side. The first starts from `model`, the others from `initialize(key)`,
+        or by default from `model` with the entries of each matrix shuffled and their signs redrawn, which for the usual
+        initializations is a fresh draw.
+    - `initialize`: `key -> model` of the same structure, for the restarts.
+    - `where`: the parameters to fit, as in `laplace`.
+    - `checkpoint`: a file to keep the state of the fit in. Where it exists, the same call goes on from it, to the same
+        bits as without a break; when it is of a finished fit, that is returned at once.
+    - `checkpoint_every`: at least so many steps lie between two checkpoints, at most 24 more. The file is replaced as a
+        whole, so that a crash leaves the checkpoint before; where the disk is full, the fit warns and goes on.
+        What a process killed while writing leaves beside it, named `.tmp`, is removed at the next call.
+    - `progress`: whether to show a progress bar with the loss.
+
+    **Returns:** a `Fit` holding the best model met at the full horizon. After Ctrl-C, the best so far.
+
+    **Raises:** `FitError` when every restart has met a loss or gradient that is not finite, with the step, the loss,
+    and the best model before it; `LaplodeError` when an argument does not fit, or `checkpoint` is damaged or of other
+    arguments.
+    """
+    check_problem(problem)
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise LaplodeError(f"`optimizer` must be an Optax optimizer such as optax.adam(1e-2), got {optimizer!r}.")
+    for name, value in (("steps", steps), ("restarts", restarts), ("checkpoint_every", checkpoint_every)):
+        check_count(name, value)
+    check_key("key", key)
+    if initialize is not None and not callable(initialize):
+        raise LaplodeError(f"`initialize` must be callable as initialize(key), got {type(initialize).__name__}.")
+    lengths = _stage_lengths(horizons, problem.data.ts.shape[1])
+    if steps < len(lengths):
+        raise LaplodeError(f"`steps` = {steps} is fewer than the {len(lengths)} horizons: each takes one at least.")
+    check_model(model, problem)
+    view = parameters(model, where, problem.prior)
+
+    guesses = [view.selected]
+    for restart_key in jax.random.split(key, restarts)[1:]:
+        other = (
+            _shuffled(view, restart_key) if initialize is None else _same(initialize(restart_key), view, where, problem)
+        )
+        guesses.append(other)
+    trainable = jax.tree.map(lambda *leaves: jnp.stack(leaves), *guesses)
+    scale = _learned_scale(problem)
+    if scale is not None:
+        log_scale = jnp.broadcast_to(jnp.log(jnp.asarray(scale, dtype=float)), (restarts, *np.shape(scale)))
+        trainable = (trainable, log_scale)
+
+    infinite = jnp.full(restarts, jnp.inf, dtype=float)
+    state = _State(
+        trainable=trainable,
+        optimizer_state=jax.vmap(optimizer.init)(trainable),
+        alive=jnp.ones(restarts, bool),
+        gradient_failed=jnp.zeros(restarts, bool),
+        best=trainable,
+        best_loss=infinite,
+        losses=jnp.zeros((restarts, _CHUNK)),
+    )
+    share = [steps // len(lengths)] * len(lengths)
+    share[-1] += steps - sum(share)
+    losses: list[np.ndarray] = []
+    interrupted = False
+    at = _Stage(None, 0, 0)
+    saved: _Saved | None = None
+    if checkpoint is not None:
+        arguments = _arguments(view, problem, optimizer, state, (lengths, share))
+        saved = _Saved(Checkpoint(checkpoint, "fit", arguments, _ARGUMENTS), state)
+        if saved.exists:
+            state, losses, at = saved.read()
+
+    def best_of(best: PyTree, best_loss: Array, losses: list[np.ndarray]) -> Fit | None:
+        every = np.asarray(best_loss)
+        if not np.any(np.isfinite(every)):
+            return None
+        first = int(np.nanargmin(np.where(np.isfinite(every), every, np.inf)))
+        selected, found = _split(problem, jax.tree.map(lambda x: x[first], best))
+        stats = {
+            "loss": float(every[first]),
+            "restart_losses": np.where(np.isfinite(every), every, np.nan),
+            "horizons": list(zip(lengths, share, strict=True)),
+            "interrupted": interrupted,
+        }
+        history = np.concatenate(losses, axis=1)[first] if losses else np.zeros(0)
+        order = [int(i) for i in np.argsort(every) if restarts > 1 and np.isfinite(every[i])]
+        others = (_split(problem, jax.tree.map(lambda x, i=i: x[i], best))[0] for i in order)
+        models = tuple(view.build(other) for other in others)
+        return Fit(view.build(selected), history, found, stats, models)
+
+    def result() -> Fit | None:
+        """The best so far: on this horizon, or else on the one before."""
+        found = best_of(state.best, state.best_loss, losses)
+        return found if found is not None or at.before is None else best_of(*at.before, losses)
+
+    with tqdm(total=steps, desc="Fit", unit="step", disable=not progress) as bar:
+        bar.update(sum(part.shape[1] for part in losses))
+        try:
+            for index in range(at.index, len(lengths)):
+                if at.index < index or not at.done:
+                    before = (state.best, state.best_loss) if index else None
+                    # What was best on a shorter series is not comparable.
+                    state = eqx.tree_at(lambda s: (s.best, s.best_loss), state, (state.trainable, infinite))
+                    at = _Stage(before, index, 0)
+                stage = eqx.tree_at(lambda p: p.data, problem, problem.data.until(lengths[index]))
+                for done in range(at.done, share[index], _CHUNK):
+                    num = min(_CHUNK, share[index] - done)
+                    state = _advance(view, stage, optimizer, state, jnp.asarray(num))
+                    losses.append(np.asarray(state.losses)[:, :num])
+                    at = at._replace(done=done + num)
+                    if not np.any(state.alive):
+                        raise _diverged(losses, steps, np.asarray(state.gradient_failed), result())
+                    bar.update(num)
+                    bar.set_postfix(loss=f"{float(np.min(state.best_loss)):.4g}", times=lengths[index])
+                    if saved is not None and saved.is_due(losses, checkpoint_every, steps):
+                        saved.write(state, losses, at)
+        except KeyboardInterrupt:
+            interrupted = True
+            if result() is None:
+                raise
+            warnings.warn("The fit was interrupted; this is the best so far.", LaplodeWarning, stacklevel=2)
+    best = result()
+    assert best is not None
+    return best
+
+
+# What a checkpoint is compared by → the arguments that it comes from.
+_ARGUMENTS = {
+    "model": "`model`, `where`, `initialize`, `key` or `restarts`",
+    "problem": "`problem`",
+    "optimizer": "`optimizer` (or the version of JAX or Optax)",
+    "steps": "`steps` or `horizons`",
+}
+
+
+def _arguments(view: Parameters, problem: Problem, optimizer, state: _State, steps: Any) -> dict[str, str]:
+    """Digests of all that a fit depends on. Code is told by its names, that of the optimizer by what it computes."""
+    update = jax.make_jaxpr(jax.vmap(optimizer.update))(state.trainable, state.optimizer_state, state.trainable)
+    return {
+        "model": fingerprint(
+            (state.trainable, view.rest, text_of(view.transforms), str(jax.tree.structure(view.where)))
+        ),
+        "problem": fingerprint((problem, text_of(jax.tree.structure(problem)))),
+        "optimizer": fingerprint((state.optimizer_state, text_of(update), update.consts)),
+        "steps": fingerprint(steps),
+    }
+
+
+class _Saved:
+    """The checkpoints of a fit whose state is of the form of `like`."""
+
+    def __init__(self, checkpoint: Checkpoint, like: _State):
+        self._checkpoint = checkpoint
+        self._like = like
+        self._written = 0
+
+    @property
+    def exists(self) -> bool:
+        return self._checkpoint.exists
+
+    def is_due(self, losses: list[np.ndarray], every: int, steps: int) -> bool:
+        ran = sum(part.shape[1] for part in losses)
+        return ran - self._written >= every or ran == steps
+
+    def write(self, state: _State, losses: list[np.ndarray], at: _Stage) -> None:
+        self._written = sum(part.shape[1] for part in losses)
+        arrays = [*jax.tree.leaves(state), *jax.tree.leaves(at.before), np.concatenate(losses, axis=1)]
+        self._checkpoint.write({"index": at.index, "done": at.done, "ran": self._written}, arrays)
+
+    def read(self) -> tuple[_State, list[np.ndarray], _Stage]:
+        """What `write` wrote."""
+        leaves, structure = jax.tree.flatten(self._like)
+        pair, pair_structure = jax.tree.flatten((self._like.best, self._like.best_loss))
+
+        def expected(header: dict[str, Any]):
+            of_state = [(x.shape, x.dtype) for x in [*leaves, *(pair if header["index"] else [])]]
+            return [*of_state, ((len(self._like.losses), header["ran"]), self._like.losses.dtype)]
+
+        header, arrays = self._checkpoint.read(expected)
+        state = jax.tree.unflatten(structure, arrays[: len(leaves)])
+        before = jax.tree.unflatten(pair_structure, arrays[len(leaves) : -1]) if header["index"] else None
+        losses = np.asarray(arrays[-1])
+        self._written = losses.shape[1]
+        return state, [losses], _Stage(before, header["index"], header["done"])
+
+
+def _stage_lengths(horizons: Sequence[float], num_times: int) -> list[int]:
+    try:
+        fractions = np.atleast_1d(np.asarray(horizons, dtype=float))
+    except (TypeError, ValueError):
+        fractions = np.zeros(0)
+    right = fractions.ndim == 1 and fractions.size and fractions[0] > 0 and fractions[-1] == 1
+    if not right or not np.all(np.diff(fractions) > 0):
+        raise LaplodeError(f"`horizons` must be increasing fractions of the data that end with 1, got {horizons!r}.")
+    lengths = [min(max(2, math.ceil(fraction * num_times)), num_times) for fraction in fractions]
+    return sorted(set(lengths))
+
+
+def _learned_scale(problem: Problem) -> Float[Array, " K"] | None:
+    likelihood = problem.likelihood
+    if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.learned:
+        return likelihood.scale  # pyright: ignore[reportReturnType]
+    return None
+
+
+def _shuffled(view: Parameters, key: PRNGKeyArray) -> PyTree:
+    leaves, structure = jax.tree.flatten(view.selected)
+
+    def fresh(leaf, transform, key):
+        if leaf.ndim < 2 or transform is not None:
+            return leaf
+        key_order, key_sign = jax.random.split(key)
+        return jax.random.permutation(key_order, leaf.ravel()).reshape(leaf.shape) * jax.random.rademacher(
+            key_sign, leaf.shape, dtype=leaf.dtype
+        )
+
+    return jax.tree.unflatten(
+        structure,
+        [fresh(*each) for each in zip(leaves, view.transforms, jax.random.split(key, len(leaves)), strict=True)],
+    )
+
+
+def _same(model: Any, view: Parameters, where: Where, problem: Problem) -> PyTree:
+    other = parameters(model, where, problem.prior).selected
+    shapes = lambda tree: [(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    if shapes(other) != shapes(view.selected):
+        raise LaplodeError(
+            "`initialize` returns a model whose parameters differ in name or shape from those of `model`."
+        )
+    return jax.tree.unflatten(jax.tree.structure(view.selected), jax.tree.leaves(other))
+
+
+def _split(problem: Problem, trainable: PyTree) -> tuple[PyTree, Problem]:
+    """The model's parameters, and the problem with the noise scales that go with them."""
+    if _learned_scale(problem) is None:
+        return trainable, problem
+    selected, log_scale = trainable
+    return selected, eqx.tree_at(lambda p: p.likelihood.scale, problem, jnp.exp(log_scale))
+
+
+@eqx.filter_jit
+def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: Array) -> _State:
+    """`num` steps of every restart."""
+    data = problem.data
+
+    def loss(trainable):
+        selected, scaled = _split(problem, trainable)
+        here = Parameters(selected, view.rest, view.transforms)
+        theta = here.vector
+        # The plain solve, with Diffrax's own reverse mode: its steps adapt as the parameters move.
+        y0 = jax.tree.map(jnp.asarray, starts(here.model, data.y0, len(data.ts)))
+        flow = ForeignFlow(here, jnp.asarray(data.ts), y0, data.args)
+        return NegativeLogLikelihood(flow, scaled)(theta) - log_prior(problem.prior, here, theta)
+
+    def step(i, state: _State) -> _State:
+        value, gradient = jax.value_and_grad(loss)(state.trainable)
+        finite = jnp.isfinite(value)
+        for leaf in jax.tree.leaves(gradient):
+            finite &= jnp.all(jnp.isfinite(leaf))
+        alive = state.alive & finite
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
+        keep = lambda condition, new, old: jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
+        better = alive & (value < state.best_loss)
+        return _State(
+            trainable=keep(alive, optax.apply_updates(state.trainable, updates), state.trainable),
+            optimizer_state=keep(alive, optimizer_state, state.optimizer_state),
+            alive=alive,
+            gradient_failed=state.gradient_failed | (state.alive & ~finite & jnp.isfinite(value)),
+            best=keep(better, state.trainable, state.best),
+            best_loss=jnp.where(better, value, state.best_loss),
+            losses=state.losses.at[i].set(jnp.where(state.alive, value, jnp.nan)),
+        )
+
+    return jax.vmap(lambda state: jax.lax.fori_loop(0, num, step, state))(state)
+
+
+def _diverged(losses: list[np.ndarray], steps: int, gradient_failed: np.ndarray, best: Fit | None) -> FitError:
+    history = np.concatenate(losses, axis=1)
+    ran = np.sum(np.cumsum(~np.isfinite(history), axis=1) == 0, axis=1) - gradient_failed
+    last = int(np.argmax(ran))
+    step = int(ran[last])
+    value = history[last, step]
+    if gradient_failed[last]:
+        what = f"the gradient is no longer finite (the loss is {value:.4g})"
+    else:
+        before = f" after {history[last, step - 1]:.4g} at the step before" if step else ""
+        what = f"the loss is {value}{before}"
+    where = "at the first guess" if step == 0 else f"at step {step} of {steps}"
+    whose = f" of the last of {len(history)} restarts" if len(history) > 1 else ""
+    cure = (
+        "The model can't be solved or scored there: check its predictions, which LogNormal and Poisson want positive."
+        if step == 0
+        else "Take a smaller learning rate, clip gradients (optax.chain(optax.clip_by_global_norm(1.0), ...)), "
+        "or start from a shorter horizon (`horizons`)."
+    )
+    kept = " The best model so far is in `.fit` of this error." if best is not None else ""
+    return FitError(f"The fit stopped {where}{whose}: {what}. {cure}{kept}", best)

@@ -1,0 +1,1 @@
+"""Models: the ready-made one, those of users, and their parameters as a vector."""

@@ -1,0 +1,210 @@
+"""The ready-made model: a vector field, solved by Diffrax and observed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+from .._checks import check_count, check_positive, real_array
+from .._errors import LaplodeError
+
+
+class NeuralODE(eqx.Module):
+    """dy/dt = vector_field(t, y, args), solved by Diffrax, seen through `observe`.
+
+    An ordinary `eqx.Module`, usable in any Optax loop. The vector field may be neural, mechanistic, or a mix.
+
+    **Arguments:**
+
+    - `vector_field`: module or function `(t, y, args) -> dy`, with y of shape (D,).
+    - `y0`: None when the initial state is given with the data; otherwise its first guess, shape (D,) for all
+        trajectories or (N, D) for one each, and it becomes a parameter like any other.
+    - `observe`: module or function `(y, args) -> (K,)`; None observes all states.
+    - `scale`: None when the noise scale belongs to the likelihood; otherwise its first guess in the likelihood's units,
+        positive, shape (K,), and it becomes a parameter, with a prior of its own:
+        `NamedPriors({"scale": dist.HalfNormal(1.0)}, rest=...)`. The model then predicts (T, 2K), the logarithms of the
+        scales last, as `Gaussian()`, `LogNormal()` and `StudentT(df)` without a scale take it. Under
+        `NegativeBinomial()` it is the concentration.
+    - `solver`, `stepsize_controller`, `dt0`, `max_steps`: as in `diffrax.diffeqsolve`. None of them is a parameter.
+
+    **Raises:** `LaplodeError` when `vector_field`, `observe`, or another argument is not what is described here.
+    """
+
+    vector_field: Callable
+    y0: Float[Array, "*N D"] | None
+    observe: Callable | None
+    scale: Float[Array, " K"] | None
+    solver: diffrax.AbstractSolver
+    stepsize_controller: diffrax.AbstractStepSizeController
+    dt0: float | None
+    max_steps: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        vector_field: Callable,
+        y0: Any = None,
+        observe: Callable | None = None,
+        solver: diffrax.AbstractSolver | None = None,
+        stepsize_controller: diffrax.AbstractStepSizeController | None = None,
+        dt0: float | None = None,
+        max_steps: int = 4096,
+        scale: Any = None,
+    ):
+        _check_no_term(vector_field)
+        if not callable(vector_field):
+            raise LaplodeError(f"`vector_field` must be callable as (t, y, args), got {type(vector_field).__name__}.")
+        if observe is not None and not callable(observe):
+            raise LaplodeError(f"`observe` must be callable as (y, args), got {type(observe).__name__}.")
+        if y0 is not None:
+            y0 = jnp.asarray(real_array("y0", y0), dtype=float)
+            if y0.ndim not in (1, 2) or not np.all(np.isfinite(y0)):
+                raise LaplodeError(
+                    f"`y0` of a NeuralODE must be finite and of shape (D,), or (N, D) for one state a trajectory; got "
+                    f"{y0}. Known initial states go into Trajectories(ts, ys, y0=...)."
+                )
+        if scale is not None:
+            scale = jnp.asarray(real_array("scale", scale), dtype=float)
+            if scale.ndim != 1 or not np.all(np.isfinite(scale)) or np.any(scale <= 0):
+                raise LaplodeError(
+                    f"`scale` of a NeuralODE must be positive and of shape (K,), one for each channel; got {scale}."
+                )
+        kinds = (
+            ("solver", solver, diffrax.AbstractSolver),
+            ("stepsize_controller", stepsize_controller, diffrax.AbstractStepSizeController),
+        )
+        for name, value, kind in kinds:
+            if value is not None and not isinstance(value, kind):
+                raise LaplodeError(f"`{name}` must be one of Diffrax, or None; got {value!r}.")
+        if dt0 is not None and check_positive("dt0", dt0).ndim:
+            raise LaplodeError(f"`dt0` must be a number, got {dt0!r}.")
+        self.vector_field = vector_field
+        self.y0 = y0
+        self.observe = observe
+        self.scale = scale
+        self.solver = diffrax.Tsit5() if solver is None else solver
+        self.stepsize_controller = (
+            diffrax.PIDController(rtol=1e-6, atol=1e-8) if stepsize_controller is None else stepsize_controller
+        )
+        self.dt0 = dt0
+        self.max_steps = check_count("max_steps", max_steps)
+
+    def initial_state(self, y0: Float[Array, " D"] | Int[Array, ""] | None) -> Float[Array, " D"]:
+        """`y0` when given, otherwise the model's own; of several of its own the one with the number `y0`."""
+        if self.y0 is not None and self.y0.ndim == 2 and y0 is not None and jnp.ndim(y0) == 0:
+            return self.y0[y0]
+        y0 = self.y0 if y0 is None else y0
+        if y0 is None:
+            raise LaplodeError(
+                "`y0` is missing: give known initial states with the data, Trajectories(ts, ys, y0=...), or let the "
+                "model learn one, NeuralODE(vector_field, y0=first_guess)."
+            )
+        if jnp.ndim(y0) == 2:
+            raise LaplodeError(
+                "`y0` is missing: the model has learned an initial state for each of several trajectories; give the "
+                "number of one, such as 0, or a state."
+            )
+        return jnp.asarray(y0, dtype=float)
+
+    @property
+    def sees_states(self) -> bool:
+        """Whether the predictions are the states themselves."""
+        return self.observe is None and self.scale is None
+
+    def observe_states(self, states: Float[Array, "T D"], args: PyTree) -> Float[Array, "T F"]:
+        """What is seen of the states, and the logarithms of the noise scales where they are the model's."""
+        seen = states
+        if self.observe is not None:
+            seen = jax.vmap(lambda y: self.observe(y, args))(states)  # pyright: ignore[reportOptionalCall]
+        if self.scale is None:
+            return seen
+        if self.scale.shape != seen.shape[1:]:
+            raise LaplodeError(
+                f"`scale` of the model has shape {self.scale.shape}, but {seen.shape[1]} channels are observed: give "
+                "one for each."
+            )
+        return jnp.concatenate([seen, jnp.broadcast_to(jnp.log(self.scale), seen.shape)], axis=1)
+
+    def solve(self, ts, y0, args, *, saveat: diffrax.SaveAt, adjoint: diffrax.AbstractAdjoint, throw: bool):
+        """One trajectory by `diffrax.diffeqsolve` from ts[0] to ts[-1]."""
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(self.vector_field),
+            self.solver,
+            t0=ts[0],
+            t1=ts[-1],
+            dt0=self.dt0,
+            y0=self.initial_state(y0),
+            args=args,
+            saveat=saveat,
+            stepsize_controller=self.stepsize_controller,
+            adjoint=adjoint,
+            max_steps=self.max_steps,
+            throw=throw,
+        )
+
+    def __call__(
+        self, ts: Float[Array, " T"], y0: Float[Array, " D"] | None = None, args: PyTree = None, *, throw: bool = True
+    ) -> Float[Array, "T F"]:
+        """Predictions at `ts`, from the state `y0` at ts[0].
+
+        With `throw=False` a failed solve leaves infinities instead of raising.
+        """
+        ts = jnp.asarray(ts, dtype=float)
+        adjoint = diffrax.RecursiveCheckpointAdjoint()
+        solution = self.solve(ts, y0, args, saveat=diffrax.SaveAt(ts=ts), adjoint=adjoint, throw=throw)
+        return self.observe_states(solution.ys, args)  # pyright: ignore[reportArgumentType]
+
+
+def _check_no_term(vector_field: Any) -> None:
+    """Raise `LaplodeError` where a piece of Diffrax stands for the vector field."""
+    name = type(vector_field).__name__
+    if isinstance(vector_field, diffrax.ODETerm):
+        raise LaplodeError(
+            "`vector_field` must be callable as (t, y, args), got the diffrax.ODETerm of one: give what is in it, "
+            "NeuralODE(term.vector_field)."
+        )
+    if isinstance(vector_field, diffrax.AbstractBrownianPath):
+        raise LaplodeError(
+            f"`vector_field` is a {name}: stochastic differential equations are not supported, since a posterior over "
+            "the parameters does not say where the noise takes a trajectory. Give the drift alone, and let the "
+            "likelihood have the noise."
+        )
+    if isinstance(vector_field, diffrax.AbstractTerm | diffrax.AbstractPath):
+        raise LaplodeError(
+            f"`vector_field` is a {name}: stochastic and controlled differential equations are not supported, only "
+            "dy/dt = vector_field(t, y, args). Of a stochastic one give the drift alone; a control with a derivative, "
+            "such as a diffrax.CubicInterpolation made from `args`, can be written out: "
+            "lambda t, y, args: field(t, y) @ control.derivative(t)."
+        )
+
+
+def starts(model: Any, y0: Any, num: int) -> Any:
+    """Initial states of `num` trajectories as models take them: known ones or, where the model has its own for each,
+    their numbers.
+    """
+    if y0 is None and isinstance(model, NeuralODE) and model.y0 is not None and model.y0.ndim == 2:
+        return np.arange(num)
+    return y0
+
+
+@eqx.filter_jit
+def accepted_steps(model: NeuralODE, ts, y0, args):
+    """Of the adaptive solve of each trajectory: times from the first to the last, at the end repeated; how many steps
+    it took, how it ended, and in which state.
+    """
+
+    def one(ts, y0, args):
+        saveat = diffrax.SaveAt(t0=True, steps=True)
+        solution = model.solve(ts, y0, args, saveat=saveat, adjoint=diffrax.ForwardMode(), throw=False)
+        # Unused entries are infinite in Diffrax; here they repeat the final time: steps of length zero.
+        times: Array = solution.ts  # pyright: ignore[reportAssignmentType]
+        states: Array = solution.ys  # pyright: ignore[reportAssignmentType]
+        accepted = solution.stats["num_accepted_steps"]
+        last = jnp.max(jnp.where(jnp.isfinite(times), times, -jnp.inf))
+        return jnp.minimum(times, last), accepted, solution.result, states[accepted]
+
+    return jax.vmap(one)(ts, y0, args)

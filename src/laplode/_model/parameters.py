@@ -1,0 +1,270 @@
+"""A model's parameters as a vector: which they are, their names, and the way back."""
+
+from collections.abc import Callable
+from typing import Any
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Float, PyTree
+from numpyro.distributions.transforms import IdentityTransform, Transform
+
+from .._checks import in_float
+from .._errors import LaplodeError
+from .._problem.prior import AbstractPrior, NamedPriors, PosteriorPrior
+from .neural_ode import NeuralODE
+
+Where = Callable[[Any], Any] | PyTree[bool] | None
+
+
+# How a solve is done is not what is inferred, whatever arrays its settings hold.
+_SETTINGS = (
+    diffrax.AbstractSolver,
+    diffrax.AbstractStepSizeController,
+    diffrax.AbstractAdjoint,
+    diffrax.SaveAt,
+)
+
+
+def all_parameters(model: PyTree) -> PyTree[bool]:
+    """Which leaves of a model are parameters."""
+    is_settings = lambda node: isinstance(node, _SETTINGS)
+    return jax.tree.map(
+        lambda node: jax.tree.map(lambda _: False, node) if is_settings(node) else eqx.is_inexact_array(node),
+        model,
+        is_leaf=is_settings,
+    )
+
+
+def _selected(model: PyTree, where: Where) -> PyTree[bool]:
+    spec = all_parameters(model)
+    if where is None:
+        return spec
+    if callable(where) and not isinstance(where, eqx.Module):
+        nothing = jax.tree.map(lambda _: False, spec)
+        try:
+            chosen = eqx.tree_at(where, nothing, replace_fn=lambda node: jax.tree.map(lambda _: True, node))
+        except Exception as error:
+            raise LaplodeError(
+                "`where` must pick nodes of the model, as in where=lambda m: m.vector_field.layers[-1] or "
+                f"where=lambda m: (m.a, m.b); it failed with {type(error).__name__}: {error}"
+            ) from error
+        return jax.tree.map(lambda a, b: a and b, spec, chosen)
+    try:
+        if not all(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(where)):
+            raise TypeError(f"it holds {jax.tree.leaves(where)[0]!r}.")
+        return jax.tree.map(lambda w, sub: jax.tree.map(lambda s: bool(w) and s, sub), where, spec)
+    except (ValueError, TypeError) as error:
+        raise LaplodeError(
+            "`where` must be a function that picks nodes of the model, or a pytree prefix of the model holding "
+            f"True and False; {error}"
+        ) from error
+
+
+class Parameters(eqx.Module):
+    """The selected parameters of a model, as a vector θ of shape (P,) and back.
+
+    `selected` holds them in unconstrained coordinates: themselves or, where `transforms` has one for a leaf, what it
+    maps to them. Everything else of the model, fixed arrays, integer leaves and functions, waits in `rest`.
+    """
+
+    selected: PyTree
+    rest: PyTree
+    transforms: tuple[Transform | None, ...]
+
+    def constrained(self, selected: PyTree) -> PyTree:
+        """Parameters of the form of `selected` as the model knows them."""
+        leaves, structure = jax.tree.flatten(selected)
+        pairs = zip(self.transforms, leaves, strict=True)
+        return jax.tree.unflatten(structure, [x if t is None else jnp.asarray(t(x)) for t, x in pairs])
+
+    def build(self, selected: PyTree) -> Any:
+        """The model with parameters of the form of `selected`."""
+        # The parameters come first: `eqx.combine` keeps the first leaf that is not None, so that with the template
+        # first θ would have no influence on the model and every derivative would be zero.
+        return eqx.combine(self.constrained(selected), self.rest)
+
+    @property
+    def vector(self) -> Float[Array, " P"]:
+        """θ."""
+        return ravel_pytree(self.selected)[0]
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.selected))
+
+    @property
+    def leaves(self) -> tuple[tuple[str, tuple[int, ...], int, int], ...]:
+        """Of each selected leaf: name, shape, and where it starts and stops in θ."""
+        leaves, start = [], 0
+        for name, leaf in _named_leaves(self.selected):
+            leaves.append((name, leaf.shape, start, start + leaf.size))
+            start += leaf.size
+        return tuple(leaves)
+
+    @property
+    def where(self) -> PyTree[bool]:
+        """The selection itself, as `parameters` takes it."""
+        return jax.tree.map(lambda leaf: leaf is not None, self.selected, is_leaf=lambda leaf: leaf is None)
+
+    def unravel(self, theta: Float[Array, " P"]) -> Any:
+        """The model with its selected parameters set to `theta`."""
+        return self.build(self.with_vector(theta))
+
+    def with_vector(self, theta: Float[Array, " P"]) -> PyTree:
+        """`theta` in the form of `selected`."""
+        return ravel_pytree(self.selected)[1](theta)
+
+    @property
+    def model(self) -> Any:
+        """The model as it is."""
+        return self.build(self.selected)
+
+    def name(self, index: int) -> str:
+        """The name of one entry of θ, such as `vector_field.layers[0].weight[2, 1]`."""
+        for name, shape, start, stop in self.leaves:
+            if start <= index < stop:
+                place = np.unravel_index(index - start, shape)
+                return name + (f"[{', '.join(str(int(i)) for i in place)}]" if shape else "")
+        raise IndexError(index)
+
+    def names(self, indices: np.ndarray) -> tuple[str, ...]:
+        """The names of entries of θ; a leaf named whole stands for all of its entries."""
+        chosen = np.zeros(self.size, bool)
+        chosen[indices] = True
+        names: list[str] = []
+        for name, _, start, stop in self.leaves:
+            if np.all(chosen[start:stop]):
+                names.append(name)
+            else:
+                names.extend(self.name(start + int(i)) for i in np.flatnonzero(chosen[start:stop]))
+        return tuple(names)
+
+
+def parameters(model: Any, where: Where = None, prior: AbstractPrior | None = None) -> Parameters:
+    """View the inexact arrays of `model` that `where` selects as a vector, in float64 when JAX has it.
+
+    **Arguments:**
+
+    - `model`: an `eqx.Module`. Solvers and step size controllers in it hold no parameters.
+    - `where`: None for all; a function that picks nodes, as in `eqx.tree_at`; or a pytree prefix of True and False.
+    - `prior`: whose named distributions say which parameters are constrained; a posterior's, those that it had.
+
+    **Raises:** `LaplodeError` when nothing is selected, a parameter is complex or not finite, or the prior does not fit
+    the model.
+    """
+    spec = _selected(model, where)
+    selected, rest = eqx.partition(in_float(model), spec)
+    named = _named_leaves(selected)
+    if not any(leaf.size for _, leaf in named):
+        if where is None:
+            raise LaplodeError(
+                f"`model` ({type(model).__name__}) has no parameters: no leaf is an array of floating point numbers. "
+                "Python floats and integer arrays are constants; make parameters arrays, as in jnp.array(1.5)."
+            )
+        raise LaplodeError(
+            "`where` selects no parameter: none of the chosen leaves is an array of floating point numbers."
+        )
+    for name, leaf in named:
+        if jnp.iscomplexobj(leaf):
+            raise LaplodeError(f"`model` has a complex parameter, {name}: split it into its real and imaginary parts.")
+        if not np.all(np.isfinite(leaf)):
+            raise LaplodeError(f"`model` has a parameter that is not finite: {name}. The fit has diverged.")
+    if isinstance(prior, PosteriorPrior):
+        _check_leaves(prior, [(name, leaf.shape) for name, leaf in named])
+        prior = prior.coordinates
+    if isinstance(prior, NamedPriors):
+        _check_names(prior, model)
+    priors = {name: prior_of(prior, name) for name, _ in named}
+    if (
+        isinstance(model, NeuralODE)
+        and model.scale is not None
+        and prior is not None
+        and priors.get("scale", 1) is None
+    ):
+        raise LaplodeError(
+            "`scale` of the model, the noise scale, needs a prior of its own, since it has to stay positive: "
+            'laplode.NamedPriors({"scale": dist.HalfNormal(1.0)}, rest=...), or leave it out of the parameters by '
+            "`where`."
+        )
+    transforms = tuple(_transform(name, leaf, priors[name]) for name, leaf in named)
+    pairs = zip(transforms, jax.tree.leaves(selected), strict=True)
+    free = [leaf if t is None else jnp.asarray(t.inv(leaf)) for t, leaf in pairs]
+    return Parameters(jax.tree.unflatten(jax.tree.structure(selected), free), rest, transforms)
+
+
+def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path).lstrip("."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _is_at(name: str, path: str) -> bool:
+    """Whether the leaf `name` is, or is part of, what stands at `path`."""
+    return name == path or name.startswith((f"{path}.", f"{path}["))
+
+
+def prior_of(prior: AbstractPrior | None, name: str) -> dist.Distribution | None:
+    """The distribution that the prior has for a leaf by its name; None where it belongs to the rest."""
+    if not isinstance(prior, NamedPriors):
+        return None
+    return next((each for path, each in prior.named.items() if _is_at(name, path)), None)
+
+
+def _check_names(prior: NamedPriors, model: Any) -> None:
+    names = [name for name, _ in _named_leaves(eqx.filter(model, all_parameters(model)))]
+    for path in prior.named:
+        found = [name for name in names if _is_at(name, path)]
+        if not found:
+            raise LaplodeError(
+                f"`named`[{path!r}] of the prior is no parameter of the model. Its parameters are: {', '.join(names)}."
+            )
+    for name in names:
+        paths = [path for path in prior.named if _is_at(name, path)]
+        if len(paths) > 1:
+            raise LaplodeError(f"`named` of the prior has {name} twice, as {' and as '.join(paths)}.")
+
+
+def _check_leaves(prior: PosteriorPrior, leaves: list[tuple[str, tuple[int, ...]]]) -> None:
+    before, now = dict(prior.leaves), dict(leaves)
+    if gone := [name for name in before if name not in now]:
+        what = f"it has {', '.join(gone[:5])}, which is not among the parameters"
+    elif new := [name for name in now if name not in before]:
+        what = f"it does not have {', '.join(new[:5])}"
+    elif other := [name for name in now if now[name] != before[name]]:
+        what = f"it has {other[0]} of shape {before[other[0]]}, and the model has it of shape {now[other[0]]}"
+    elif tuple(leaves) != prior.leaves:
+        what = "it has them in another order"
+    else:
+        return
+    raise LaplodeError(
+        f"`prior` is a posterior of other parameters: {what}. A posterior is a prior for the same parameters: infer "
+        "those by `where` in laplode.laplace, both times. What belongs to each trajectory, as a learned initial state "
+        "does, is not shared with others."
+    )
+
+
+def _transform(name: str, leaf: Array, prior: dist.Distribution | None) -> Transform | None:
+    """From the real numbers to where the prior lives; None if that is all of them."""
+    if prior is None:
+        return None
+    try:
+        fits = jnp.broadcast_shapes(prior.batch_shape, leaf.shape) == leaf.shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise LaplodeError(
+            f"The prior of {name} has batch shape {prior.batch_shape}, which does not fit the parameter's shape "
+            f"{leaf.shape}."
+        )
+    transform = dist.biject_to(prior.support)
+    free = transform.inv(leaf)  # pyright: ignore[reportAttributeAccessIssue]
+    if not np.all(np.isfinite(free)) or not np.all(np.isfinite(prior.log_prob(leaf))):
+        raise LaplodeError(
+            f"`model` has {name} = {np.asarray(leaf)}, at which its prior, {type(prior).__name__}, has no density: "
+            "start from values inside of its support."
+        )
+    return None if isinstance(transform, IdentityTransform) else transform

@@ -1,0 +1,1 @@
+"""From an optimum to a posterior, and its evidence."""

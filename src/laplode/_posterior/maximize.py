@@ -1,0 +1,291 @@
+"""Hyperparameters at which the data are most probable."""
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, PyTree
+from tqdm.auto import tqdm
+
+from .._algebra.forms import (
+    AbstractCurvature,
+    BlockCurvature,
+    DenseCurvature,
+    DiagonalCurvature,
+    EigenCurvature,
+    FactoredCurvature,
+)
+from .._algebra.structure import Full
+from .._checks import check_count, check_flag, real_array
+from .._errors import LaplodeError, LaplodeWarning
+from .._fit.refine import refine
+from .._model.local_prior import gaussian_part, is_gaussian
+from .._problem.prior import AbstractPrior, GaussianPrior, NamedPriors
+from .evidence import Evidence, Hyperparameters, _forms, evidence
+from .laplace import curvature_again, laplace, reassembled
+from .posterior import Posterior
+
+# ---- Its maximum
+
+# A gradient below this, in nats per e-fold, is at a maximum.
+_FLAT = 1e-5
+
+
+# Rounds of refinement that gain less than this, in nats, have settled.
+_SETTLED = 1e-3
+
+
+# Within this of a bound, in e-folds, an optimum has run to it.
+_AT_BOUND = 0.01
+
+
+class _Bounds(NamedTuple):
+    """log hyperparameters between bounds, as functions of coordinates that have none."""
+
+    low: Hyperparameters
+    high: Hyperparameters
+
+    @classmethod
+    def of(cls, start: Hyperparameters, precision_bounds, scale_bounds, moved: Array | float) -> "_Bounds":
+        fill = lambda x, value: None if x is None else jnp.full(x.shape, math.log(value))
+        shift = lambda x: None if x is None else x - moved
+        low, high = (
+            Hyperparameters(fill(start.log_precision, p), shift(fill(start.log_scale, s)))
+            for p, s in zip(precision_bounds, scale_bounds, strict=True)
+        )
+        return cls(low, high)
+
+    def inside(self, free: PyTree) -> Hyperparameters:
+        # About one e-fold for a step of one, in the middle.
+        between = lambda u, a, b: a + (b - a) * jax.nn.sigmoid(4 * u / (b - a))
+        return jax.tree.map(between, free, self.low, self.high)
+
+    def free(self, inside: Hyperparameters) -> PyTree:
+        def invert(x, a, b):
+            part = jnp.clip((x - a) / (b - a), 1e-3, 1 - 1e-3)
+            return (b - a) / 4 * (jnp.log(part) - jnp.log1p(-part))
+
+        return jax.tree.map(invert, inside, self.low, self.high)
+
+
+def maximize_evidence(
+    posterior: Posterior,
+    *,
+    precision: str = "one",
+    noise: str | None = None,
+    online: bool = False,
+    precision_bounds: tuple[float, float] = (1e-6, 1e6),
+    scale_bounds: tuple[float, float] = (1e-3, 1e3),
+    steps: int = 200,
+    rounds: int = 20,
+    progress: bool = True,
+) -> Posterior:
+    """Prior precisions and noise scales at which the data are most probable under the Laplace approximation.
+
+    log p(Y) ≈ log p(Y | θ*) + log p(θ*) + P/2 log 2π − ½ log det Λ is maximized over log hyperparameters by L-BFGS. θ*
+    and its curvature being in hand, no value takes a solve.
+
+    **Arguments:**
+
+    - `posterior`: from `laplace`.
+    - `precision`: how many prior precisions there are: "one"; one for each "leaf" of the model (weight matrix, bias,
+        scalar); one for each "parameter"; or "fixed" as they are.
+    - `noise`: the noise scales: one for each "channel"; "one" factor on all; or "fixed". By default "channel" where the
+        likelihood has a scale and the curvature at other scales is known: with "ggn" always, with the exact "hessian"
+        for Gaussian and LogNormal ("one", if "low_rank" or with "jitter").
+    - `online`: whether to alternate with `refine`, which moves θ* to the optimum under the new hyperparameters, until
+        the evidence settles.
+    - `precision_bounds`: of the prior precisions.
+    - `scale_bounds`: of the noise scales, as multiples of those at the start.
+    - `steps`: of L-BFGS, at most.
+    - `rounds`: of refinement and maximization, at most, when `online`.
+    - `progress`: whether to show a progress bar with the evidence.
+
+    **Returns:** a `Posterior` with the hyperparameters found in its `.problem`. Unless `online`, its mean is that of
+    `posterior`.
+
+    **Raises:** `LaplodeError` when an option does not fit the posterior. Warns (`LaplodeWarning`) when a hyperparameter
+    ran to a bound, when the evidence has not settled, and when θ* is no longer the optimum.
+
+    MacKay (1992), "Bayesian interpolation"; Immer, Bauer, Fortuin, Rätsch and Khan (2021), "Scalable marginal
+    likelihood estimation for model selection in deep learning".
+    """
+    for name, bounds in (("precision_bounds", precision_bounds), ("scale_bounds", scale_bounds)):
+        low, high = real_array(name, bounds) if np.shape(bounds) == (2,) else (0, 0)
+        if not 0 < low < high < math.inf:
+            raise LaplodeError(f"`{name}` must be two positive numbers in order, got {bounds!r}.")
+    for name, value in (("steps", steps), ("rounds", rounds)):
+        check_count(name, value)
+    check_flag("online", online)
+    _forms(posterior, precision, noise)
+    moved: Array | float = 0.0  # of the log scales since the start
+    settled = not online
+    left = rounds if online else 1
+    with tqdm(total=left, desc="Evidence", unit="round", disable=not progress) as bar:
+        while True:
+            if online:
+                posterior = _refined(posterior)
+            function, start = evidence(posterior, precision=precision, noise=noise)
+            bounds = _Bounds.of(start, precision_bounds, scale_bounds, moved)
+            found = _maximum(function, start, bounds, steps)
+            posterior = _with(posterior, function, found, precision)
+            moved = moved if found.log_scale is None else moved + found.log_scale
+            bar.update(1)
+            bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
+            gained = float(function(found) - function(start))
+            settled = settled or gained < _SETTLED
+            left -= 1
+            if settled or not left:
+                break
+    _warn(posterior, function, found, bounds, settled)
+    return posterior
+
+
+def _refined(posterior: Posterior) -> Posterior:
+    """The posterior around the optimum of its own problem."""
+    method, where = posterior.method, posterior.parameters.where
+    exact = method.curvature == "hessian" and isinstance(posterior.structure, Full)
+    options = {field: getattr(method, field) for field in method.__dataclass_fields__}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LaplodeWarning)  # what remains of it at the end is said there
+        fit = refine(
+            posterior.parameters.model,
+            posterior.problem,
+            curvature="hessian" if exact else "ggn",
+            where=where,
+            progress=False,
+        )
+        return laplace(fit.model, posterior.problem, where=where, progress=False, **options)
+
+
+def _maximum(function: Evidence, start: Hyperparameters, bounds: _Bounds, steps: int) -> Hyperparameters:
+    """The best hyperparameters that L-BFGS finds; the start, if none is better."""
+    found = bounds.inside(_lbfgs(function, bounds, bounds.free(start), steps))
+    value = lambda h: float(_value(function, h))
+    return found if value(found) >= value(start) else start
+
+
+@eqx.filter_jit
+def _value(function: Evidence, hyperparameters: Hyperparameters) -> Float[Array, ""]:
+    return function(hyperparameters)
+
+
+@eqx.filter_jit
+def _lbfgs(function: Evidence, bounds: _Bounds, start: PyTree, steps: int) -> PyTree:
+    optimizer = optax.lbfgs()
+
+    def loss(free):
+        value = -function(bounds.inside(free))
+        return jnp.where(jnp.isnan(value), jnp.inf, value)  # where Λ is not positive definite
+
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry):
+        free, state, _ = carry
+        value, gradient = value_and_grad(free, state=state)
+        updates, state = optimizer.update(gradient, state, free, value=value, grad=gradient, value_fn=loss)
+        return optax.apply_updates(free, updates), state, optax.tree.norm(gradient)
+
+    def going(carry):
+        count = optax.tree.get(carry[1], "count")
+        return (count < steps) & (carry[2] > _FLAT)
+
+    return jax.lax.while_loop(going, step, (start, optimizer.init(start), jnp.asarray(jnp.inf)))[0]
+
+
+def _with(posterior: Posterior, function: Evidence, found: Hyperparameters, precision: str) -> Posterior:
+    """The posterior with other hyperparameters."""
+    problem = function.problem_at(found)
+    if found.log_precision is not None:
+        problem = eqx.tree_at(lambda p: p.prior, problem, _prior(posterior, jnp.exp(found.log_precision), precision))
+    curvature = posterior.curvature
+    if found.log_scale is not None:
+        shrink = jnp.exp(-2 * found.log_scale)
+        if isinstance(curvature, FactoredCurvature):
+            channel = np.nonzero(posterior.problem.informed)[2]
+            each = shrink[channel] if function.by_channel else shrink[0]
+            curvature = FactoredCurvature(curvature.factor, curvature.weights * each)
+        elif function.by_channel and shrink.size > 1:
+            curvature = curvature_again(posterior, problem)
+        else:
+            curvature = _scaled(curvature, shrink[0])
+    return reassembled(posterior, problem, curvature)
+
+
+def _scaled(curvature: AbstractCurvature, by: Float[Array, ""]) -> AbstractCurvature:
+    if isinstance(curvature, DenseCurvature):
+        return DenseCurvature(curvature.matrix * by, curvature.symmetry_defect)
+    if isinstance(curvature, BlockCurvature):
+        return BlockCurvature(tuple(DenseCurvature(b.matrix * by, b.symmetry_defect) for b in curvature.blocks))
+    if isinstance(curvature, EigenCurvature):
+        return EigenCurvature(curvature.vectors, curvature.eigenvalues * by)
+    assert isinstance(curvature, DiagonalCurvature)
+    return DiagonalCurvature(curvature.diagonal * by)
+
+
+def _prior(posterior: Posterior, values: Float[Array, " A"], precision: str) -> AbstractPrior:
+    view, prior = posterior.parameters, posterior.problem.prior
+    ours = is_gaussian(prior, view)
+    form: PyTree = values
+    if precision == "one":
+        form = values[0]
+    elif precision == "leaf":  # what has a prior of its own takes no notice of this one
+        rest = iter(values)
+        each = [next(rest) if ours[start] else jnp.ones(()) for _, _, start, _ in view.leaves]
+        form = jax.tree.unflatten(jax.tree.structure(view.selected), each)
+    elif not np.all(ours):
+        form = jnp.ones(view.size).at[np.flatnonzero(ours)].set(values)
+    part = gaussian_part(prior)
+    assert part is not None
+    found = GaussianPrior(form, part.mean)
+    return eqx.tree_at(lambda p: p.rest, prior, found) if isinstance(prior, NamedPriors) else found
+
+
+def _warn(posterior: Posterior, function: Evidence, found: Hyperparameters, bounds: _Bounds, settled: bool) -> None:
+    said = []
+    if found.log_precision is not None:
+        view, num = posterior.parameters, found.log_precision.size
+        ours = np.flatnonzero(is_gaussian(posterior.problem.prior, view))
+        if num == 1:
+            names = ["the prior precision"]
+        elif num == ours.size:
+            names = [f"the prior precision of {view.name(int(i))}" for i in ours]
+        else:
+            names = [f"the prior precision of {name}" for name, _, start, _ in view.leaves if start in ours]
+        meaning = ("the prior is as good as flat there", "the data want these parameters at the prior's mean")
+        said += _at_bounds(names, found.log_precision, bounds.low.log_precision, bounds.high.log_precision, meaning)
+    if found.log_scale is not None:
+        names = [f"the noise scale of channel {k}" for k in range(found.log_scale.size)]
+        names = names if function.by_channel else ["the noise scale"]
+        meaning = ("the model runs through the observations", "the model explains nothing")
+        said += _at_bounds(names, found.log_scale, bounds.low.log_scale, bounds.high.log_scale, meaning)
+    if not settled:
+        said.append("The evidence has not settled: allow more `rounds`.")
+    elif posterior.diagnostics.newton_decrement > 0.1:
+        said.append(
+            "With these hyperparameters the optimum lies elsewhere: the Newton decrement is now "
+            f"{posterior.diagnostics.newton_decrement:.3g} nats. Take online=True, or refine and call laplace again."
+        )
+    for message in said:
+        warnings.warn(message, LaplodeWarning, stacklevel=3)
+
+
+def _at_bounds(names: list[str], found: Any, low: Any, high: Any, meaning: tuple[str, str]) -> list[str]:
+    said = []
+    for which, at, means in (
+        ("lower", found - low < _AT_BOUND, meaning[0]),
+        ("upper", high - found < _AT_BOUND, meaning[1]),
+    ):
+        index = np.flatnonzero(at)
+        if index.size:
+            few = ", ".join(names[i] for i in index[:3]) + (f", … ({index.size} in all)" if index.size > 3 else "")
+            said.append(
+                f"The evidence ran to the {which} bound of {few}: {means}. Look whether the model and the data allow "
+                "that, or fix the value."
+            )
+    return said

@@ -1,0 +1,299 @@
+"""The Gaussian posterior over parameters."""
+
+import abc
+import math
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from .._algebra.forms import AbstractCurvature
+from .._algebra.regularization import Regularized
+from .._algebra.structure import AbstractStructure
+from .._devices import free_bytes
+from .._errors import LaplodeError
+from .._model.local_prior import prior_vectors
+from .._model.parameters import Parameters
+from .._problem.prior import NamedPriors, PosteriorPrior
+from .._problem.problem import Problem
+from .._solve.maps import AbstractFlow
+
+
+class Diagnostics(eqx.Module):
+    """What was found on the way to a posterior.
+
+    - `symmetry_defect`: ‖H − Hᵀ‖ / ‖H‖ before symmetrization; 0 for curvatures that are symmetric by construction.
+    - `eigenvalue_min`, `eigenvalue_max`: of the precision Λ before regularization.
+    - `condition_number`: of the precision Λ that is used.
+    - `num_negative`: negative eigenvalues of the curvature of the data, beyond rounding; of the data behind `as_prior`
+        too.
+    - `regularized`: what was changed, None if nothing.
+    - `gradient_norm`, `newton_decrement`: ‖g‖ and ½ gᵀΛ⁻¹g (nats), g the gradient of −log p(Y | θ) − log p(θ).
+    - `effective_dof`: tr((Λ − Λ0) Λ⁻¹), the number of directions that the data determine, Λ0 the prior's precision.
+    - `inert`: the names of parameters without any influence on the predictions.
+    """
+
+    num_parameters: int = eqx.field(static=True)
+    num_observations: int = eqx.field(static=True)
+    symmetry_defect: float
+    eigenvalue_min: float
+    eigenvalue_max: float
+    condition_number: float
+    num_negative: int
+    regularized: Regularized | None
+    gradient_norm: float
+    newton_decrement: float
+    effective_dof: float
+    inert: tuple[str, ...] = eqx.field(static=True)
+
+    def __str__(self) -> str:
+        inert = ", ".join(self.inert[:5]) + (f", … ({len(self.inert)} in all)" if len(self.inert) > 5 else "")
+        rows = {
+            "parameters": f"{self.num_parameters}, {self.effective_dof:.2f} determined by the data",
+            "observations": f"{self.num_observations}",
+            "symmetry defect": f"{self.symmetry_defect:.1e}",
+            "eigenvalues of Λ": f"{self.eigenvalue_min:.3g} … {self.eigenvalue_max:.3g}",
+            "condition number": f"{self.condition_number:.3g}",
+            "negative eigenvalues": f"{self.num_negative} of the likelihood's curvature",
+            "regularized": "nothing" if self.regularized is None else str(self.regularized),
+            "gradient norm": f"{self.gradient_norm:.3g}",
+            "Newton decrement": f"{self.newton_decrement:.3g} nats",
+            "without influence": inert or "none",
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+class Method(eqx.Module):
+    """What was asked of `laplace`, for the same to be done again."""
+
+    curvature: str = eqx.field(static=True)
+    structure: str = eqx.field(static=True)
+    regularization: str = eqx.field(static=True)
+    rank: int | None = eqx.field(static=True, default=None)
+    num_probes: int | None = eqx.field(static=True, default=None)
+    batch_size: int | None = eqx.field(static=True, default=None)
+    key: PRNGKeyArray | None = None
+
+
+class AbstractPosterior(eqx.Module):
+    """A distribution over the parameters θ of a model, given a `Problem`: one Gaussian, or several with weights."""
+
+    parameters: eqx.AbstractVar[Parameters]
+    problem: eqx.AbstractVar[Problem]
+    components: eqx.AbstractVar["tuple[Posterior, ...]"]
+    log_weights: eqx.AbstractVar[Float[Array, " C"]]
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.parameters.size
+
+    @property
+    def weights(self) -> Float[Array, " C"]:
+        """The probability of each component."""
+        return jnp.exp(self.log_weights)
+
+    def choose(self, key: PRNGKeyArray, n: int) -> Int[np.ndarray, " n"]:
+        """The component of each of `n` draws, (n,)."""
+        if len(self.components) == 1:
+            return np.zeros(n, int)
+        return np.asarray(jax.random.categorical(key, self.log_weights, shape=(n,)))
+
+    @property
+    @abc.abstractmethod
+    def mean(self) -> Float[Array, " P"]:
+        """The posterior mean of θ."""
+
+    @abc.abstractmethod
+    def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
+        """Draw `n` parameter vectors."""
+
+    @abc.abstractmethod
+    def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
+        """The log density at `theta`, in nats."""
+
+    def unravel(self, theta: Float[Array, " P"]) -> Any:
+        """The model with parameters `theta`."""
+        return self.parameters.unravel(theta)
+
+    def to_numpyro(self) -> dist.Distribution:
+        """The distribution of θ for a NumPyro model or guide, with event shape (P,).
+
+        ```python
+        theta = numpyro.sample("theta", posterior.to_numpyro())
+        model = posterior.unravel(theta)
+        ```
+        """
+        means = jnp.stack([component.mean for component in self.components])
+        return _GaussianMixture(means, tuple(c.structure for c in self.components), self.log_weights)
+
+
+# Bytes of normal random numbers made at once: several times as much goes into their making.
+_NORMAL_BYTES = 2**24
+
+
+def _normals(keys: PRNGKeyArray, size: int) -> Float[Array, "n P"]:
+    num = len(keys)
+    block = min(max(_NORMAL_BYTES // (8 * size), 1), num)
+
+    def fill(i, normals):
+        start = jnp.minimum(i * block, num - block)  # the last block overlaps its neighbor
+        some = jax.lax.dynamic_slice_in_dim(keys, start, block)
+        rows = jax.vmap(lambda key: jax.random.normal(key, (size,)))(some)
+        return jax.lax.dynamic_update_slice(normals, rows, (start, 0))
+
+    return jax.lax.fori_loop(0, -(-num // block), fill, jnp.zeros((num, size)))
+
+
+@eqx.filter_jit
+def _log_normal(offset: Float[Array, "... P"], structure: AbstractStructure) -> Float[Array, "..."]:
+    quadratic = jnp.sum(offset * structure.precision_product(offset), axis=-1)
+    return 0.5 * (structure.log_det - offset.shape[-1] * math.log(2 * math.pi) - quadratic)
+
+
+class _GaussianMixture(dist.Distribution):
+    """Σ_c weight_c Normal(mean_c, Λ_c⁻¹), for NumPyro."""
+
+    _support = dist.constraints.real_vector
+    pytree_data_fields = ("means", "structures", "log_weights")
+
+    def __init__(
+        self,
+        means: Float[Array, "C P"],
+        structures: tuple[AbstractStructure, ...],
+        log_weights: Float[Array, " C"],
+        *,
+        validate_args: bool | None = None,
+    ):
+        self.means, self.structures, self.log_weights = means, structures, log_weights
+        super().__init__(event_shape=means.shape[-1:], validate_args=validate_args)
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()):
+        key_choice, key_normal = jax.random.split(key)
+        normals = jax.random.normal(key_normal, (*sample_shape, *self.event_shape))
+        draws = [mean + s.root_product(normals) for mean, s in zip(self.means, self.structures, strict=True)]
+        if len(draws) == 1:
+            return draws[0]
+        component = jax.random.categorical(key_choice, self.log_weights, shape=tuple(sample_shape))
+        return jax.lax.select_n(jnp.broadcast_to(component[..., None], normals.shape), *draws)
+
+    def log_prob(self, value, intermediates=None):
+        each = [_log_normal(value - mean, s) for mean, s in zip(self.means, self.structures, strict=True)]
+        return jax.scipy.special.logsumexp(jnp.stack(each, axis=-1) + self.log_weights, axis=-1)
+
+    @property
+    def mean(self):
+        return jnp.exp(self.log_weights) @ self.means
+
+    @property
+    def variance(self):
+        within = jnp.stack([structure.variance() for structure in self.structures])
+        return jnp.exp(self.log_weights) @ (within + (self.means - self.mean) ** 2)
+
+
+@eqx.filter_jit
+def _draw(mean: Float[Array, " P"], structure: AbstractStructure, keys: PRNGKeyArray) -> Float[Array, "n P"]:
+    return mean + structure.root_product(_normals(keys, mean.size))
+
+
+class Posterior(AbstractPosterior):
+    """θ ~ Normal(mean, Λ⁻¹): the Laplace approximation around the model's parameters.
+
+    Made by `laplace`. Immutable; may be passed through `jit` and `vmap`.
+    """
+
+    parameters: Parameters
+    problem: Problem
+    flow: AbstractFlow
+    curvature: AbstractCurvature
+    structure: AbstractStructure
+    log_joint: Float[Array, ""]
+    diagnostics: Diagnostics
+    method: Method
+
+    @property
+    def components(self) -> "tuple[Posterior, ...]":  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Itself alone."""
+        return (self,)
+
+    @property
+    def log_weights(self) -> Float[Array, " 1"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The logarithm of 1."""
+        return jnp.zeros(1)
+
+    @property
+    def mean(self) -> Float[Array, " P"]:
+        """θ*, the parameters of the fitted model, shape (P,)."""
+        return self.parameters.vector
+
+    def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
+        """Draw `n` parameter vectors, shape (n, P)."""
+        return _draw(self.mean, self.structure, jax.random.split(key, n))
+
+    def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
+        """log Normal(theta; mean, Λ⁻¹), in nats."""
+        return _log_normal(theta - self.mean, self.structure)
+
+    def as_prior(self) -> PosteriorPrior:
+        """This posterior as the prior of further trajectories: θ ~ Normal(θ*, Λ⁻¹), in unconstrained coordinates.
+
+        ```python
+        more = laplode.Problem(more_data, likelihood, posterior.as_prior())
+        fit = laplode.refine(posterior.parameters.model, more)
+        updated = laplode.laplace(fit.model, more)
+        ```
+
+        Where trajectories are linear in θ and the noise is Gaussian, this is the posterior of all data at once, and the
+        evidences multiply: p(Y₁) p(Y₂ | Y₁) = p(Y₁, Y₂). Otherwise the first data are held at their Gaussian, which is
+        as good as the Laplace approximation of them is where the second move θ to. The parameters must be the same,
+        those of `where` included, and what is fixed stay as it was; a learned `y0` of shape (N, D) is that of the same
+        trajectories, seen again.
+
+        **Returns:** a prior for `Problem`.
+
+        **Raises:** `LaplodeError` when the blocks of a `block_diagonal` posterior don't fit in memory side by side.
+        """
+        prior = self.problem.prior
+        before = prior.coordinates if isinstance(prior, PosteriorPrior) else prior
+        diagonal, rows = self.structure.split(prior_vectors(prior, self.parameters)[1])
+        return PosteriorPrior(
+            mean=self.mean,
+            precision=diagonal,
+            rows=rows,
+            log_det=self.structure.log_det,
+            leaves=tuple(leaf[:2] for leaf in self.parameters.leaves),
+            coordinates=before if isinstance(before, NamedPriors) else None,
+        )
+
+    def covariance(self) -> Float[Array, "P P"]:
+        """Λ⁻¹, formed only when asked for."""
+        self._refuse_if_large("covariance")
+        covariance = self.structure.covariance_product(jnp.eye(self.size))
+        return (covariance + covariance.T) / 2
+
+    def precision(self) -> Float[Array, "P P"]:
+        """Λ, formed only when asked for."""
+        self._refuse_if_large("precision")
+        return self.structure.precision_product(jnp.eye(self.size))
+
+    def marginal_std(self) -> Float[Array, " P"]:
+        """The standard deviation of each parameter, shape (P,)."""
+        return jnp.sqrt(self.structure.variance())
+
+    @property
+    def log_evidence(self) -> Float[Array, ""]:
+        """log p(Y) ≈ log p(Y, θ*) + P/2 log 2π − ½ log det Λ, in nats (MacKay, 1992)."""
+        return self.log_joint + 0.5 * (self.size * math.log(2 * math.pi) - self.structure.log_det)
+
+    def _refuse_if_large(self, name: str) -> None:
+        needed = 3 * 8 * self.size**2
+        if needed > free_bytes():
+            raise LaplodeError(
+                f"`{name}()` would form a {self.size} × {self.size} matrix ({8 * self.size**2 / 2**30:.1f} GiB), more "
+                "than fits. Use marginal_std(), sample(), or posterior.structure.covariance_product(v)."
+            )

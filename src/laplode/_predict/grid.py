@@ -1,0 +1,83 @@
+"""Where to predict."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from .._errors import LaplodeError
+from .._model.own import predicted_shape
+from .._posterior.posterior import AbstractPosterior
+from .._problem.data import check_args, check_initial_state, check_solvable, check_times
+from .start import UncertainStart
+
+
+class Grid(eqx.Module):
+    """Where to predict. `skip` leading times only carry the solve from the initial state to the first time wanted.
+
+    Where there is a `start`, `y0` is its mean.
+    """
+
+    ts: Float[np.ndarray, "N T"]
+    solve_ts: Float[np.ndarray, "N skip+T"]
+    y0: Float[np.ndarray, "N D"] | None
+    args: PyTree
+    skip: int = eqx.field(static=True)
+    observed: bool = eqx.field(static=True)
+    start: UncertainStart | None = None
+
+    def draw_states(self, key: PRNGKeyArray, num: int) -> Float[Array, "S ..."]:
+        """Initial states, (S, N, D); (S, 0) where they are known."""
+        return jnp.zeros((num, 0)) if self.start is None else self.start.sample(key, num)
+
+    @classmethod
+    def of(cls, posterior: AbstractPosterior, ts: Any, y0: Any, args: PyTree) -> "Grid":
+        data = posterior.problem.data
+        ts = check_times("ts", ts)
+        if y0 is not None:
+            check_solvable("ts", ts)
+            num = ts.shape[0] if ts.ndim == 2 else (np.shape(y0)[0] if np.ndim(y0) > 1 else 1)
+            y0 = check_initial_state("y0", y0, num)
+            if data.y0 is not None and y0.shape[1] != data.y0.shape[1]:
+                raise LaplodeError(f"`y0` has D = {y0.shape[1]} states, but the data's y0 has {data.y0.shape[1]}.")
+            if args is None and data.args is not None:
+                raise LaplodeError("`args` is missing: the data came with args, so new initial states need theirs.")
+            ts, args = np.broadcast_to(ts, (num, ts.shape[-1])).copy(), check_args("args", args, num)
+            try:
+                predicted_shape(posterior.parameters.model, ts, y0, args)
+            except Exception as error:
+                raise LaplodeError(
+                    f"`y0` with D = {y0.shape[1]} states, or the `args` that go with it, do not fit the model: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
+            return cls(ts, ts, y0, args, 0, False)
+        if args is not None:
+            raise LaplodeError(
+                "`args` is for new initial states: give `y0` with it, or leave both to continue the data."
+            )
+        num = data.ts.shape[0]
+        if ts.ndim == 2 and ts.shape[0] != num:
+            raise LaplodeError(
+                f"`ts` has {ts.shape[0]} rows, but the data has N = {num} trajectories. For other trajectories give "
+                "their initial states as `y0`."
+            )
+        ts = np.broadcast_to(ts, (num, ts.shape[-1])).copy()
+        start = data.ts[:, :1]
+        if np.any(ts[:, :1] < start):
+            i = int(np.argmax(ts[:, 0] < start[:, 0]))
+            raise LaplodeError(
+                f"`ts` of trajectory {i} starts at {ts[i, 0]:g}, before its initial state at {start[i, 0]:g}. "
+                "Start later, or give the state at ts[:, 0] as `y0`."
+            )
+        observed = ts.shape == data.ts.shape and bool(np.all(ts == data.ts))
+        if np.all(ts[:, :1] == start):
+            check_solvable("ts", ts)
+            return cls(ts, ts, data.y0, data.args, 0, observed)
+        if np.any(ts[:, :1] == start):
+            raise LaplodeError(
+                "`ts` starts at the initial time of some trajectories and later in others: start all of them at their "
+                "initial times, or all later."
+            )
+        return cls(ts, np.concatenate([start, ts], axis=1), data.y0, data.args, 1, False)

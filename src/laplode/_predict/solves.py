@@ -1,0 +1,114 @@
+"""Solves at many parameter vectors, in batches."""
+
+import contextlib
+import functools as ft
+import re
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from tqdm.auto import tqdm
+
+from .._devices import num_devices, over_rows
+from .._errors import LaplodeError
+from .._model.local_prior import log_prior
+from .._model.neural_ode import starts
+from .._model.own import predict_trajectories
+from .._model.parameters import Parameters
+from .._posterior.posterior import Posterior
+
+# Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
+_BATCH = 64
+
+
+def _solve(view: Parameters, ts, y0, args, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
+    model = view.unravel(theta)
+    return predict_trajectories(model, ts, starts(model, y0, len(ts)), args)
+
+
+def solve_at(
+    posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"], mesh: Mesh | None = None
+) -> Float[Array, "B N T K"]:
+    """Predictions by a solve of its own for each parameter vector; not finite where it failed."""
+    # Not of the whole posterior, whose diagnostics are numbers of its own: each would be compiled anew.
+    return over_rows(mesh, _solve_at, (posterior.parameters, ts, y0, args), thetas)[0]
+
+
+@eqx.filter_jit
+def _solve_at(shared: tuple[Parameters, Any, Any, Any], thetas: Float[Array, "B P"], _):
+    return jax.vmap(ft.partial(_solve, *shared))(thetas), ()
+
+
+def solve_from(
+    posterior: Posterior, ts, args, rows: Float[Array, "B P+ND"], mesh: Mesh | None = None
+) -> Float[Array, "B N T K"]:
+    """The same where each parameter vector is followed by initial states of its own."""
+    states = rows[:, posterior.size :].reshape(len(rows), len(ts), -1)
+    return over_rows(mesh, _solve_from, (posterior.parameters, ts, args), (states, rows[:, : posterior.size]))[0]
+
+
+@eqx.filter_jit
+def _solve_from(shared: tuple[Parameters, Any, Any], rows: tuple[Float[Array, "B N D"], Float[Array, "B P"]], _):
+    view, ts, args = shared
+    return jax.vmap(lambda y0, theta: _solve(view, ts, y0, args, theta))(*rows), ()
+
+
+@contextlib.contextmanager
+def advice():
+    """What to do about a model that raises at a draw."""
+    try:
+        yield
+    except eqx.EquinoxRuntimeError as error:
+        said = re.search(r"EquinoxRuntimeError: (.*)", str(error))
+        raise LaplodeError(
+            "`model` raised while solving at a draw from the posterior, which wanders further than a fit does. Let it "
+            "return what it has instead, diffrax.diffeqsolve(..., throw=False), so that failed draws can be "
+            "counted; or "
+            'use method="linearized", which solves at the posterior mean only. It said: '
+            f"{said.group(1) if said else error}"
+        ) from error
+
+
+def in_batches(
+    function: Callable[[Array], Array], rows: Float[Array, "S P"], label: str | None, mesh: Mesh | None = None
+) -> Array:
+    """The function of all rows, some at a time: as many on each device of the `mesh` that it spreads them over."""
+    num = rows.shape[0]
+    batch = min(_BATCH * num_devices(mesh), num)
+    results = []
+    with advice(), tqdm(total=num, desc=label, unit="draw", disable=label is None) as bar:
+        for start in range(0, num, batch):
+            first = min(start, num - batch)  # one compiled shape for all
+            results.append(function(rows[first : first + batch])[start - first :])
+            bar.update(first + batch - start)
+    return jnp.concatenate(results)
+
+
+def log_joint(
+    posterior: Posterior, thetas: Float[Array, "S P"], *, progress: bool = False, mesh: Mesh | None = None
+) -> Float[Array, " S"]:
+    """log p(Y, θ) = log p(Y | θ) + log p(θ) of each parameter vector, in nats; −∞ where its solve failed."""
+    data = posterior.problem.data
+
+    def at(thetas):
+        predictions = solve_at(posterior, data.ts, data.y0, data.args, thetas, mesh)
+        total = jax.vmap(ft.partial(_log_density_of, posterior))(thetas, predictions)
+        return jnp.where(jnp.isfinite(total), total, -jnp.inf)
+
+    return in_batches(at, thetas, "Weighing draws" if progress else None, mesh)
+
+
+def log_joint_at(posterior: Posterior, theta: Float[Array, " P"]) -> Float[Array, ""]:
+    """The same of one parameter vector, for transformations, reverse mode too; not finite where its solve failed."""
+    data = posterior.problem.data
+    return _log_density_of(posterior, theta, _solve(posterior.parameters, data.ts, data.y0, data.args, theta))
+
+
+def _log_density_of(posterior: Posterior, theta: Float[Array, " P"], predictions: Float[Array, "N T F"]):
+    """log p(Y | predictions) + log p(θ)."""
+    problem = posterior.problem
+    return problem.log_likelihood(predictions) + log_prior(problem.prior, posterior.parameters, theta)

@@ -1,0 +1,193 @@
+"""The surface on which models that fit alike lie near each other."""
+
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.scipy.linalg as jsl
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from .._devices import free_bytes
+from .._errors import LaplodeError
+from .._model.local_prior import prior_rows, prior_vectors
+from .._posterior.posterior import Posterior
+from .._problem.likelihood import AbstractLikelihood
+from .._solve.maps import AbstractFlow, evaluate, flow, has_second_pushforward, jacobian_route
+
+# Up to so many parameters the density of draws is exact, at the price of this number squared of tangents.
+_FEW = 32
+
+
+class Surface(eqx.Module):
+    """θ ↦ (Λ0^½ (θ − θ*), R^½ g(θ)), of which M are observed predictions; `root_information` is R^½.
+
+    R is constant for every likelihood that names the coordinate g; for others it is taken at θ*. Derivatives are of
+    the frozen grid of `flow`. What the prior's precision has beside its diagonal, Xᵀ X, is as that of more observations
+    X θ: `prior_rows` is X.
+    """
+
+    flow: AbstractFlow
+    likelihood: AbstractLikelihood
+    observed: Int[Array, " M"]
+    root_information: Float[Array, " M"]
+    root_prior: Float[Array, " P"]
+    prior_rows: Float[Array, "R P"]
+    route: str = eqx.field(static=True)
+    bends: bool = eqx.field(static=True)  # whether the model has the second derivatives that steps are bent by
+
+    @classmethod
+    def of(cls, posterior: Posterior) -> "Surface":
+        """The surface around a posterior's mean.
+
+        **Raises:** `LaplodeError` when memory holds no Jacobian.
+        """
+        problem, data = posterior.problem, posterior.problem.data
+        around = flow(posterior.parameters, data.ts, data.y0, data.args, spare=_SPARE)
+        predictions = evaluate(around, posterior.mean)
+        observed = jnp.asarray(np.flatnonzero(problem.informed))
+        surface = cls(
+            flow=around,
+            likelihood=problem.likelihood,
+            observed=observed,
+            root_information=_root_information(
+                problem.likelihood, predictions, problem.information(predictions), observed
+            ),
+            root_prior=jnp.sqrt(prior_vectors(problem.prior, posterior.parameters)[1]),
+            prior_rows=prior_rows(problem.prior, posterior.parameters),
+            route=jacobian_route(around),
+            bends=has_second_pushforward(around),
+        )
+        needed, free = surface.lane_bytes(predictions.size), free_bytes()
+        if needed > free:
+            raise LaplodeError(
+                f'`method`="geodesic" holds the Jacobian of the data in every parameter, '
+                f"about {needed / 2**30:.3g} GiB for {predictions.size} predictions and P = {posterior.size}; "
+                f"{free / 2**30:.3g} GiB are free. Take "
+                'method="linearized", or a part of the parameters with `where` in laplode.laplace.'
+            )
+        return surface
+
+    def lane_bytes(self, num_predictions: int) -> int:
+        """What one geodesic takes, with so many predictions, observed or not."""
+        size, num = self.root_prior.size, self.observed.size + self.prior_rows.shape[0]
+        return 8 * ((num_predictions + 2 * num) * size + 3 * min(num, size) ** 2)
+
+    def seen(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, " M+R"]:
+        """R^½ g where something was observed, and X θ after it."""
+        # Where nothing was observed g may be infinite, as the logarithm of 0 is: these are left out, not weighted by 0.
+        stable = self.likelihood.stabilize(predictions).ravel()[self.observed]
+        return jnp.concatenate([self.root_information * stable, self.prior_rows @ theta])
+
+    def solved(self, theta: Float[Array, " P"]) -> Float[Array, " M+R"]:
+        """The same by a solve of its own."""
+        return self.seen(theta, self.flow.solved(theta))
+
+    def renewed(self, theta: Float[Array, " P"]) -> "Surface":
+        """The same surface, with derivatives on the grid of steps that the solve at θ takes."""
+        return eqx.tree_at(lambda s: s.flow, self, self.flow.renewed(theta))
+
+    def tangent(self, theta: Float[Array, " P"]) -> Float[Array, "M+R P"]:
+        """A = R^½ ∂g/∂θ Λ0^-½, and X Λ0^-½ below it."""
+        predictions, jacobian = self.flow.linearized(theta, self.route)
+        _, scale = jax.jvp(self.likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
+        seen = (self.root_information * scale.ravel()[self.observed])[:, None] * jacobian[self.observed]
+        return jnp.concatenate([seen, self.prior_rows]) / self.root_prior
+
+    def bend(self, theta: Float[Array, " P"], direction: Float[Array, " P"]) -> Float[Array, " M+R"]:
+        """The second derivative of what is seen along a direction of θ."""
+        at = lambda theta: self.seen(theta, self.flow(theta))
+        push = lambda theta: jax.jvp(at, (theta,), (direction,))[1]
+        return jax.jvp(push, (theta,), (direction,))[1]
+
+    def log_volume(self, origin: "_Origin", start: Float[Array, "M+R P"], line: Float[Array, " P"], theta):
+        """log |det dv/dθ| of a draw θ and the `line` v (P,) that it is the end of; `start` is the tangent A at θ*."""
+        surface = self.renewed(theta)
+        tangent = surface.tangent(theta)
+        num, size = tangent.shape
+        small = num < size and not self.is_exact  # the smaller side
+        product = lambda other: jnp.eye(num if small else size) + (other @ tangent.T if small else tangent.T @ other)
+        metric = product(tangent)
+        if self.is_exact:
+            white = line * self.root_prior
+            off_theta = (theta - origin.theta) * self.root_prior - white
+            off_seen = surface.solved(theta) - origin.seen - start @ white
+            # Where the search has ended a little early, the part of it along the surface isn't zero yet.
+            normal = off_seen - tangent @ jnp.linalg.solve(metric, off_theta + off_seen @ tangent)
+            along = lambda theta: normal @ surface.seen(theta, surface.flow(theta))
+            metric += jax.jacfwd(jax.jacfwd(along))(theta) / jnp.outer(self.root_prior, self.root_prior)
+        return jnp.linalg.slogdet(metric)[1] - jnp.linalg.slogdet(product(start))[1]
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the density of draws takes second derivatives in all pairs of parameters into account."""
+        return self.bends and self.root_prior.size <= _FEW
+
+
+@eqx.filter_jit
+def log_volume(
+    surface: Surface, mean: Float[Array, " P"], lines: Float[Array, "S P"], thetas: Float[Array, "S P"]
+) -> Float[Array, " S"]:
+    """log |det dv/dθ| of draws, v where a line ends: how much wider they lie in v than in θ.
+
+    The nearest point has X'(θ)ᵀ r = 0, r = X(θ) − X(θ*) − X'(θ*) v. Differentiated, that is
+
+        (X'(θ)ᵀ X'(θ) + Σ_i r_i X_i''(θ)) dθ = X'(θ)ᵀ X'(θ*) dv,
+
+    of which the sum over second derivatives is left out where there are more than a few parameters.
+    """
+    start = surface.tangent(mean)
+    origin = _Origin(mean, surface.solved(mean), jnp.zeros(()))
+    return jax.lax.map(lambda each: surface.log_volume(origin, start, *each), (lines, thetas))
+
+
+class _Origin(eqx.Module):
+    """Where all lines begin, and what ends the search."""
+
+    theta: Float[Array, " P"]
+    seen: Float[Array, " M+R"]
+    tolerance: Float[Array, ""]
+
+
+# One matrix after another: XLA's processor backend factors those of many lanes in tasks that wait for one another in
+# its thread pool, and where several programs do so at once, all threads wait forever.
+@jax.custom_batching.sequential_vmap
+def _cholesky(matrix):
+    return jnp.linalg.cholesky(matrix)
+
+
+@jax.custom_batching.sequential_vmap
+def _cholesky_solve(factor, right):
+    return jsl.cho_solve((factor, True), right)
+
+
+def _damped_solve(tangent: Float[Array, "M+R P"], ridge: Float[Array, ""]):
+    """v ↦ (ridge + Aᵀ A)⁻¹ v, on the smaller side."""
+    num, size = tangent.shape
+    gram = tangent @ tangent.T if num < size else tangent.T @ tangent
+    factor = _cholesky(ridge * jnp.eye(len(gram)) + gram)
+    inner = lambda v: _cholesky_solve(factor, v)
+    if num < size:
+        return lambda v: (v - inner(tangent @ v) @ tangent) / ridge
+    return inner
+
+
+@eqx.filter_jit
+def _root_information(likelihood: AbstractLikelihood, predictions: Array, information: Array, observed: Array):
+    """In the coordinate in which the likelihood is stable."""
+    _, scale = jax.jvp(likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
+    return jnp.sqrt((information / scale**2).ravel()[observed])
+
+
+@eqx.filter_jit
+def _solved(surface: Surface, theta: Float[Array, " P"]) -> Float[Array, " M+R"]:
+    return surface.solved(theta)
+
+
+def _num_predictions(surface: Surface) -> int:
+    return math.prod(jax.eval_shape(surface.flow, surface.flow.parameters.vector).shape)
+
+
+# Room for more steps of the solve than it takes at θ*, as a part of those.
+_SPARE = 0.25

@@ -1,0 +1,1 @@
+"""What is inferred: data, a likelihood, a prior."""

@@ -1,0 +1,135 @@
+"""Data, likelihood and prior together."""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jaxtyping import Array, Bool, Float
+
+from .._errors import LaplodeError
+from .data import Trajectories
+from .likelihood import AbstractLikelihood, FromDistribution
+from .prior import AbstractPrior, GaussianPrior
+from .scale import AbstractScaleLikelihood
+
+
+class Problem(eqx.Module):
+    """Data, likelihood and prior: everything about the inference but the model.
+
+    **Arguments:**
+
+    - `data`: the observed `Trajectories`.
+    - `likelihood`: `Gaussian`, `LogNormal`, `StudentT`, `Poisson`, `NegativeBinomial`, or any function from predictions
+        (..., K) to a NumPyro distribution of the same batch shape.
+    - `prior`: a `GaussianPrior`, its precision as a positive number, `NamedPriors`, or `posterior.as_prior()`, what was
+        learned from data before.
+
+    **Raises:** `LaplodeError` when an argument is of the wrong kind, a noise scale does not fit the channels, or an
+    observation lies outside the likelihood's support.
+    """
+
+    data: Trajectories
+    likelihood: AbstractLikelihood
+    prior: AbstractPrior
+
+    def __init__(self, data: Trajectories, likelihood: Any, prior: Any):
+        if not isinstance(data, Trajectories):
+            raise LaplodeError(f"`data` must be laplode.Trajectories(ts, ys, ...), got {type(data).__name__}.")
+        if isinstance(likelihood, type):
+            raise LaplodeError(f"`likelihood` must be an instance, as in {likelihood.__name__}(...), got the class.")
+        if not isinstance(likelihood, AbstractLikelihood):
+            if not callable(likelihood):
+                raise LaplodeError(
+                    "`likelihood` must be Gaussian(scale), LogNormal(scale), StudentT(df, scale), Poisson(), "
+                    "NegativeBinomial(concentration), or a "
+                    f"function `prediction -> numpyro distribution`; got {type(likelihood).__name__}."
+                )
+            likelihood = FromDistribution(likelihood)  # pyright: ignore[reportArgumentType]
+        if isinstance(prior, AbstractLikelihood | Trajectories | dist.Distribution):
+            raise LaplodeError(
+                "`prior` must be laplode.GaussianPrior(precision), a precision, or laplode.NamedPriors; got "
+                f"{type(prior).__name__}."
+            )
+        if not isinstance(prior, AbstractPrior):
+            try:
+                prior = GaussianPrior(prior)
+            except LaplodeError as error:
+                raise LaplodeError(f"`prior` is no precision: {error}") from error
+        channels = data.ys.shape[-1]
+        for name in ("scale", "lower", "upper", "concentration"):
+            value = getattr(likelihood, name, None)
+            if isinstance(value, np.ndarray | Array) and value.shape not in ((), (channels,)):
+                raise LaplodeError(
+                    f"`{name}` has shape {value.shape} but ys has K = {channels} channels: give one {name}, or an "
+                    f"array of shape ({channels},)."
+                )
+        if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.learned:  # one for each channel from here on
+            scale = np.broadcast_to(np.asarray(likelihood.scale), (channels,)).copy()
+            likelihood = eqx.tree_at(lambda l: l.scale, likelihood, scale)
+        likelihood.check(data.ys)
+        _check_distribution(likelihood, data.ys.shape)
+        self.data = data
+        self.likelihood = likelihood
+        self.prior = prior
+
+    @property
+    def prediction_shape(self) -> tuple[int, int]:
+        """(T, F): the shape of a model's predictions of one trajectory."""
+        _, num_times, channels = self.data.ys.shape
+        return num_times, self.likelihood.num_predictions(channels)
+
+    @property
+    def informed(self) -> Bool[np.ndarray, "N T F"]:
+        """True for the predictions of which something was observed."""
+        observed = self.data.observed
+        return np.tile(observed, (1, 1, self.prediction_shape[1] // observed.shape[2]))
+
+    def information(self, predictions: Float[Array, "N T F"]) -> Float[Array, "N T F"]:
+        """Fisher information of the data in each prediction: 0 where nothing was observed."""
+        return _information(self.likelihood, predictions, jnp.asarray(self.data.ys))
+
+    def log_likelihood(self, predictions: Float[Array, "N T F"]) -> Float[Array, ""]:
+        """log p(Y | predictions) in nats, summed over all observations."""
+        return jnp.sum(self.likelihood.log_prob(predictions, jnp.asarray(self.data.ys)))
+
+
+@eqx.filter_jit
+def _information(likelihood: AbstractLikelihood, predictions: Float[Array, "N T F"], ys: Float[Array, "N T K"]):
+    observed = jnp.tile(~jnp.isnan(ys), (1, 1, predictions.shape[2] // ys.shape[2]))
+    return jnp.where(observed, likelihood.fisher(predictions, ys), 0)
+
+
+def _check_distribution(likelihood: AbstractLikelihood, shape: tuple[int, ...]) -> None:
+    def batch_shape(prediction):
+        found = likelihood.distribution(prediction)
+        if not isinstance(found, dist.Distribution):
+            raise LaplodeError(
+                f"`likelihood` must return a NumPyro distribution, got {type(found).__name__}: write, for example, "
+                "lambda prediction: numpyro.distributions.Laplace(prediction, 0.1)."
+            )
+        if found.event_shape or found.batch_shape != shape:
+            raise LaplodeError(
+                f"`likelihood` must treat observations one by one: for predictions of shape {shape} its batch shape "
+                f"is {found.batch_shape} and its event shape {found.event_shape}. Drop event dimensions (no "
+                "`.to_event`)."
+            )
+        return prediction
+
+    predictions = (*shape[:2], likelihood.num_predictions(shape[2]))
+    try:
+        jax.eval_shape(batch_shape, jax.ShapeDtypeStruct(predictions, jnp.result_type(float)))
+    except LaplodeError:
+        raise
+    except Exception as error:
+        raise LaplodeError(
+            f"`likelihood` can't be evaluated on predictions of shape {shape}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def check_problem(problem: Any) -> None:
+    """Raise `LaplodeError` unless `problem` is a `Problem`."""
+    if not isinstance(problem, Problem):
+        raise LaplodeError(f"`problem` must be laplode.Problem(data, likelihood, prior), got {type(problem).__name__}.")

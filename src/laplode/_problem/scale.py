@@ -1,0 +1,300 @@
+"""Likelihoods of a location and a noise scale."""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro.distributions as dist
+from jax.scipy.special import log_ndtr, ndtr
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float
+
+from .._checks import check_flag, check_positive, real_array
+from .._errors import LaplodeError
+from .likelihood import AbstractLikelihood
+
+
+class AbstractScaleLikelihood(AbstractLikelihood):
+    """A likelihood with a location and a noise scale, which is given, one for all channels or one each, or predicted.
+
+    Where `scale` is None the model predicts 2K numbers at each time: the locations, then the logarithms of the scales.
+    """
+
+    scale: eqx.AbstractVar[Array | np.ndarray | None]
+    learned: eqx.AbstractVar[bool]
+
+    @property
+    @abc.abstractmethod
+    def quadratic(self) -> bool:
+        """Whether −log p is a square over scale², so that all of its derivatives fall like that."""
+
+    @property
+    def scalable(self) -> bool:
+        """Whether there is a scale, and the Fisher information falls as scale⁻²."""
+        return self.scale is not None
+
+    @abc.abstractmethod
+    def family(self, location: Float[Array, "... K"], scale: Float[Array, "... K"]) -> dist.Distribution:
+        """The NumPyro distribution of a location and a scale."""
+
+    @abc.abstractmethod
+    def information(
+        self, location: Float[Array, "... K"], scale: Float[Array, "... K"]
+    ) -> tuple[Float[Array, "... K"], float]:
+        """Fisher information in the location, and in the logarithm of the scale."""
+
+    def num_predictions(self, channels):
+        return channels if self.scale is not None else 2 * channels
+
+    def parts(self, prediction: Float[Array, "... F"]) -> tuple[Float[Array, "... K"], Float[Array, "... K"]]:
+        """Location and scale, of one shape."""
+        if self.scale is None:
+            location, log_scale = jnp.split(prediction, 2, axis=-1)
+            return location, jnp.exp(log_scale)
+        return prediction, jnp.broadcast_to(jnp.asarray(self.scale), prediction.shape)
+
+    def distribution(self, prediction):
+        return self.family(*self.parts(prediction))
+
+    def fisher(self, prediction, ys):
+        location, scale = self.parts(prediction)
+        of_location, of_log_scale = self.information(location, scale)
+        if self.scale is not None:
+            return of_location
+        return jnp.concatenate([of_location, jnp.full_like(scale, of_log_scale)], axis=-1)
+
+
+def _check_scale(scale: Any, learned: Any) -> np.ndarray | None:
+    check_flag("learned", learned)
+    if scale is None:
+        if learned:
+            raise LaplodeError(
+                "`learned`=True adjusts a given scale; without one the model predicts it. Give the scale to start from."
+            )
+        return None
+    scale = check_positive("scale", scale)
+    if scale.ndim > 1:
+        raise LaplodeError(f"`scale` must be a scalar or have shape (K,), got shape {scale.shape}.")
+    return scale
+
+
+class AbstractNormal(AbstractScaleLikelihood):
+    """A normal distribution of the observation in a coordinate of its own, perhaps seen between limits only.
+
+    Observations at a limit or beyond it are known to lie there, no more.
+    """
+
+    lower: eqx.AbstractVar[Array | np.ndarray | None]
+    upper: eqx.AbstractVar[Array | np.ndarray | None]
+
+    @abc.abstractmethod
+    def normal(self, y: Float[Array, "... K"]) -> Float[Array, "... K"]:
+        """The coordinate in which observations are normal around their location."""
+
+    @abc.abstractmethod
+    def unnormal(self, x: Float[Array, "... K"]) -> Float[Array, "... K"]:
+        """Inverse of `normal`."""
+
+    @property
+    def censored(self) -> bool:
+        """Whether there are limits."""
+        return self.lower is not None or self.upper is not None
+
+    @property
+    def quadratic(self):
+        return self.scalable
+
+    @property
+    def scalable(self):
+        return self.scale is not None and not self.censored
+
+    def _beyond(self, ys) -> tuple[Array, Array]:
+        """Where observations are at or beyond the lower and the upper limit."""
+        below = jnp.zeros(jnp.shape(ys), bool) if self.lower is None else ys <= self.lower
+        return below, jnp.zeros(jnp.shape(ys), bool) if self.upper is None else ys >= self.upper
+
+    def _margins(self, location, scale) -> tuple[Array | None, Array | None]:
+        """How far the limits lie above the location, in scales."""
+        margin = lambda limit: None if limit is None else (self.normal(limit) - self.normal(location)) / scale
+        return margin(self.lower), margin(self.upper)
+
+    def sample(self, key, prediction):
+        drawn = super().sample(key, prediction)
+        return jnp.clip(drawn, self.lower, self.upper) if self.censored else drawn
+
+    @eqx.filter_jit
+    def log_prob(self, prediction, ys):
+        if not self.censored:
+            return super().log_prob(prediction, ys)
+        prediction = self._possible(prediction, ys)
+        inside = super().log_prob(prediction, jnp.clip(ys, self.lower, self.upper))
+        lower, upper = self._margins(*self.parts(prediction))
+        below, above = self._beyond(ys)
+        if lower is not None:
+            inside = jnp.where(below, log_ndtr(lower), inside)
+        return inside if upper is None else jnp.where(above, log_ndtr(-upper), inside)
+
+    def information(self, location, scale):
+        slope = jax.jvp(self.normal, (location,), (jnp.ones_like(location),))[1]
+        lower, upper = self._margins(location, scale)
+        seen = jnp.ones_like(location)
+        # E[score²]: of what is seen ∫ z² φ(z) dz between the limits, of what is not φ(z)²/Φ(z).
+        if lower is not None:
+            seen += lower * norm.pdf(lower) - ndtr(lower) + jnp.exp(2 * norm.logpdf(lower) - log_ndtr(lower))
+        if upper is not None:
+            seen += -upper * norm.pdf(upper) - ndtr(-upper) + jnp.exp(2 * norm.logpdf(upper) - log_ndtr(-upper))
+        return seen * (slope / scale) ** 2, 2.0
+
+    def stabilize(self, prediction):
+        return self._on_locations(self.normal, prediction)
+
+    def unstabilize(self, stabilized):
+        return self._on_locations(self.unnormal, stabilized)
+
+    def _on_locations(self, function: Callable[[Array], Array], prediction: Float[Array, "... F"]) -> Array:
+        if self.scale is not None:
+            return function(prediction)
+        location, log_scale = jnp.split(prediction, 2, axis=-1)
+        return jnp.concatenate([function(location), log_scale], axis=-1)
+
+
+def _check_limits(lower: Any, upper: Any, scale: Any, positive: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
+    limits = []
+    for name, limit in (("lower", lower), ("upper", upper)):
+        if limit is None:
+            limits.append(None)
+            continue
+        limit = check_positive(name, limit) if positive else real_array(name, limit)
+        if limit.ndim > 1 or not np.all(np.isfinite(limit)):
+            raise LaplodeError(f"`{name}` must be a finite number or have shape (K,), got {limit}.")
+        limits.append(limit)
+    if lower is not None and upper is not None and not np.all(limits[0] < limits[1]):
+        raise LaplodeError(f"`lower` must lie below `upper`, got {lower} and {upper}.")
+    if scale is None and (lower is not None or upper is not None):
+        raise LaplodeError(
+            "`scale` must be given with `lower` or `upper`: beyond a limit, location and scale can't be told apart one "
+            "by one."
+        )
+    return limits[0], limits[1]
+
+
+class Gaussian(AbstractNormal):
+    """y ~ Normal(prediction, scale).
+
+    **Arguments:**
+
+    - `scale`: standard deviation of the noise in the units of `ys`, a scalar or one per channel (K,). None when the
+        model predicts it: then its predictions are (T, 2K), the means and the logarithms of the standard deviations.
+        `NeuralODE(..., scale=...)` does so with a standard deviation for each channel that is a parameter.
+    - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`. The posterior then
+        conditions on the value found.
+    - `lower`, `upper`: limits of detection in the units of `ys`, a scalar or one per channel (K,): an observation at
+        one or beyond it is known to lie there, no more.
+
+    **Raises:** `LaplodeError` when `scale` is not positive and finite, or limits do not fit.
+    """
+
+    scale: Array | np.ndarray | None
+    learned: bool = eqx.field(static=True)
+    lower: Array | np.ndarray | None
+    upper: Array | np.ndarray | None
+
+    def __init__(self, scale: Any = None, *, learned: bool = False, lower: Any = None, upper: Any = None):
+        self.scale = _check_scale(scale, learned)
+        self.learned = bool(learned)
+        self.lower, self.upper = _check_limits(lower, upper, scale, positive=False)
+
+    def family(self, location, scale):
+        return dist.Normal(location, scale, validate_args=False)
+
+    def normal(self, y):
+        return y
+
+    def unnormal(self, x):
+        return x
+
+
+class LogNormal(AbstractNormal):
+    """log y ~ Normal(log prediction, scale): the prediction is the median, and must be positive.
+
+    **Arguments:**
+
+    - `scale`: standard deviation of log y (0.1 is about 10% relative noise), a scalar or one per channel (K,), or None
+        when the model predicts it, as in `Gaussian`.
+    - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`. The posterior then
+        conditions on the value found.
+    - `lower`, `upper`: limits of detection in the units of `ys`, as in `Gaussian`. What lies below may be given as 0.
+
+    **Raises:** `LaplodeError` when `scale` is not positive and finite, or limits do not fit.
+    """
+
+    scale: Array | np.ndarray | None
+    learned: bool = eqx.field(static=True)
+    lower: Array | np.ndarray | None
+    upper: Array | np.ndarray | None
+
+    def __init__(self, scale: Any = None, *, learned: bool = False, lower: Any = None, upper: Any = None):
+        self.scale = _check_scale(scale, learned)
+        self.learned = bool(learned)
+        self.lower, self.upper = _check_limits(lower, upper, scale, positive=True)
+
+    def family(self, location, scale):
+        return dist.LogNormal(jnp.log(location), scale, validate_args=False)
+
+    def normal(self, y):
+        return jnp.log(y)
+
+    def unnormal(self, x):
+        return jnp.exp(x)
+
+    def check(self, ys):
+        seen = np.full(ys.shape, True) if self.lower is None else ys > self.lower
+        if np.any(wrong := seen & (ys <= 0)):
+            index = tuple(int(i) for i in np.argwhere(wrong)[0])
+            raise LaplodeError(
+                f"`ys` must be positive under a LogNormal likelihood, but ys{list(index)} = {ys[index]}. What lies "
+                "below a detection limit is told by LogNormal(scale, lower=limit)."
+            )
+
+
+class StudentT(AbstractScaleLikelihood):
+    """y ~ prediction + scale · StudentT(df): robust to outliers.
+
+    **Arguments:**
+
+    - `df`: degrees of freedom, positive.
+    - `scale`: scale of the noise in the units of `ys`, a scalar or one per channel (K,), or None when the model
+        predicts it, as in `Gaussian`.
+    - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`.
+
+    The Fisher information is (df + 1) / ((df + 3) scale²), and 2 df / (df + 3) in log scale (Lange, Little and Taylor,
+    1989).
+
+    **Raises:** `LaplodeError` when `df` or `scale` is not positive and finite.
+    """
+
+    df: Array | np.ndarray
+    scale: Array | np.ndarray | None
+    learned: bool = eqx.field(static=True)
+
+    def __init__(self, df: Any, scale: Any = None, *, learned: bool = False):
+        df = check_positive("df", df)
+        if df.ndim:
+            raise LaplodeError(f"`df` must be a number, got shape {df.shape}.")
+        self.df = df
+        self.scale = _check_scale(scale, learned)
+        self.learned = bool(learned)
+
+    @property
+    def quadratic(self):
+        return False
+
+    def family(self, location, scale):
+        return dist.StudentT(self.df, location, scale, validate_args=False)
+
+    def information(self, location, scale):
+        return (self.df + 1) / ((self.df + 3) * scale**2), 2 * self.df / (self.df + 3)

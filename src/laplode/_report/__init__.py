@@ -1,0 +1,1 @@
+"""Results for ArviZ, pictures, NUTS, files."""

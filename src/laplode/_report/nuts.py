@@ -1,0 +1,409 @@
+"""The exact posterior by NumPyro's No-U-Turn sampler, to hold a Laplace approximation against."""
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xarray as xr
+from arviz_stats.base.array import array_stats
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from numpyro.infer.hmc import HMCState, hmc
+from numpyro.infer.util import ParamInfo
+from tqdm.auto import tqdm
+
+from .._checks import check_count, check_flag, check_key, check_x64, real_array
+from .._errors import LaplodeError, LaplodeWarning, choose
+from .._posterior.posterior import AbstractPosterior, Posterior
+from .._predict.grid import Grid
+from .._predict.predict import predict_at
+from .._predict.solves import advice, log_joint_at
+from .._solve.maps import has_reverse
+from .datatree import chains_to_datatree, check_coords
+
+# Above this the ranks of the chains differ too much (Vehtari et al., 2021).
+_RHAT = 1.01
+
+
+# Transitions that one call may hold, and the seconds that it should take: between calls the bar moves and Ctrl-C is
+# heard.
+_CHUNK = 64
+
+
+_SECONDS = (0.3, 1.5)
+
+
+# Where chains start: draws this much wider than the Laplace posterior, drawn toward its mode by halves until their log
+# density is one that the typical set could have.
+_OVERDISPERSION = 1.5
+
+
+_HALVINGS = 20
+
+
+# NUTS gives up a trajectory whose energy is off by as much.
+_DIVERGENCE = 1000.0
+
+
+# The force at a place that has no part in the posterior, and how far the next step leads from there: so far that it is
+# known without a solve. Chains that run together wait for each other, and one that has ended goes on in place.
+_WALL, _OUTSIDE = 1e200, 1e100
+
+
+def nuts(
+    posterior: AbstractPosterior,
+    ts: Any = None,
+    y0: Any = None,
+    args: PyTree = None,
+    *,
+    key: PRNGKeyArray,
+    num_warmup: int = 500,
+    num_samples: int = 500,
+    num_chains: int = 4,
+    target_accept_prob: float = 0.8,
+    max_tree_depth: int = 10,
+    dense_mass: bool = False,
+    starts: Any = None,
+    chain_method: str = "vectorized",
+    num_prior: int = 0,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    progress: bool = True,
+) -> xr.DataTree:
+    """Draws from the exact posterior p(θ | Y) by NumPyro's NUTS, to hold a Laplace approximation against.
+
+    The density is log p(Y | θ) + log p(θ) with the model's own adaptive solve in it, differentiated in reverse; where
+    the solve fails it is −∞. Chains move in z, θ = start + C z with C Cᵀ = Λ⁻¹ of the Laplace posterior (the heaviest
+    component of a mixture), in which it is a standard normal if the approximation is right.
+
+    **Arguments:**
+
+    - `posterior`: from `laplace` or `mixture`. Of a mixture whose components differ in noise or prior, those of the
+        heaviest hold.
+    - `ts`, `y0`, `args`: as in `predict`, for a group `predictions`; None for none.
+    - `key`: a JAX random key.
+    - `num_warmup`, `num_samples`, `num_chains`: transitions of each chain to adapt in, and to keep; how many chains.
+    - `target_accept_prob`, `max_tree_depth`, `dense_mass`: as in `numpyro.infer.NUTS`. A transition takes up to
+        2 ** max_tree_depth − 1 gradients. The mass matrix is that of z.
+    - `starts`: where chains start, (num_chains, P); by default at draws 1.5 times as wide as the Laplace posterior,
+        around the modes of a mixture by weight, drawn toward the mode until their density is not much lower than there.
+    - `chain_method`: "vectorized": all chains at once, each transition as long as the longest of them; "sequential".
+    - `num_prior`: how many draws of the prior to add, as the group `prior`.
+    - `coords`: names for "trajectory" and "channel", as in `to_datatree`.
+    - `progress`: whether to show a progress bar.
+
+    **Returns:** an `xarray.DataTree` with the groups of `to_datatree`. `sample_stats` holds diverging, energy, lp
+    (log p(Y, θ)), n_steps, tree_depth, acceptance_rate and step_size; among the attributes are num_divergences,
+    max_rhat over parameters and max_rhat_f over predictions of the data. Stopped by Ctrl-C after warmup, what was drawn
+    until then.
+
+    **Raises:** `LaplodeError` when an argument does not fit, the model has no reverse mode, or the density is not
+    finite at a start. Warns (`LaplodeWarning`) of divergences and of r̂ above 1.01: that of weights is high where a
+    network's hidden units can be exchanged, whether or not the chains agree on its predictions.
+
+    Hoffman and Gelman (2014), "The No-U-Turn sampler"; Phan, Pradhan and Jankowiak (2019), "Composable effects for
+    flexible and accelerated probabilistic programming in NumPyro"; Vehtari et al. (2021), "Rank-normalization, folding,
+    and localization: an improved R̂".
+    """
+    check_x64()
+    if not isinstance(posterior, AbstractPosterior):
+        raise LaplodeError(
+            f"`posterior` must come from laplode.laplace or laplode.mixture, got {type(posterior).__name__}."
+        )
+    counts = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains}
+    for name, value in (counts | {"max_tree_depth": max_tree_depth}).items():
+        check_count(name, value)
+    check_count("num_prior", num_prior, 0)
+    check_key("key", key)
+    if not isinstance(target_accept_prob, float | np.floating) or not 0 < target_accept_prob < 1:
+        raise LaplodeError(f"`target_accept_prob` must lie between 0 and 1, got {target_accept_prob!r}.")
+    check_flag("dense_mass", dense_mass)
+    vectorized = choose("chain_method", chain_method, {"vectorized": True, "sequential": False})
+    data = posterior.problem.data
+    check_coords({} if coords is None else coords, posterior)
+    here = Grid.of(posterior, data.ts, None, None)
+    if ts is None and not (y0 is None and args is None):
+        raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
+    elsewhere = None if ts is None else Grid.of(posterior, ts, y0, args)
+    if not has_reverse(posterior.components[0].flow):
+        raise LaplodeError(
+            "`posterior` is of a model that can't be differentiated in reverse, which NUTS needs. Inside it, solve "
+            "with Diffrax's default adjoint, or with adjoint=diffrax.DirectAdjoint()."
+        )
+    if len(posterior.components) > 1 and not _of_one_problem(posterior):
+        warnings.warn(
+            "The components of the mixture differ in noise or prior, so that there is no one exact posterior: NUTS "
+            "takes those of the heaviest.",
+            LaplodeWarning,
+            stacklevel=2,
+        )
+
+    key_starts, key_chains, key_here, key_elsewhere, key_prior = jax.random.split(key, 5)
+    with advice():
+        target, first = _begin(posterior, starts, num_chains, key_starts)
+    settings = _Settings(int(num_warmup), float(target_accept_prob), int(max_tree_depth), bool(dense_mass))
+    keys = jax.random.split(key_chains, num_chains)
+    together = num_chains if vectorized else 1
+    parts, began, total = [], time.perf_counter(), (num_warmup + num_samples) * (num_chains // together)
+    with tqdm(total=total, desc="NUTS", unit="transition", disable=not progress) as bar, advice():
+        for i in range(0, num_chains, together):
+            chosen = slice(i, i + together)
+            part = _run(target, settings, first.of(chosen), keys[chosen], num_samples, bar)
+            parts.append(part)
+    seconds = time.perf_counter() - began
+    done = min(len(part.lp) for part in parts)
+    if done < num_samples:
+        warnings.warn(
+            f"Interrupted: each chain has {done} of {num_samples} draws after warmup.", LaplodeWarning, stacklevel=2
+        )
+    trace: _Trace = jax.tree.map(lambda *x: np.concatenate([a[:done] for a in x], axis=1).swapaxes(0, 1), *parts)
+
+    component = target.posterior
+    thetas = jnp.asarray(trace.theta).reshape(-1, posterior.size)
+    options = {"method": "nuts", "progress": progress}
+    predicted = predict_at(component, here, thetas, key=key_here, **options)
+    others = [] if elsewhere is None else [predict_at(component, elsewhere, thetas, key=key_elsewhere, **options)]
+    if others and not np.all(others[0].ok):
+        warnings.warn(
+            f"{int(np.sum(~others[0].ok))} of {len(thetas)} draws have no finite trajectory at `ts`, though they have "
+            "one at the times of the data: they are NaN.",
+            LaplodeWarning,
+            stacklevel=2,
+        )
+    f = np.asarray(predicted.epistemic).reshape(num_chains, done, *data.ys.shape)
+    rhat, rhat_f = _rhat(np.asarray(trace.theta)), _rhat(f)
+    attrs = {
+        "inference_library": "numpyro",
+        "inference_library_version": version("numpyro"),
+        "sampling_time": seconds,
+        "tuning_steps": int(num_warmup),
+        "num_divergences": int(np.sum(trace.diverging)),
+        "max_rhat": _largest(rhat),
+        "max_rhat_f": _largest(rhat_f),
+    }
+    _warn(posterior, trace, settings, rhat, attrs)
+    stats = {name: getattr(trace, name) for name in _Trace._fields if name != "theta"}
+    stats["tree_depth"] = np.ceil(np.log2(trace.n_steps + 1)).astype(int)
+    return chains_to_datatree(posterior, [predicted, *others], stats, attrs, coords or {}, key_prior, num_prior)
+
+
+class _Settings(NamedTuple):
+    num_warmup: int
+    target_accept_prob: float
+    max_tree_depth: int
+    dense_mass: bool
+
+
+class _Target(eqx.Module):
+    """−log p(Y, θ) at θ = start + C z, as a function of z.
+
+    Above `ceiling`, in nats, no trajectory of NUTS can be but in error.
+    """
+
+    posterior: Posterior
+    ceiling: Float[Array, ""]
+
+    def theta(self, start: Float[Array, " P"], z: Float[Array, "... P"]) -> Float[Array, "... P"]:
+        return start + self.posterior.structure.root_product(z)
+
+    def potential(self, start: Float[Array, " P"]) -> Callable[[Array], Array]:
+        def at(z):
+            inside = jnp.all(jnp.abs(z) < _OUTSIDE)
+            place = jax.lax.stop_gradient(jnp.where(inside, z, 0))
+            negative = lambda z: -log_joint_at(self.posterior, self.theta(start, z))
+            value, force = jax.value_and_grad(negative)(place)
+            # Any finite force leaves the distribution as it is; one that is NaN would end the chain.
+            force = jnp.where(jnp.isfinite(force), force, 0)
+            allowed = inside & jnp.isfinite(value)
+            value = jnp.where(allowed, value, jnp.inf)
+            force = jnp.where(allowed & (value < self.ceiling), force, _WALL)
+            return value + force @ (z - jax.lax.stop_gradient(z))
+
+        return at
+
+
+class _Start(NamedTuple):
+    """Where chains start, with the potential and its gradient in z there."""
+
+    theta: Float[Array, "C P"]
+    potential: Float[Array, " C"]
+    gradient: Float[Array, "C P"]
+
+    def of(self, chosen: slice) -> "_Start":
+        return _Start(*(x[chosen] for x in self))
+
+
+@eqx.filter_jit
+def _evaluate(target: _Target, starts: Float[Array, "C P"]):
+    at = lambda start: jax.value_and_grad(target.potential(start))(jnp.zeros_like(start))
+    return jax.vmap(at)(starts)
+
+
+def _begin(posterior: AbstractPosterior, starts: Any, num_chains: int, key: PRNGKeyArray) -> tuple[_Target, _Start]:
+    """**Raises:** `LaplodeError` when `starts` do not fit, or have no density."""
+    size, components = posterior.size, posterior.components
+    unlimited = _Target(components[0], jnp.array(jnp.inf))
+    if starts is not None:
+        thetas = real_array("starts", starts)
+        if thetas.shape != (num_chains, size) or not np.all(np.isfinite(thetas)):
+            raise LaplodeError(
+                f"`starts` must be finite and of shape (num_chains, P) = ({num_chains}, {size}), got {thetas.shape}."
+            )
+        thetas = jnp.asarray(thetas)
+        values, gradients = _evaluate(unlimited, thetas)
+    else:
+        # Systematically, so that of few chains each component has its share.
+        marks = (np.arange(num_chains) + 0.5) / num_chains
+        share = np.searchsorted(np.cumsum(posterior.weights), marks).clip(max=len(components) - 1)
+        modes = jnp.stack([components[i].mean for i in share])
+        normals = _OVERDISPERSION * jax.random.normal(key, (num_chains, size))
+        offsets = jnp.stack([components[i].structure.root_product(z) for i, z in zip(share, normals, strict=True)])
+        least = _evaluate(unlimited, modes)[0]
+        scale = np.ones(num_chains)
+        for _ in range(_HALVINGS):
+            thetas = modes + scale[:, None] * offsets
+            values, gradients = _evaluate(unlimited, thetas)
+            far = ~np.asarray(values < least + 2 * size + 10)
+            if not np.any(far):
+                break
+            scale = np.where(far, scale / 2, scale)
+    failed = np.flatnonzero(~np.isfinite(np.asarray(values)))
+    if failed.size:
+        raise LaplodeError(
+            f"{'`starts`' if starts is not None else '`posterior`'}: the density is not finite where chain "
+            f"{failed[0]} would start ({failed.size} of {num_chains} chains): the solve fails there, or the likelihood "
+            "can't have the data."
+        )
+    ceiling = jnp.max(values) + _DIVERGENCE + 10 * size
+    return _Target(components[0], ceiling), _Start(thetas, values, gradients)
+
+
+class _Trace(NamedTuple):
+    """What is kept of each transition."""
+
+    theta: Float[Array, "... P"]
+    lp: Float[Array, "..."]
+    energy: Float[Array, "..."]
+    diverging: Array
+    n_steps: Int[Array, "..."]
+    acceptance_rate: Float[Array, "..."]
+    step_size: Float[Array, "..."]
+
+
+def _kernel(target: _Target, settings: _Settings):
+    """NumPyro's functions for one chain: `begin(start, key)` and `step(state, start)`."""
+    init, sample = hmc(potential_fn_gen=target.potential, algo="NUTS")
+
+    def begin(start: _Start, key):
+        zero = jnp.zeros_like(start.theta)
+        return init(
+            ParamInfo(zero, start.potential, start.gradient),
+            num_warmup=settings.num_warmup,
+            step_size=zero.size**-0.25,
+            dense_mass=settings.dense_mass,
+            target_accept_prob=settings.target_accept_prob,
+            max_tree_depth=settings.max_tree_depth,
+            model_args=(start.theta,),
+            rng_key=key,
+        )
+
+    return begin, sample
+
+
+@eqx.filter_jit
+def _initial(target: _Target, settings: _Settings, first: _Start, keys: PRNGKeyArray) -> HMCState:
+    return jax.vmap(_kernel(target, settings)[0])(first, keys)
+
+
+@eqx.filter_jit
+def _advance(target: _Target, settings: _Settings, first: _Start, keys, state: HMCState, num):
+    """`num` transitions of every chain, at most `_CHUNK`."""
+    begin, sample = _kernel(target, settings)
+    jax.eval_shape(jax.vmap(begin), first, keys)  # it hands its settings to `sample`
+
+    def record(state, start):
+        adapted = state.adapt_state.step_size
+        found = (-state.potential_energy, state.energy, state.diverging, state.num_steps, state.accept_prob, adapted)
+        return _Trace(target.theta(start, state.z), *found)
+
+    def one(i, carry):
+        state, trace = carry
+        state = jax.vmap(lambda state, start: sample(state, (start,)))(state, first.theta)
+        row = jax.vmap(record)(state, first.theta)
+        return state, jax.tree.map(lambda all, new: all.at[i].set(new), trace, row)
+
+    shapes = jax.eval_shape(jax.vmap(record), state, first.theta)
+    empty = jax.tree.map(lambda x: jnp.zeros((_CHUNK, *x.shape), x.dtype), shapes)
+    return jax.lax.fori_loop(0, num, one, (state, empty))
+
+
+def _run(
+    target: _Target, settings: _Settings, first: _Start, keys: PRNGKeyArray, num_samples: int, bar: tqdm
+) -> _Trace:
+    """What was drawn after warmup, draws before chains."""
+    state = _initial(target, settings, first, keys)
+    kept, drawn, num = [], 0, 1
+    for phase, length in (("warmup", settings.num_warmup), ("sample", num_samples)):
+        done = diverged = 0
+        while done < length:
+            some = min(num, length - done)
+            began = time.perf_counter()
+            try:
+                state, trace = _advance(target, settings, first, keys, state, jnp.asarray(some))
+                trace: _Trace = jax.tree.map(lambda x, some=some: np.asarray(x[:some]), trace)
+            except KeyboardInterrupt:
+                if not kept:
+                    raise
+                return jax.tree.map(lambda *x: np.concatenate(x), *kept)
+            seconds = time.perf_counter() - began
+            num = min(2 * num, _CHUNK) if seconds < _SECONDS[0] else max(num // 2, 1) if seconds > _SECONDS[1] else num
+            done, diverged = done + some, diverged + int(np.sum(trace.diverging))
+            if phase == "sample":
+                kept.append(trace)
+                drawn += some
+            bar.update(some)
+            bar.set_postfix(phase=phase, divergences=diverged, steps=int(np.max(trace.n_steps)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *kept)
+
+
+def _of_one_problem(posterior: AbstractPosterior) -> bool:
+    first, *others = (c.problem for c in posterior.components)
+    kind = lambda problem: (problem.likelihood, problem.prior)
+    return all(bool(eqx.tree_equal(kind(first), kind(other))) for other in others)
+
+
+def _rhat(draws: Float[np.ndarray, "C S ..."]) -> Float[np.ndarray, "..."]:
+    """Rank-normalized split r̂ of each value; NaN where no draw differs, or there are fewer than four."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        return np.asarray(array_stats.rhat(draws, chain_axis=0, draw_axis=1), dtype=float)
+
+
+def _largest(rhat: np.ndarray) -> float:
+    return float(np.nanmax(rhat)) if np.any(np.isfinite(rhat)) else float("nan")
+
+
+def _warn(posterior: AbstractPosterior, trace: _Trace, settings: _Settings, rhat: np.ndarray, attrs: dict) -> None:
+    if attrs["num_divergences"]:
+        warnings.warn(
+            f"{attrs['num_divergences']} of {trace.diverging.size} transitions diverged, where the posterior bends "
+            "more than a step can follow or a solve fails: the draws may miss a part of it. A higher "
+            "`target_accept_prob` shortens the steps.",
+            LaplodeWarning,
+            stacklevel=3,
+        )
+    if attrs["max_rhat"] > _RHAT or attrs["max_rhat_f"] > _RHAT:
+        worst = posterior.parameters.name(int(np.nanargmax(rhat)))
+        full = float(np.mean(trace.n_steps >= 2**settings.max_tree_depth - 1))
+        trees = f" {full:.0%} of the transitions reached `max_tree_depth`." if full else ""
+        warnings.warn(
+            f"The chains do not agree: r̂ is {attrs['max_rhat']:.3g} for {worst}, the worst parameter, and at most "
+            f"{attrs['max_rhat_f']:.3g} for the predictions of the data, where it should be below {_RHAT}.{trees} Give "
+            "more `num_warmup` and `num_samples`; weights that can be exchanged may disagree for good.",
+            LaplodeWarning,
+            stacklevel=3,
+        )

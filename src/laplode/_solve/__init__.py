@@ -1,0 +1,1 @@
+"""How solutions depend on parameters: replay of accepted steps, sensitivities, second derivatives."""

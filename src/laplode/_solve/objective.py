@@ -1,0 +1,65 @@
+"""The negative log-likelihood as a function of θ, with its derivatives."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._problem.problem import Problem
+from .maps import AbstractFlow, has_reverse, linearize
+
+
+class NegativeLogLikelihood(eqx.Module):
+    """θ ↦ −log p(Y | θ), in nats."""
+
+    flow: AbstractFlow
+    problem: Problem
+
+    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
+        return -self.problem.log_likelihood(self.flow(theta))
+
+
+def value_and_gradient(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, ""], Float[Array, " P"]]:
+    """−log p(Y | θ) and its gradient, shape (P,), at the flow's parameters."""
+    if has_reverse(flow):
+        return _value_and_gradient(flow, problem)
+    predictions, jacobian = linearize(flow)
+    return _value_and_score(problem, predictions, jacobian)
+
+
+@eqx.filter_jit
+def _value_and_gradient(flow: AbstractFlow, problem: Problem):
+    return jax.value_and_grad(NegativeLogLikelihood(flow, problem))(flow.parameters.vector)
+
+
+@eqx.filter_jit
+def _value_and_score(problem: Problem, predictions: Float[Array, "N T K"], jacobian: Float[Array, "N*T*K P"]):
+    score = problem.likelihood.score(predictions, jnp.asarray(problem.data.ys))
+    return -problem.log_likelihood(predictions), -score.ravel() @ jacobian
+
+
+def hessian_vector_product(flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"], vector: Float[Array, " P"]):
+    """∇²(−log p(Y | θ)) · vector by forward over reverse differentiation, shape (P,)."""
+    gradient = jax.grad(NegativeLogLikelihood(flow, problem))
+    return jax.jvp(gradient, (theta,), (vector,))[1]
+
+
+class _Tilted(eqx.Module):
+    """θ ↦ −log p(Y | θ) + ⟨tilt, f(θ)⟩, f the predictions."""
+
+    flow: AbstractFlow
+    problem: Problem
+    tilt: Float[Array, "N T K"]
+
+    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
+        predictions = self.flow(theta)
+        return jnp.sum(self.tilt * predictions) - self.problem.log_likelihood(predictions)
+
+
+@eqx.filter_jit
+def _loss_derivatives(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, "N T F"], Float[Array, "N T F F"]]:
+    """First and second derivatives of −log p(y | f) in the predictions f at each time."""
+    predictions = flow(flow.parameters.vector)
+    score = problem.likelihood.score
+    each = jax.vmap(jax.vmap(lambda f, y: (-score(f, y), -jax.jacfwd(score)(f, y))))
+    return each(predictions, jnp.asarray(problem.data.ys))

@@ -1,0 +1,220 @@
+"""The layout of the package: arrows point one way, nothing private of JAX is used, everything public is explained."""
+
+import ast
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import laplode as lp
+
+PACKAGE = Path(lp.__file__).parent
+# The rooms in the order of the data's way, and within each room its files: each imports only what stands before it.
+ORDER = [
+    "_errors",
+    "_checks",
+    "_devices",
+    "_files",
+    "_algebra/forms",
+    "_algebra/regularization",
+    "_algebra/structure",
+    "_algebra/build",
+    "_problem/data",
+    "_problem/likelihood",
+    "_problem/scale",
+    "_problem/counts",
+    "_problem/prior",
+    "_problem/problem",
+    "_model/neural_ode",
+    "_model/own",
+    "_model/parameters",
+    "_model/local_prior",
+    "_solve/replay",
+    "_solve/sensitivity",
+    "_solve/second_order",
+    "_solve/autodiff",
+    "_solve/maps",
+    "_solve/objective",
+    "_curvature/hessian",
+    "_curvature/gauss_newton",
+    "_curvature/products",
+    "_fit/from_loss",
+    "_fit/fit",
+    "_fit/refine",
+    "_posterior/posterior",
+    "_posterior/estimate",
+    "_posterior/laplace",
+    "_posterior/evidence",
+    "_posterior/maximize",
+    "_predict/mix",
+    "_predict/surface",
+    "_predict/geodesic",
+    "_predict/solves",
+    "_predict/importance",
+    "_predict/draws",
+    "_predict/start",
+    "_predict/function",
+    "_predict/grid",
+    "_predict/predictions",
+    "_predict/predict",
+    "_diagnose/identify",
+    "_diagnose/tolerance",
+    "_diagnose/design",
+    "_report/datatree",
+    "_report/plot/shared",
+    "_report/plot/trajectories",
+    "_report/plot/phase",
+    "_report/plot/spectrum",
+    "_report/plot/time_correlation",
+    "_report/plot/marginals",
+    "_report/nuts",
+    "_report/save",
+    "__init__",
+]
+MODULES = sorted(
+    str(path.relative_to(PACKAGE).with_suffix(""))
+    for path in PACKAGE.rglob("*.py")
+    if path.name != "__init__.py" or path.parent == PACKAGE
+)
+each = pytest.mark.parametrize("name", MODULES)
+
+
+def imports(source: str, module: str = "__init__") -> tuple[set[str], set[str]]:
+    """Modules of the package that the source of a module imports, at any depth, and full names of all others."""
+    inside, outside = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            outside |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            room = module.split("/")[: -node.level]
+            given = node.module.split(".") if node.module else []
+            targets = [given] if given and "/".join(room + given) in ORDER else [[*given, a.name] for a in node.names]
+            inside |= {"/".join(room + target) for target in targets}
+        elif isinstance(node, ast.ImportFrom):
+            outside |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return inside, outside
+
+
+def test_the_reader_of_imports_finds_every_form():
+    source = """
+import jax.numpy, os
+from .._problem.data import Trajectories
+from .._problem import prior
+from . import fit
+from .._errors import LaplodeError
+def late():
+    from jax._src import core
+    from .._report.save import load
+"""
+    inside = {"_problem/data", "_problem/prior", "_fit/fit", "_errors", "_report/save"}
+    assert imports(source, "_fit/refine") == (inside, {"jax.numpy", "os", "jax._src.core"})
+
+
+def test_every_module_has_its_place():
+    assert set(MODULES) == set(ORDER)
+
+
+@each
+def test_imports_point_upward(name):
+    """Which also rules out circles: whatever a module imports stands before it in one order."""
+    inside, outside = imports((PACKAGE / f"{name}.py").read_text(), name)
+    below = {other for other in inside if ORDER.index(other) >= ORDER.index(name)}
+    assert not below, f"{name} imports {below}, which stand below it"
+    assert not {other for other in outside if other.split(".")[0] == "laplode"}, "import siblings relatively"
+
+
+@each
+def test_nothing_private_of_jax(name):
+    _, outside = imports((PACKAGE / f"{name}.py").read_text())
+    assert not {other for other in outside if other.startswith("jax._")}
+
+
+PUBLIC = sorted(name for name in vars(lp) if not name.startswith("_"))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_docstrings(name):
+    value = getattr(lp, name)
+    assert value.__module__.startswith("laplode."), f"{name} comes from {value.__module__}"
+    assert value.__doc__ and not value.__doc__.startswith(f"{name}("), f"{name} has no docstring of its own"
+    if inspect.isclass(value):
+        for attribute, member in vars(value).items():
+            public = inspect.isfunction(member) or isinstance(member, property)
+            if public and not attribute.startswith("_"):
+                assert inspect.getdoc(getattr(value, attribute)), f"{name}.{attribute} has no docstring"
+
+
+FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(lp, name))]
+MADE_BY_USERS = [
+    "Gaussian",
+    "GaussianPrior",
+    "LogNormal",
+    "NamedPriors",
+    "NegativeBinomial",
+    "NeuralODE",
+    "Poisson",
+    "Problem",
+    "StudentT",
+    "Trajectories",
+]
+
+
+def section(doc: str, title: str) -> str:
+    """What a docstring says under **title:**, up to the next section or paragraph that is not part of a list."""
+    found = re.search(rf"\*\*{title}:?\*\*:?(.*?)(?=\n\n(?![ \n]*-)|\Z)", doc, re.DOTALL)
+    return found.group(1) if found else ""
+
+
+def named_arguments(doc: str) -> set[str]:
+    """The names in an **Arguments** section, those of the function it refers to included."""
+    text = section(doc, "Arguments")
+    names = set()
+    for item in re.findall(r"^\s*- ((?:`\w+`(?:, )?)+):", text, re.MULTILINE):
+        names |= set(re.findall(r"`(\w+)`", item))
+    for other in re.findall(r"as (?:for|in) `(\w+)`", text.split("\n\n- ")[0]):
+        names |= named_arguments(inspect.getdoc(getattr(lp, other)))
+    return names
+
+
+def raises(function) -> bool:
+    """Whether a function itself raises; what it calls, it may say or not."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return any(isinstance(node, ast.Raise) and node.exc is not None for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS + MADE_BY_USERS)
+def test_docstrings_are_complete(name):
+    value = getattr(lp, name)
+    doc = inspect.getdoc(value)
+    purpose = doc.split("\n\n")[0]
+    assert purpose.endswith((".", ":")) and len(purpose) < 240, f"{name} does not begin with its purpose"
+    signature = inspect.signature(value)
+    parameters = {p.name for p in signature.parameters.values()}
+    missing = parameters - named_arguments(doc)
+    assert not missing, f"{name} does not explain {missing}"
+    unknown = named_arguments(doc) - parameters if "as for `" not in doc else set()
+    assert not unknown, f"{name} explains {unknown}, which it does not take"
+    if inspect.isfunction(value):
+        assert section(doc, "Returns"), f"{name} does not say what it returns"
+        assert section(doc, "Raises") or not raises(value), f"{name} does not say what it raises"
+    elif value.__init__.__code__.co_filename != "<string>":  # not a dataclass's own
+        assert section(doc, "Raises") or not raises(value.__init__), f"{name} does not say what it raises"
+
+
+def test_the_reader_of_docstrings_misses_nothing():
+    doc = """Purpose.
+
+    **Arguments:**
+
+    - `a`: one, as in
+        `laplace`.
+    - `b`, `c`: two.
+
+    **Returns:** `d`.
+    """
+    assert named_arguments(inspect.cleandoc(doc)) == {"a", "b", "c"}
+    assert section(inspect.cleandoc(doc), "Returns") == " `d`."
+    assert not section(inspect.cleandoc(doc), "Raises")
+    assert named_arguments("Purpose.\n\n**Arguments:** as for `laplace`.") >= {"model", "problem", "where"}

@@ -1,0 +1,183 @@
+"""From a training loop's loss to the problem it solves, and the claims about it that are wrong."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import laplode as lp
+from laplode._model.local_prior import prior_vectors
+from laplode._model.parameters import parameters
+from laplode._solve.maps import flow
+from laplode._solve.objective import value_and_gradient
+
+L2 = 1e-3
+
+
+@pytest.fixture(scope="module")
+def data(growth):
+    return growth.problem.data
+
+
+def squares(model, data, transform=lambda y: y):
+    """Σ (f − y)², as a training loop would write it."""
+    predicted = jax.vmap(model)(jnp.asarray(data.ts), jnp.asarray(data.y0))
+    return jnp.sum((transform(predicted) - transform(jnp.asarray(data.ys))) ** 2)
+
+
+def penalty(model):
+    return jnp.sum(model.rate**2) + model.gain**2
+
+
+def gradient_of_problem(model, problem):
+    """∇(−log p(Y | θ) − log p(θ))."""
+    view = parameters(model)
+    mean, precision = prior_vectors(problem.prior, view)
+    around = flow(view, problem.data.ts, problem.data.y0, problem.data.args)
+    return value_and_gradient(around, problem)[1] + precision * (view.vector - mean)
+
+
+def gradient_of_loss(model, loss):
+    return parameters(eqx.filter_grad(loss)(model)).vector
+
+
+CASES = {
+    "mean": (lambda m, d: squares(m, d) / d.ys.size + L2 * penalty(m), dict(squares="mean", l2=L2)),
+    "sum": (lambda m, d: squares(m, d) + L2 * penalty(m), dict(squares="sum", l2=L2)),
+    "half": (lambda m, d: 0.5 * squares(m, d) + 0.5 * L2 * penalty(m), dict(squares=0.5, l2=0.5 * L2)),
+    "log": (
+        lambda m, d: squares(m, d, jnp.log) / d.ys.size + L2 * penalty(m),
+        dict(squares="mean", l2=L2, errors="log"),
+    ),
+    "part": (
+        lambda m, d: squares(m, d) / d.ys.size + L2 * m.gain**2,
+        dict(squares="mean", l2=L2, penalized=lambda m: m.gain, precision=1e-9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_problem_has_the_gradient_of_the_loss(growth, data, name):
+    loss, claim = CASES[name]
+    found = lp.problem_from_loss(growth.model, data, lambda m: loss(m, data), scale=0.2, **claim)
+    assert found.difference < 1e-12 and found.scale == 0.2
+    expected = found.nats_per_loss * gradient_of_loss(growth.model, lambda m: loss(m, data))
+    # What "part" leaves without a penalty has the tiny precision instead.
+    np.testing.assert_allclose(gradient_of_problem(growth.model, found.problem), expected, rtol=1e-7)
+
+
+def test_weight_decay_is_half_a_penalty(growth, data):
+    loss = lambda m: squares(m, data) / data.ys.size
+    by_decay = lp.problem_from_loss(growth.model, data, loss, weight_decay=2 * L2, scale=0.2)
+    assert by_decay.difference < 1e-12
+    np.testing.assert_allclose(by_decay.problem.prior.precision, 2 * L2 * data.ys.size / (2 * 0.2**2), rtol=1e-14)
+
+
+class Lines(eqx.Module):
+    """Linear in its parameters, so that the minimum of its loss is an equation."""
+
+    slope: jax.Array
+
+    def __call__(self, ts, y0):
+        return y0 + ts[:, None] * self.slope
+
+
+def test_imbalance_is_zero_at_the_minimum_and_not_elsewhere(growth):
+    data = growth.problem.data
+    ts, rise = data.ts[..., None], data.ys - data.y0[:, None]
+    minimum = np.sum(ts * rise, axis=(0, 1)) / (np.sum(ts**2, axis=(0, 1)) + 50.0)
+    at = lp.problem_from_loss(Lines(jnp.asarray(minimum)), data, squares="sum", l2=50.0)
+    assert at.difference is None and at.imbalance < 1e-12
+    assert lp.problem_from_loss(Lines(jnp.asarray(1.2 * minimum)), data, squares="sum", l2=50.0).imbalance > 0.1
+
+
+def test_noise_from_the_residuals_and_without_the_initial_state(growth, data):
+    ys = data.ys.copy()
+    clean = np.asarray(jax.vmap(growth.model)(jnp.asarray(data.ts), jnp.asarray(data.y0)))
+    ys[:, 0] = clean[:, 0]
+    ys[1, 3, 0] = np.nan
+    exact = lp.Trajectories(data.ts, ys, data.y0)
+    found = lp.problem_from_loss(growth.model, exact, precision=2.0)
+    residuals = (ys - clean)[:, 1:]
+    np.testing.assert_allclose(found.scale, np.sqrt(np.nanmean(residuals**2)), rtol=1e-12)
+    assert found.problem.prior.precision == 2.0 and found.imbalance is None
+    np.testing.assert_allclose(found.nats_per_loss, (ys.size - 1) / (2 * found.scale**2), rtol=1e-12)
+    with pytest.raises(lp.LaplodeError, match="`scale` is needed"):
+        lp.problem_from_loss(growth.model, lp.Trajectories(data.ts, clean, data.y0), precision=2.0)
+
+
+NUM = 36  # observed values of `growth`
+
+
+@pytest.mark.parametrize(
+    "claim, match",
+    [
+        pytest.param(dict(squares="sum", l2=L2), "`squares`='sum'.*0.02778 times.*the mean. Pass", id="mean not sum"),
+        pytest.param(dict(squares=0.5 / NUM, l2=L2), "2 times what was said, which is the mean", id="no half"),
+        pytest.param(dict(l2=2 * L2), r"rate \(0.001 in place of 0.002\), gain \(0.001", id="half penalty"),
+        pytest.param(dict(precision=1.0), r"rate \(0.001 in place of 0\)", id="forgotten penalty"),
+        pytest.param(dict(l2=L2, penalized=lambda m: m.gain, precision=1.0), r"for rate \(0.001 in", id="mask"),
+        pytest.param(dict(weight_decay=2 * L2), r"`l2`.*rate \(0.001 in place of 0\)", id="decay for l2"),
+        pytest.param(dict(l2=L2, errors="log"), "is no multiple of.*neither", id="errors"),
+    ],
+)
+def test_wrong_claims_are_caught(growth, data, claim, match):
+    loss = CASES["mean"][0]
+    with pytest.raises(lp.LaplodeError, match=match):
+        lp.problem_from_loss(growth.model, data, lambda m: loss(m, data), **claim)
+
+
+def test_a_small_penalty_on_too_many_parameters_is_caught_from_float32(growth, data):
+    """Data kept in float32 disagree by their rounding, which must not hide a penalty or look like one."""
+    rounded = eqx.tree_at(lambda d: (d.ts, d.ys), data, (data.ts.astype(np.float32), data.ys.astype(np.float32)))
+    loss = lambda m: squares(m, rounded) / rounded.ys.size + 1e-4 * penalty(m)
+    found = lp.problem_from_loss(growth.model, data, loss, l2=1e-4)
+    assert 1e-9 < found.difference < 1e-5
+    with pytest.raises(lp.LaplodeError, match=r"rate \(0.0001 in place of 0\)"):
+        lp.problem_from_loss(growth.model, data, loss, l2=1e-4, penalized=lambda m: m.gain, precision=1.0)
+
+
+def test_a_loss_in_float32_meets_a_model_in_float32(growth, data):
+    """A model and data of single precision stay so, since a loss with a solve in it refuses a mixture."""
+    model = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), growth.model)
+    dtypes = []
+
+    def loss(m):
+        dtypes.append(m.rate.dtype)
+        ts, y0, ys = (jnp.asarray(x, dtype=jnp.float32) for x in (data.ts, data.y0, data.ys))
+        return jnp.mean((jax.vmap(m)(ts, y0) - ys) ** 2) + L2 * penalty(m)
+
+    found = lp.problem_from_loss(model, data, loss, l2=L2)
+    assert set(dtypes) == {jnp.dtype("float32")}
+    assert found.difference < 1e-5
+    with pytest.raises(lp.LaplodeError, match="times what was said"):
+        lp.problem_from_loss(model, data, loss, l2=L2, squares="sum")
+
+
+@pytest.mark.parametrize(
+    "arguments, match",
+    [
+        pytest.param(dict(), "`precision` is needed. The loss has no penalty on any parameter", id="no prior"),
+        pytest.param(dict(weight_decay=0.1, decoupled=True), "optax.adamw.*gives no prior", id="decoupled"),
+        pytest.param(dict(l2=1.0, penalized=lambda m: m.gain), "no penalty on rate", id="part"),
+        pytest.param(dict(squares="average"), '`squares` must be one of "mean", "sum"', id="squares"),
+        pytest.param(dict(squares=0), "`squares` must be", id="no squares"),
+        pytest.param(dict(errors="relative"), "`errors` must be one of", id="errors"),
+        pytest.param(dict(l2=-1.0), "`l2` must be a number of at least 0", id="negative"),
+        pytest.param(dict(precision=0.0), "`precision` must be a positive", id="precision"),
+        pytest.param(dict(loss=3, precision=1.0), "`loss` must be a function", id="no function"),
+        pytest.param(dict(loss=lambda m: m.rate, precision=1.0), r"one number, got shape \(2,\)", id="vector"),
+        pytest.param(
+            dict(loss=lambda m: m.width, precision=1.0), "can't be differentiated.*AttributeError", id="fails"
+        ),
+    ],
+)
+def test_bad_arguments_are_refused(growth, data, arguments, match):
+    with pytest.raises(lp.LaplodeError, match=match):
+        lp.problem_from_loss(growth.model, data, **arguments)
+
+
+def test_refuses_other_data():
+    with pytest.raises(lp.LaplodeError, match=r"`data` must be laplode\.Trajectories"):
+        lp.problem_from_loss(None, np.ones(3))

@@ -1,0 +1,235 @@
+"""Refinement: that it ends at a minimum, leaves saddles, and never returns a worse point."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import laplode as lp
+from laplode._fit.refine import _levenberg_marquardt
+
+
+def joint(model, problem):
+    """−log p(Y | θ) − log p(θ) by an adaptive solve."""
+    data, prior = problem.data, problem.prior
+    predictions = np.stack([model(data.ts[i], data.y0[i]) for i in range(len(data.ts))])
+    theta = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))])
+    log_prior = -0.5 * jnp.sum(prior.precision * theta**2 - jnp.log(prior.precision / (2 * np.pi)))
+    return float(-problem.log_likelihood(jnp.asarray(predictions)) - log_prior)
+
+
+def refined(model, problem, **options):
+    return lp.refine(model, problem, **{"progress": False} | options)
+
+
+class Bump(eqx.Module):
+    """Predicts x² t: for positive data, x = 0 is a saddle with no gradient."""
+
+    x: jax.Array
+    y: jax.Array
+
+    def __call__(self, ts, y0):
+        return (self.x**2 * ts + self.y)[:, None]
+
+
+@pytest.fixture(scope="module")
+def bump():
+    ts = np.linspace(1, 2, 5)
+    return lp.Problem(lp.Trajectories(ts, 2 * ts[None, :, None]), lp.Gaussian(0.5), 1.0)
+
+
+@pytest.fixture(scope="module")
+def curve():
+    """The closed-form growth model away from its minimum."""
+
+    def make(growth):
+        return eqx.tree_at(lambda m: (m.rate, m.gain), growth.model, (jnp.array([0.6, 0.1]), jnp.array(0.8)))
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def neural_fit(neural):
+    return refined(*neural)
+
+
+def test_a_linear_model_takes_one_step(linear):
+    away = eqx.tree_at(lambda m: m.vector_field.w, linear.model, jnp.ones((2, 3)))
+    fit = refined(away, linear.problem)
+    np.testing.assert_allclose(fit.model.vector_field.w.ravel(), linear.mean, atol=1e-6)
+    assert fit.stats["reason"] == "converged" and fit.stats["num_negative"] == 0
+    assert fit.stats["newton_decrement"] < 1e-8
+    assert fit.losses[-1] < fit.losses[0]
+
+
+def test_a_neural_field_ends_at_a_minimum(neural, neural_fit, recwarn):
+    assert neural_fit.stats["reason"] == "converged"
+    posterior = lp.laplace(neural_fit.model, neural.problem, regularization="none", progress=False)
+    assert posterior.diagnostics.newton_decrement < 1e-4
+    assert posterior.diagnostics.eigenvalue_min > 0
+    assert not recwarn.list
+    np.testing.assert_allclose(neural_fit.stats["newton_decrement"], posterior.diagnostics.newton_decrement, rtol=0.1)
+
+
+def test_the_loss_is_the_negative_log_joint(neural, neural_fit):
+    np.testing.assert_allclose(neural_fit.stats["loss"], joint(neural_fit.model, neural.problem), rtol=1e-8)
+    np.testing.assert_allclose(neural_fit.losses[0], joint(*neural), rtol=1e-8)
+
+
+@pytest.mark.parametrize("likelihood", [lp.LogNormal(0.1), lp.StudentT(4.0, 0.2), lp.Gaussian(np.array([0.1, 0.3]))])
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_any_likelihood_is_stationary(growth, curve, likelihood, curvature):
+    problem = lp.Problem(growth.problem.data, likelihood, 1.0)
+    fit = refined(curve(growth), problem, curvature=curvature, decrement=1e-10)
+    assert fit.stats["reason"] == "converged"
+    step = 1e-4
+    for leaf in (lambda m: m.rate, lambda m: m.gain):
+        moved = lambda sign, leaf=leaf: joint(eqx.tree_at(leaf, fit.model, leaf(fit.model) + sign * step), problem)
+        assert moved(1) > fit.stats["loss"] and moved(-1) > fit.stats["loss"]
+
+
+def test_counts():
+    ts = np.linspace(0, 3, 12)
+    ys = np.random.default_rng(0).poisson(20 * np.exp(-0.5 * ts))[:, None]
+
+    class Decay(eqx.Module):
+        rate: jax.Array
+
+        def __call__(self, t, y, args):
+            return -self.rate * y
+
+    problem = lp.Problem(lp.Trajectories(ts, ys, np.array([20.0])), lp.Poisson(), 0.1)
+    fit = refined(lp.NeuralODE(Decay(jnp.array(0.05))), problem)
+    grid = np.linspace(0.2, 1, 20001)
+    mean = 20 * np.exp(-grid[:, None] * ts)
+    loss = np.sum(mean - ys.ravel() * np.log(mean), axis=1) + 0.05 * grid**2
+    np.testing.assert_allclose(fit.model.vector_field.rate, grid[np.argmin(loss)], atol=1e-3)
+
+
+def test_it_leaves_a_saddle_without_a_gradient(bump):
+    model = Bump(jnp.array(0.0), jnp.array(0.0))
+    stationary = refined(model, bump, curvature="ggn", where=lambda m: m.y)  # x stays at its saddle
+    fit = refined(stationary.model, bump)
+    assert fit.stats["reason"] == "converged" and fit.stats["num_negative"] == 0
+    assert abs(float(fit.model.x)) > 1
+    assert fit.stats["loss"] < stationary.stats["loss"] - 1
+
+
+def test_parameters_outside_of_where_stay(growth, curve):
+    model = curve(growth)
+    fit = refined(model, growth.problem, where=lambda m: m.rate)
+    assert float(fit.model.gain) == float(model.gain)
+    assert not np.allclose(fit.model.rate, model.rate)
+
+
+@pytest.mark.parametrize("seed, steps, newton_steps", [(0, 0, 0), (0, 1, 0), (1, 2, 1)])
+def test_never_worse(neural, seed, steps, newton_steps):
+    rng = np.random.default_rng(seed)
+    noisy = lambda x: x + rng.normal(size=x.shape) if eqx.is_inexact_array(x) else x
+    model = eqx.tree_at(lambda m: m.vector_field, neural.model, jax.tree.map(noisy, neural.model.vector_field))
+    with pytest.warns(lp.LaplodeWarning, match="budget"):
+        fit = refined(model, neural.problem, steps=steps, newton_steps=newton_steps)
+    assert fit.stats["reason"] == "budget"
+    assert joint(fit.model, neural.problem) <= joint(model, neural.problem) + 1e-9
+    assert fit.stats["steps"] == steps and fit.stats["newton_steps"] == newton_steps
+
+
+def test_a_minimum_stays_where_it_is(neural, neural_fit):
+    again = refined(neural_fit.model, neural.problem, steps=0)
+    assert again.stats["reason"] == "converged" and again.stats["newton_steps"] == 0
+    np.testing.assert_array_equal(again.model.vector_field.mlp.layers[0].weight, _first_weight(neural_fit.model))
+
+
+def _first_weight(model):
+    return model.vector_field.mlp.layers[0].weight
+
+
+@jax.custom_vjp
+def _backward_once(x):
+    return x
+
+
+_backward_once.defvjp(lambda x: (x, None), lambda _, cotangent: (_backward_once(cotangent),))
+
+
+class Own(eqx.Module):
+    """A user's model, with the derivatives of Diffrax's default adjoint and steps chosen anew at every call.
+
+    Those make ripples in its values that its derivatives know nothing of.
+    """
+
+    mlp: eqx.nn.MLP
+    ripples: float
+
+    def __init__(self, ripples):
+        mlp = eqx.nn.MLP(1, 1, 8, 2, jnp.tanh, key=jax.random.key(0))
+        self.mlp = jax.tree.map(lambda x: x.astype(float) if eqx.is_inexact_array(x) else x, mlp)
+        self.ripples = ripples
+
+    def __call__(self, ts, y0):
+        smooth = jax.vmap(self.mlp)(ts[:, None])
+        return _backward_once(smooth) + self.ripples * jnp.sin(1e3 * jax.lax.stop_gradient(smooth))
+
+
+@pytest.fixture(scope="module")
+def wave():
+    ts = np.linspace(-3, 3, 40)
+    ys = np.sin(2 * ts) + 0.1 * np.random.default_rng(0).normal(size=40)
+    return lp.Problem(lp.Trajectories(ts, ys[:, None]), lp.Gaussian(0.1), 1.0)
+
+
+def test_a_model_without_second_derivatives(wave):
+    with pytest.raises(lp.LaplodeError, match="DirectAdjoint"):
+        refined(Own(0.0), wave)
+
+
+@pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")
+def test_ripples_of_a_loose_solve_do_not_stop_it(wave):
+    smooth, rippled = (refined(Own(ripples), wave, curvature="ggn", steps=200) for ripples in (0.0, 1e-2))
+    assert smooth.stats["newton_decrement"] < 0.1
+    assert rippled.stats["newton_decrement"] < 1
+    assert abs(rippled.stats["loss"] - smooth.stats["loss"]) < 1
+    assert rippled.stats["loss"] <= rippled.losses.min() + 1e-9
+
+
+def test_ctrl_c_returns_what_was_reached(growth, curve, monkeypatch):
+    calls = []
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return _levenberg_marquardt(*args)
+
+    monkeypatch.setattr("laplode._fit.refine._levenberg_marquardt", interrupted)
+    with pytest.warns(lp.LaplodeWarning, match="interrupted"):
+        fit = refined(curve(growth), growth.problem)
+    assert fit.stats["reason"] == "interrupted" and fit.stats["steps"] == 2
+    assert fit.stats["loss"] == fit.losses[-1] < fit.losses[0]
+
+
+def test_laplace_names_the_remedy(growth, curve):
+    with pytest.warns(lp.LaplodeWarning, match=r"Newton decrement.*laplode.refine\(model, problem\)"):
+        lp.laplace(curve(growth), growth.problem, curvature="ggn", progress=False)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"curvature": "fisher"}, "`curvature`"),
+        ({"decrement": 0.0}, "`decrement`"),
+        ({"decrement": "small"}, "`decrement`"),
+        ({"steps": -1}, "`steps`"),
+        ({"newton_steps": 2.5}, "`newton_steps`"),
+        ({"where": lambda m: m.nothing}, "`where`"),
+    ],
+)
+def test_bad_options(growth, options, match):
+    with pytest.raises(lp.LaplodeError, match=match):
+        refined(growth.model, growth.problem, **options)
+
+
+def test_bad_problem(growth):
+    with pytest.raises(lp.LaplodeError, match="`problem`"):
+        lp.refine(growth.model, growth.problem.data)

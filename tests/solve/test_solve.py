@@ -1,0 +1,199 @@
+"""Replayed steps have the values of the adaptive solve, and its derivatives by every route."""
+
+import warnings
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import laplode as lp
+from laplode._model.parameters import parameters
+from laplode._solve.maps import ForeignFlow, ReplayedFlow, evaluate, flow, jacobian_route, linearize
+
+ADAPTIVE = diffrax.PIDController(rtol=1e-5, atol=1e-7)
+FIXED = dict(stepsize_controller=diffrax.ConstantStepSize(), dt0=0.05, max_steps=128)
+TS = np.stack([np.linspace(0, 2, 6), np.sort(np.r_[0.3, 0.3 + 2 * np.random.default_rng(0).random(5)])])
+Y0 = np.array([[1.0, -0.5], [0.3, 0.8]])
+
+# Two trajectories on grids of their own, of different lengths and starts.
+
+
+class Rotation(eqx.Module):
+    """Nonlinear, forced by time, with two parameters."""
+
+    frequency: jax.Array
+    damping: jax.Array
+
+    def __call__(self, t, y, args):
+        position, velocity = y
+        force = jnp.cos(t) if args is None else args * jnp.cos(t)
+        return jnp.stack([velocity, -(self.frequency**2) * jnp.sin(position) - self.damping * velocity + force])
+
+
+def rotation(**options):
+    return lp.NeuralODE(Rotation(jnp.array(1.3), jnp.array(0.2)), **options)
+
+
+def plain(model, ts=TS, y0=Y0, args=None):
+    """By diffeqsolve itself."""
+    return jax.jit(jax.vmap(lambda ts, y0, args: model(ts, y0, args, throw=False)))(ts, y0, args)
+
+
+SOLVERS = {
+    "Tsit5": dict(solver=diffrax.Tsit5(), stepsize_controller=ADAPTIVE),
+    "Dopri5": dict(solver=diffrax.Dopri5(), stepsize_controller=ADAPTIVE),
+    "Heun": dict(solver=diffrax.Heun(), stepsize_controller=diffrax.PIDController(rtol=1e-3, atol=1e-5)),
+    "Euler": dict(solver=diffrax.Euler(), **FIXED),
+    "Kvaerno5": dict(solver=diffrax.Kvaerno5(), stepsize_controller=ADAPTIVE),
+}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_replay_equals_the_adaptive_solve(name):
+    model = rotation(**SOLVERS[name])
+    view = parameters(model)
+    around = flow(view, TS, Y0, None)
+    assert isinstance(around, ReplayedFlow)
+    np.testing.assert_allclose(evaluate(around, view.vector), plain(model), rtol=1e-12, atol=1e-12)
+
+
+def test_grids_start_and_end_where_the_times_do():
+    around = flow(parameters(rotation(stepsize_controller=ADAPTIVE)), TS, Y0, None)
+    np.testing.assert_array_equal(around.boundaries[:, 0], TS[:, 0])
+    np.testing.assert_array_equal(around.boundaries[:, -1], TS[:, -1])
+    assert np.all(np.diff(around.boundaries) >= 0)
+
+
+class Seen(eqx.Module):
+    gain: jax.Array
+
+    def __call__(self, y, args):
+        return jnp.stack([self.gain * y[0] * y[1], jnp.tanh(y[0]), y[1] ** 2 + self.gain])
+
+
+def full_model(**options):
+    """Learned initial state, a parametric observation of three channels, and forcing."""
+    return rotation(y0=[0.4, -0.1], observe=Seen(jnp.array(0.7)), **options)
+
+
+def test_sensitivities_equal_forward_differentiation():
+    view = parameters(full_model(stepsize_controller=ADAPTIVE))
+    around = flow(view, TS, None, jnp.array([0.5, 1.5]))
+    assert jacobian_route(around) == "sensitivity"
+    predictions, jacobian = linearize(around)
+    assert predictions.shape == (2, 6, 3) and jacobian.shape == (36, 5)
+
+    def solve(theta):
+        def one(ts, args):
+            model = view.unravel(theta)
+            saveat = diffrax.SaveAt(ts=ts)
+            states = model.solve(ts, None, args, saveat=saveat, adjoint=diffrax.ForwardMode(), throw=False).ys
+            return model.observe_states(states, args)
+
+        return jax.vmap(one)(TS, jnp.array([0.5, 1.5]))
+
+    np.testing.assert_allclose(predictions, jax.jit(solve)(view.vector), rtol=1e-12, atol=1e-12)
+    expected = jax.jit(jax.jacfwd(solve))(view.vector).reshape(36, 5)
+    np.testing.assert_allclose(jacobian, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("route", ["jvp", "vjp"])
+def test_every_route_gives_the_same_jacobian(route):
+    view = parameters(full_model(stepsize_controller=ADAPTIVE))
+    around = flow(view, TS, None, jnp.array([0.5, 1.5]))
+    by = eqx.filter_jit(lambda flow, theta, route: flow.linearized(theta, route)[1])
+    expected = linearize(around)[1]
+    np.testing.assert_allclose(by(around, view.vector, route), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
+
+
+def test_implicit_solvers_take_automatic_differentiation():
+    view = parameters(rotation(**SOLVERS["Kvaerno5"]))
+    around = flow(view, TS, Y0, None)
+    assert jacobian_route(around) in ("jvp", "vjp")
+    direction, step = jnp.array([0.6, -0.8]), 1e-4
+    ahead, behind = (evaluate(around, view.vector + sign * step * direction) for sign in (1, -1))
+    expected = np.ravel(ahead - behind) / (2 * step)
+    np.testing.assert_allclose(linearize(around)[1] @ direction, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_each_trajectory_stands_alone():
+    """Padding a short trajectory to the steps of a long one changes neither."""
+    view = parameters(rotation(stepsize_controller=ADAPTIVE))
+    values, jacobian = linearize(flow(view, TS, Y0, None))
+    ts = np.stack([TS[1], TS[1] * 8])
+    padded, padded_jacobian = linearize(flow(view, ts, Y0[[1, 1]], None))
+    np.testing.assert_allclose(padded[0], values[1], rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(padded_jacobian[:12], jacobian[12:], rtol=1e-11, atol=1e-12)
+
+
+# ---- Foreign models
+
+
+class Foreign(eqx.Module):
+    """Someone's own module around diffeqsolve."""
+
+    field: eqx.Module
+    adjoint: diffrax.AbstractAdjoint
+
+    def __call__(self, ts, y0):
+        return diffrax.diffeqsolve(
+            diffrax.ODETerm(self.field),
+            diffrax.Heun(),
+            t0=ts[0],
+            t1=ts[-1],
+            dt0=0.05,
+            y0=y0,
+            saveat=diffrax.SaveAt(ts=ts),
+            adjoint=self.adjoint,
+            max_steps=64,
+        ).ys
+
+
+def pair(adjoint):
+    ys = np.random.default_rng(1).normal(size=(2, 6, 2))
+    problem = lp.Problem(lp.Trajectories(TS, ys, Y0), lp.Gaussian(0.5), 1.0)
+    native = rotation(solver=diffrax.Heun(), **FIXED)
+    return Foreign(native.vector_field, adjoint), native, problem
+
+
+def silent(*arguments, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)
+        return lp.laplace(*arguments, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def native_ggn():
+    _, native, problem = pair(None)
+    return silent(native, problem, curvature="ggn")
+
+
+@pytest.mark.parametrize(
+    "adjoint", [diffrax.RecursiveCheckpointAdjoint(), diffrax.ForwardMode()], ids=lambda a: type(a).__name__
+)
+def test_ggn_of_a_foreign_model_whatever_its_adjoint(adjoint, native_ggn):
+    foreign, _, problem = pair(adjoint)
+    posterior = silent(foreign, problem, curvature="ggn")
+    assert isinstance(posterior.flow, ForeignFlow)
+    np.testing.assert_allclose(posterior.precision(), native_ggn.precision(), rtol=1e-8)
+
+
+def test_hessian_of_a_foreign_model_shows_the_line_to_change():
+    foreign, _, problem = pair(diffrax.RecursiveCheckpointAdjoint())
+    with pytest.raises(lp.LaplodeError, match=r"(?s)diffeqsolve\(\.\.\., adjoint=diffrax.DirectAdjoint\(\)\).*\"ggn\""):
+        silent(foreign, problem)
+
+
+def test_hessian_of_a_foreign_model_through_direct_adjoint():
+    foreign, native, problem = pair(diffrax.DirectAdjoint())
+    found, expected = silent(foreign, problem).curvature.matrix, silent(native, problem).curvature.matrix
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_a_failed_solve_names_trajectory_and_time():
+    model = rotation(stepsize_controller=ADAPTIVE, max_steps=3)
+    with pytest.raises(lp.LaplodeError, match=r"failed in trajectory 0 at time .* of 2 .*max_steps = 3"):
+        flow(parameters(model), TS, Y0, None)
