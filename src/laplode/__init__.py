@@ -19,7 +19,7 @@ from ._posterior.evidence import (
     Evidence as Evidence,
     Hyperparameters as Hyperparameters,
     compare_evidence as compare_evidence,
-    evidence as evidence,
+    evidence_function as evidence_function,
 )
 from ._posterior.laplace import laplace as laplace
 from ._posterior.maximize import maximize_evidence as maximize_evidence

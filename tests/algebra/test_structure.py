@@ -10,7 +10,7 @@ from scipy.stats import multivariate_normal
 from laplode._algebra.build import Sizes, build_block_diagonal, build_diagonal, build_full, build_low_rank
 from laplode._algebra.forms import BlockCurvature, DiagonalCurvature, EigenCurvature, FactoredCurvature, symmetrized
 from laplode._algebra.regularization import Regularize
-from laplode._algebra.structure import BlockDiagonal, Diagonal, Full, LowRank
+from laplode._algebra.structure import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
 from laplode._errors import LaplodeError
 
 CLIP = Regularize("clip", lambda eigenvalues: np.maximum(eigenvalues, 0))
@@ -50,11 +50,11 @@ def _leading_of(matrix, prior, rank):
 
 
 CASES = {
-    "full": (build_full, None, Full, lambda C, prior: C),
-    "block_diagonal": (build_block_diagonal, None, BlockDiagonal, lambda C, prior: _blocks_of(C)),
-    "diagonal": (build_diagonal, None, Diagonal, lambda C, prior: np.diag(np.diagonal(C))),
-    "low_rank": (build_low_rank, None, LowRank, lambda C, prior: C),
-    "truncated": (build_low_rank, 3, LowRank, lambda C, prior: _leading_of(C, prior, 3)),
+    "full": (build_full, None, FullPrecision, lambda C, prior: C),
+    "block_diagonal": (build_block_diagonal, None, BlockDiagonalPrecision, lambda C, prior: _blocks_of(C)),
+    "diagonal": (build_diagonal, None, DiagonalPrecision, lambda C, prior: np.diag(np.diagonal(C))),
+    "low_rank": (build_low_rank, None, LowRankPrecision, lambda C, prior: C),
+    "truncated": (build_low_rank, 3, LowRankPrecision, lambda C, prior: _leading_of(C, prior, 3)),
 }
 
 

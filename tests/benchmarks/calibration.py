@@ -141,7 +141,7 @@ class Marginals(NamedTuple):
     @classmethod
     def of_draws(cls, predictions, noise, log_weights=None):
         ok = np.asarray(predictions.ok)
-        means = np.asarray(predictions.epistemic)[ok, 0]
+        means = np.asarray(predictions.f)[ok, 0]
         weights = np.full(len(means), 1 / len(means)) if log_weights is None else np.exp(np.asarray(log_weights))[ok]
         return cls(weights / weights.sum(), means, np.zeros_like(means), np.broadcast_to(noise, means.shape), True)
 

@@ -215,7 +215,7 @@ def run_share():
         for call in ("first", "again"):
             start = time.perf_counter()
             posterior = laplode.laplace(fit.model, problem, curvature=curvature, progress=False)
-            jax.block_until_ready(laplode.predict(posterior, problem.data.ts, key=jax.random.key(0)).predictive)
+            jax.block_until_ready(laplode.predict(posterior, problem.data.ts, key=jax.random.key(0)).y)
             seconds = time.perf_counter() - start
             print(f"laplace and predict, {curvature:8s} {call}: {seconds:6.2f} s, {seconds / fitted:.3f} of the fit")
 
@@ -232,7 +232,7 @@ def run_wide():
     start = time.perf_counter()
     ts = np.linspace(0, 15, 16)
     predictions = laplode.predict(posterior, ts, num_samples=100, key=jax.random.key(0))
-    jax.block_until_ready(predictions.predictive)
+    jax.block_until_ready(predictions.y)
     print(f"100 linearized trajectories {time.perf_counter() - start:.1f} s")
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 

@@ -137,7 +137,7 @@ def predictions(target: Target, models: list[Any], num_geodesics: int):
             print(f"| {name} | {error} |", flush=True)
             continue
         seconds = time.process_time() - began
-        yield name, np.asarray(found.epistemic)[np.asarray(found.ok), 0], found.khat, 1 - np.mean(found.ok), seconds
+        yield name, np.asarray(found.f)[np.asarray(found.ok), 0], found.khat, 1 - np.mean(found.ok), seconds
 
 
 def bands(draws):

@@ -62,25 +62,25 @@ def geodesic(seed, num=50):
     posterior = laplode.laplace(fit.model, task, curvature="ggn", progress=False)
     options = dict(num_samples=num, key=key, progress=False)
     linearized = laplode.predict(posterior, task.data.ts, **options)
-    sampled = laplode.predict(posterior, task.data.ts, method="sampled", khat=False, **options)
+    sampled = laplode.predict(posterior, task.data.ts, method="sampled", weigh=False, **options)
     seconds = []
     for _ in range(2):  # the first compiles
         start = time.perf_counter()
-        draws = laplode.predict(posterior, task.data.ts, method="geodesic", khat=False, **options)
-        jax.block_until_ready(draws.epistemic)
+        draws = laplode.predict(posterior, task.data.ts, method="geodesic", weigh=False, **options)
+        jax.block_until_ready(draws.f)
         seconds.append((time.perf_counter() - start) / num)
     dof = posterior.diagnostics.effective_dof
     optimum = misfit(task, linearized.mean[None])[0]
-    nll = misfit(task, draws.epistemic) - optimum
-    reference = spread(linearized.epistemic, linearized.ok)
-    ratio = spread(draws.epistemic, draws.ok) / reference
+    nll = misfit(task, draws.f) - optimum
+    reference = spread(linearized.f, linearized.ok)
+    ratio = spread(draws.f, draws.ok) / reference
     arrived = float(np.mean(draws.ok))
     good = arrived == 1 and 0.8 <= ratio <= 1.4 and np.nanmedian(nll) <= 0.5 * dof + 8 and seconds[1] <= 0.3
     print(
         f"seed {seed}: {fit.stats['reason']}, {dof:.1f} parameters determined; finite {arrived:.1%}; spread "
-        f"{ratio:.2f} of {reference:.4f} linearized (plain draws {spread(sampled.epistemic, sampled.ok):.3g}); "
+        f"{ratio:.2f} of {reference:.4f} linearized (plain draws {spread(sampled.f, sampled.ok):.3g}); "
         f"-log p(Y|θ) of the median draw {np.nanmedian(nll):+.1f} nats from the optimum's, allowed "
-        f"{0.5 * dof + 8:+.1f} (plain {np.nanmedian(misfit(task, sampled.epistemic) - optimum):+.3g}); "
+        f"{0.5 * dof + 8:+.1f} (plain {np.nanmedian(misfit(task, sampled.f) - optimum):+.3g}); "
         f"{seconds[1]:.3f} s a draw ({seconds[0]:.3f} with compilation): {'good' if good else 'NOT GOOD'}",
         flush=True,
     )

@@ -65,7 +65,7 @@ KINDS = {
 OPTIONS = dict(curvature="option", structure="option", where="where", rank="count or None", num_probes="count or None")
 SAMPLING = dict(
     posterior="posterior", method="option", num_samples="count", key="key", proposal="option", df="positive",
-    tolerance="positive", resample="flag", khat="flag",
+    tolerance="positive", resample="flag", weigh="flag",
 )  # fmt: skip
 ARGUMENTS = {
     "Trajectories": dict(ts="times", ys=[NOTHING, "seen", None, [1.0], [[INF, 1.0]] * 9, [[NAN, NAN]] * 9, TS, [[1j]]],

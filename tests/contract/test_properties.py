@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 
 import laplode as lp
-from laplode._algebra.structure import BlockDiagonal, Diagonal, Full, LowRank
+from laplode._algebra.structure import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
 from laplode._model.parameters import parameters
 
 settings.register_profile(
@@ -243,16 +243,16 @@ def structure_of(name, seed, strength, spread):
     factor, weights = rng.normal(size=(M, P)), strength * rng.random(M)
     matrix = factor.T @ (weights[:, None] * factor)
     if name == "low_rank":
-        return LowRank(jnp.asarray(factor), jnp.asarray(weights), jnp.asarray(prior)), matrix + np.diag(prior)
+        return LowRankPrecision(jnp.asarray(factor), jnp.asarray(weights), jnp.asarray(prior)), matrix + np.diag(prior)
     if name == "diagonal":
         precision = np.diagonal(matrix) + prior
-        return Diagonal(jnp.asarray(precision)), np.diag(precision)
+        return DiagonalPrecision(jnp.asarray(precision)), np.diag(precision)
     whole = matrix + np.diag(prior)
-    full = lambda block: Full(jnp.linalg.cholesky(jnp.asarray(block)))
+    full = lambda block: FullPrecision(jnp.linalg.cholesky(jnp.asarray(block)))
     if name == "full":
         return full(whole), whole
     whole[:2, 2:] = whole[2:, :2] = 0
-    return BlockDiagonal((full(whole[:2, :2]), full(whole[2:, 2:]))), whole
+    return BlockDiagonalPrecision((full(whole[:2, :2]), full(whole[2:, 2:]))), whole
 
 
 @given(dense_inputs)
@@ -288,7 +288,7 @@ def test_jit_vmap_and_grad(growth, growth_posterior):
     np.testing.assert_allclose(draws, thetas, rtol=1e-12)
     many = jax.vmap(lambda key: posterior.sample(key, 4))(jax.random.split(KEY, 2))
     assert many.shape == (2, 4, 3) and not np.allclose(many[0], many[1])
-    function, at = lp.evidence(posterior)
+    function, at = lp.evidence_function(posterior)
     value, slope = eqx.filter_jit(eqx.filter_value_and_grad(lambda at: function(at)))(at)
     np.testing.assert_allclose(value, function(at), rtol=1e-12)
     step = 1e-4

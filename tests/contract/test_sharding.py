@@ -75,17 +75,17 @@ def answers(mesh, *, all_of_them: bool) -> dict[str, np.ndarray]:
     found = {
         "jacobian": factored.curvature.factor,
         "bands": linearized.covariance(),
-        "draws": linearized.epistemic,
+        "draws": linearized.f,
         "hessian": exact.curvature.matrix,
         "evidence": exact.log_evidence,
     }
     if all_of_them:
-        sampled, geodesic = predict(exact, method="sampled"), predict(exact, method="geodesic", khat=False)
+        sampled, geodesic = predict(exact, method="sampled"), predict(exact, method="geodesic", weigh=False)
         hessian_module._FEW_PARAMETERS = 0  # the Hessian by local pieces
         found |= {
-            "solves": sampled.epistemic,
+            "solves": sampled.f,
             "weights": sampled.log_p,
-            "geodesics": geodesic.epistemic,
+            "geodesics": geodesic.f,
             "sensitivities": run(field(), curvature="ggn", structure="low_rank").curvature.factor,
             "local": run(field()).curvature.matrix,
         }
@@ -185,9 +185,9 @@ def test_a_mesh_of_one(growth, growth_posterior, quiet):
     mesh = jax.make_mesh((1,), ("all",))
     posterior = quiet(*growth, mesh=mesh)
     assert_same({"hessian": posterior.curvature.matrix}, {"hessian": growth_posterior.curvature.matrix})
-    options = dict(ts=growth.problem.data.ts, method="sampled", khat=False, num_samples=3, key=jax.random.key(0))
+    options = dict(ts=growth.problem.data.ts, method="sampled", weigh=False, num_samples=3, key=jax.random.key(0))
     alone, found = (lp.predict(growth_posterior, **options, mesh=m, progress=False) for m in (None, mesh))
-    assert_same({"solves": found.epistemic}, {"solves": alone.epistemic})
+    assert_same({"solves": found.f}, {"solves": alone.f})
 
 
 if __name__ == "__main__":

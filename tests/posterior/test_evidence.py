@@ -46,7 +46,7 @@ CASES = [("hessian", s) for s in ("full", "block_diagonal", "diagonal")] + [
 @pytest.mark.parametrize("precision", ["one", "leaf", "parameter"])
 def test_the_function_is_the_evidence_and_has_its_gradient(posteriors, curvature, structure, precision):
     posterior = posteriors(curvature, structure)
-    function, start = lp.evidence(posterior, precision=precision)
+    function, start = lp.evidence_function(posterior, precision=precision)
     np.testing.assert_allclose(function(start), posterior.log_evidence, rtol=1e-12)
     assert start.log_scale.shape == (2,)
     assert start.log_precision.shape == ({"one": 1, "leaf": 2, "parameter": 3}[precision],)
@@ -91,7 +91,7 @@ def few():
 def test_in_data_space_and_where_eigenvalues_are_changed(few, quiet, options):
     posterior = quiet(*few, **options)
     assert options["curvature"] == "ggn" or posterior.diagnostics.num_negative > 0
-    function, start = lp.evidence(posterior, precision="leaf")
+    function, start = lp.evidence_function(posterior, precision="leaf")
     np.testing.assert_allclose(function(start), posterior.log_evidence, rtol=1e-9)
     np.testing.assert_allclose(*slopes(function, start), rtol=1e-6, atol=1e-8)
     found = quietly(posterior, precision="leaf")
@@ -185,7 +185,7 @@ def test_a_moved_optimum_is_said(posteriors):
 def test_student_t_has_its_noise_with_ggn_only(growth, quiet):
     problem = lp.Problem(growth.problem.data, lp.StudentT(4.0, 0.2), 1.0)
     posterior = quiet(growth.model, problem)
-    assert lp.evidence(posterior)[1].log_scale is None
+    assert lp.evidence_function(posterior)[1].log_scale is None
     with pytest.raises(lp.LaplodeError, match=r'`noise`="one".*"ggn"'):
         lp.maximize_evidence(posterior, noise="one")
     found = quietly(quiet(growth.model, problem, curvature="ggn"))
@@ -295,7 +295,7 @@ def test_eigenvalues_that_are_far_apart(quiet):
     problem = lp.Problem(lp.Trajectories(ts, ys[:, None]), lp.Gaussian(scale), 1.0)
     posterior = quiet(Redundant(jnp.full(2, slope / 2)), problem, curvature="ggn")
     assert posterior.diagnostics.condition_number > 1e16
-    function, start = lp.evidence(posterior)
+    function, start = lp.evidence_function(posterior)
     np.testing.assert_allclose(function(start), posterior.log_evidence, rtol=1e-8)
     flat, unflatten = ravel_pytree(start)
     for move in ([0.0, 0.0], [1.0, 0.0], [-1.0, 0.5]):

@@ -8,7 +8,7 @@ import numpyro.distributions as dist
 import pytest
 
 import laplode as lp
-from laplode._algebra.structure import BlockDiagonal, Diagonal, Full, LowRank
+from laplode._algebra.structure import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
 from laplode._model.local_prior import log_prior, prior_draws, prior_rows, prior_vectors
 from laplode._model.parameters import parameters
 from laplode._predict.surface import Surface
@@ -188,15 +188,15 @@ def test_every_structure_is_a_diagonal_and_rows():
     factor, weights = jnp.asarray(rng.normal(size=(4, 7))), jnp.asarray(rng.uniform(1, 2, size=4))
     data = (factor.T * weights) @ factor
     cases = {
-        "beyond the base": Full(jnp.linalg.cholesky(data + jnp.diag(base))),
-        "below the base": Full(jnp.linalg.cholesky(jnp.asarray(root @ root.T / 50))),
-        "low_rank": LowRank(factor, weights, jnp.asarray(base)),
-        "truncated": LowRank(factor, weights, jnp.asarray(base), 2),
-        "diagonal": Diagonal(jnp.asarray(2 * base)),
-        "blocks": BlockDiagonal(
+        "beyond the base": FullPrecision(jnp.linalg.cholesky(data + jnp.diag(base))),
+        "below the base": FullPrecision(jnp.linalg.cholesky(jnp.asarray(root @ root.T / 50))),
+        "low_rank": LowRankPrecision(factor, weights, jnp.asarray(base)),
+        "truncated": LowRankPrecision(factor, weights, jnp.asarray(base), 2),
+        "diagonal": DiagonalPrecision(jnp.asarray(2 * base)),
+        "blocks": BlockDiagonalPrecision(
             (
-                Full(jnp.linalg.cholesky((data + jnp.diag(base))[:3, :3])),
-                Full(0.1 * jnp.eye(4) + 0.01 * jnp.eye(4, k=-1)),
+                FullPrecision(jnp.linalg.cholesky((data + jnp.diag(base))[:3, :3])),
+                FullPrecision(0.1 * jnp.eye(4) + 0.01 * jnp.eye(4, k=-1)),
             )
         ),
     }

@@ -26,7 +26,7 @@ def draw(posterior, ts=None, method="geodesic", **options):
 
 def test_all_methods_agree_on_a_linear_model(linear, linear_posterior):
     found = {
-        method: draw(linear_posterior, method=method, khat=True) for method in ("linearized", "sampled", "geodesic")
+        method: draw(linear_posterior, method=method, weigh=True) for method in ("linearized", "sampled", "geodesic")
     }
     exact = linear.problem.data.y0 + (found["geodesic"].thetas @ linear.design(linear.problem.data.ts[0]).T).reshape(
         64, 1, -1, 2
@@ -35,8 +35,8 @@ def test_all_methods_agree_on_a_linear_model(linear, linear_posterior):
     for predictions in found.values():
         assert np.all(predictions.ok) and predictions.khat < 0
         np.testing.assert_allclose(predictions.thetas, found["linearized"].thetas, rtol=0, atol=1e-8)
-        np.testing.assert_allclose(predictions.epistemic, exact, rtol=0, atol=1e-8)
-        np.testing.assert_allclose(predictions.predictive, found["linearized"].predictive, rtol=0, atol=1e-8)
+        np.testing.assert_allclose(predictions.f, exact, rtol=0, atol=1e-8)
+        np.testing.assert_allclose(predictions.y, found["linearized"].y, rtol=0, atol=1e-8)
         # The weight of every draw is the evidence.
         np.testing.assert_allclose(predictions.log_p - predictions.log_q, conjugate, rtol=1e-8)
     # The draws are the whitened normals of the conjugate posterior.
@@ -191,9 +191,9 @@ def test_a_model_without_second_derivatives():
     problem = lp.Problem(lp.Trajectories(ts, ys, np.ones(1)), lp.Gaussian(0.2), 1.0)
     model = Decay(jnp.array(0.7842))
     posterior = lp.laplace(model, problem, curvature="ggn", progress=False)
-    own = draw(posterior, num_samples=32, khat=True)
+    own = draw(posterior, num_samples=32, weigh=True)
     assert np.all(own.ok) and own.khat < 0.7
     twice = lp.laplace(Exact(model.rate), problem, curvature="ggn", progress=False)
-    same = draw(twice, num_samples=32, khat=False)
+    same = draw(twice, num_samples=32, weigh=False)
     # With the second derivatives steps are others, but they lead to the same points.
     np.testing.assert_allclose(own.thetas, same.thetas, atol=0.02)

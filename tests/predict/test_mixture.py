@@ -133,16 +133,16 @@ def test_predictions(problem, mixed, method):
     found = lp.predict(mixed, ts, method=method, num_samples=400, key=KEY, progress=False)
     np.testing.assert_allclose(np.mean(found.component == 0), mixed.weights[0], atol=0.1)
     np.testing.assert_array_equal(found.component == 0, found.thetas[:, 0] > 0)
-    assert np.all(found.ok) and found.epistemic.shape == (400, 1, 5, 1)
+    assert np.all(found.ok) and found.f.shape == (400, 1, 5, 1)
     x = np.array([component.mean[0] for component in mixed.components])
     np.testing.assert_allclose(found.mean[0, :, 0], mixed.weights @ x**2 * ts, rtol=1e-6)
     if method != "linearized":
-        np.testing.assert_allclose(found.epistemic[:, 0, :, 0], found.thetas**2 * ts, rtol=1e-6)
+        np.testing.assert_allclose(found.f[:, 0, :, 0], found.thetas**2 * ts, rtol=1e-6)
         # Both optima are nearly Gaussian, and all of the posterior.
         assert found.khat < 0.5
         return
     own = x[found.component]
-    np.testing.assert_allclose(found.epistemic[:, 0, -1, 0], (2 * own * found.thetas[:, 0] - own**2) * 4, rtol=1e-6)
+    np.testing.assert_allclose(found.f[:, 0, -1, 0], (2 * own * found.thetas[:, 0] - own**2) * 4, rtol=1e-6)
     variance = np.array([component.covariance()[0, 0] for component in mixed.components])
     within, mean = (2 * x) ** 2 * variance, mixed.weights @ x**2
     between = np.outer(ts, ts) * (mixed.weights @ (within + (x**2 - mean) ** 2))
@@ -170,11 +170,11 @@ def test_each_component_has_its_noise(problem, optima):
     other = lp.laplace(optima[1].unravel(optima[1].mean), loud, structure="diagonal", progress=False)
     both = lp.mixture([optima[0], other], weights=[1, 1])
     found = lp.predict(both, problem.data.ts[0], num_samples=1000, key=KEY, progress=False)
-    noise = np.asarray(found.predictive - found.epistemic).reshape(1000, -1)
+    noise = np.asarray(found.y - found.f).reshape(1000, -1)
     np.testing.assert_allclose(noise[found.component == 0].std(), 0.5, rtol=0.1)
     np.testing.assert_allclose(noise[found.component == 1].std(), 2.0, rtol=0.1)
     tree = lp.to_datatree(both, found)
-    f, y = np.asarray(found.epistemic), problem.data.ys
+    f, y = np.asarray(found.f), problem.data.ys
     scale = np.where(found.component == 0, 0.5, 2.0)[:, None, None, None]
     expected = -0.5 * ((y - f) / scale) ** 2 - np.log(scale * np.sqrt(2 * np.pi))
     np.testing.assert_allclose(tree["log_likelihood"]["y"].values[0], expected, rtol=1e-6)

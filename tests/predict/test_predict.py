@@ -42,11 +42,11 @@ def test_covariance_of_a_linear_model(linear, linear_posterior, future):
 
 def test_linearized_and_sampled_draws_of_a_linear_model_agree(linear, linear_posterior):
     ts = grid(linear)
-    linearized = draw(linear_posterior, ts, num_samples=100, khat=True)
+    linearized = draw(linear_posterior, ts, num_samples=100, weigh=True)
     sampled = draw(linear_posterior, ts, method="sampled", num_samples=100)
     np.testing.assert_array_equal(linearized.thetas, sampled.thetas)
-    np.testing.assert_allclose(linearized.epistemic, sampled.epistemic, rtol=1e-8, atol=1e-8)
-    np.testing.assert_allclose(linearized.predictive, sampled.predictive, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(linearized.f, sampled.f, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(linearized.y, sampled.y, rtol=1e-8, atol=1e-8)
     np.testing.assert_allclose(linearized.mean, sampled.mean, rtol=1e-8, atol=1e-8)
     for predictions in (linearized, sampled):
         assert predictions.khat < 0
@@ -60,10 +60,10 @@ def test_draws_have_the_covariance_and_the_noise(linear, linear_posterior):
     predictions = draw(linear_posterior, ts, num_samples=num)
     design = linear.design(ts)[2:]  # the first time has no spread
     covariance = design @ np.linalg.inv(linear.precision) @ design.T
-    draws = np.asarray(predictions.epistemic)[:, 0, 1:].reshape(num, -1)
+    draws = np.asarray(predictions.f)[:, 0, 1:].reshape(num, -1)
     error = np.sqrt((covariance**2 + np.outer(np.diag(covariance), np.diag(covariance))) / num)
     assert np.all(np.abs(np.cov(draws.T) - covariance) < 5 * error)
-    noise = np.asarray(predictions.predictive - predictions.epistemic).reshape(num, -1)
+    noise = np.asarray(predictions.y - predictions.f).reshape(num, -1)
     np.testing.assert_allclose(noise.std(axis=0), 0.1, rtol=5 / np.sqrt(2 * num))
     np.testing.assert_allclose(noise.mean(axis=0), 0, atol=5 * 0.1 / np.sqrt(num))
 
@@ -89,7 +89,7 @@ def test_covariance_against_the_jacobian(predator_prey, predator_prey_posterior)
     # Linear in log y under a LogNormal likelihood, so that draws are positive.
     change = (predictions.thetas - theta) @ jacobian.T / solve(theta)
     expected = solve(theta) * np.exp(change)
-    np.testing.assert_allclose(predictions.epistemic.reshape(16, -1), expected, rtol=1e-7)
+    np.testing.assert_allclose(predictions.f.reshape(16, -1), expected, rtol=1e-7)
 
 
 # ---- Shapes and grids
@@ -99,20 +99,20 @@ def test_shapes(growth_posterior):
     data = growth_posterior.problem.data
     here = draw(growth_posterior, data.ts)
     assert here.ts.shape == (2, 9) and here.mean.shape == (2, 9, 2) and here.thetas.shape == (16, 3)
-    assert here.epistemic.shape == here.predictive.shape == (16, 2, 9, 2)
+    assert here.f.shape == here.y.shape == (16, 2, 9, 2)
     assert here.covariance().shape == (2, 18, 18) and here.ok.shape == (16,) and np.all(here.ok)
     assert here.observed_grid and here.khat is None and here.log_weights is None
-    np.testing.assert_array_equal(draw(growth_posterior, data.ts[0]).epistemic, here.epistemic)
+    np.testing.assert_array_equal(draw(growth_posterior, data.ts[0]).f, here.f)
 
 
 @pytest.mark.parametrize("method", ["linearized", "sampled"])
 def test_future_times_continue_the_observed_trajectories(growth_posterior, method):
     """A forecast that starts after the data equals the tail of one that starts with it."""
-    whole = draw(growth_posterior, [0.0, 5.5, 6.0, 7.0], method=method, khat=False)
-    tail = draw(growth_posterior, [5.5, 6.0, 7.0], method=method, khat=False)
+    whole = draw(growth_posterior, [0.0, 5.5, 6.0, 7.0], method=method, weigh=False)
+    tail = draw(growth_posterior, [5.5, 6.0, 7.0], method=method, weigh=False)
     assert tail.mean.shape == (2, 3, 2) and not tail.observed_grid
     np.testing.assert_allclose(tail.mean, whole.mean[:, 1:], rtol=1e-13)
-    np.testing.assert_allclose(tail.epistemic, whole.epistemic[:, :, 1:], rtol=1e-12)
+    np.testing.assert_allclose(tail.f, whole.f[:, :, 1:], rtol=1e-12)
     if method == "linearized":
         np.testing.assert_allclose(tail.covariance(), whole.covariance()[:, 2:, 2:], rtol=1e-9, atol=1e-12)
 
@@ -127,28 +127,28 @@ def test_a_single_future_time(growth_posterior):
 @pytest.mark.parametrize("method", ["linearized", "sampled"])
 def test_new_initial_states(growth_posterior, method):
     ts, y0 = np.linspace(1, 3, 4), np.array([[1.0, 1.0], [0.5, 2.0], [2.0, 0.5]])
-    many = draw(growth_posterior, ts, y0, method=method, khat=False)
-    assert many.mean.shape == (3, 4, 2) and many.epistemic.shape == (16, 3, 4, 2)
+    many = draw(growth_posterior, ts, y0, method=method, weigh=False)
+    assert many.mean.shape == (3, 4, 2) and many.f.shape == (16, 3, 4, 2)
     if method == "sampled":
         rate, gain = many.thetas[:, None, None, :2], many.thetas[:, 2, None, None, None]
         exact = gain * y0[:, None] * np.exp(rate * (ts - 1)[:, None])
-        np.testing.assert_allclose(many.epistemic, exact, rtol=1e-12)
+        np.testing.assert_allclose(many.f, exact, rtol=1e-12)
     # Only the time since the start matters.
-    shifted = draw(growth_posterior, np.stack([ts - i for i in range(3)]), y0, method=method, khat=False)
-    np.testing.assert_allclose(shifted.epistemic, many.epistemic, rtol=1e-7)
-    one = draw(growth_posterior, ts, y0[1], method=method, khat=False)
-    np.testing.assert_allclose(one.epistemic[:, 0], many.epistemic[:, 1], rtol=1e-7)
+    shifted = draw(growth_posterior, np.stack([ts - i for i in range(3)]), y0, method=method, weigh=False)
+    np.testing.assert_allclose(shifted.f, many.f, rtol=1e-7)
+    one = draw(growth_posterior, ts, y0[1], method=method, weigh=False)
+    np.testing.assert_allclose(one.f[:, 0], many.f[:, 1], rtol=1e-7)
 
 
 def test_the_key_decides(linear, linear_posterior):
     ts = grid(linear)
     same, other = draw(linear_posterior, ts), draw(linear_posterior, ts, key=jax.random.key(1))
-    np.testing.assert_array_equal(draw(linear_posterior, ts).predictive, same.predictive)
+    np.testing.assert_array_equal(draw(linear_posterior, ts).y, same.y)
     assert not np.any(other.thetas == same.thetas)
 
 
 def test_sampled_has_no_closed_form_covariance(linear, linear_posterior):
-    predictions = draw(linear_posterior, grid(linear), method="sampled", khat=False)
+    predictions = draw(linear_posterior, grid(linear), method="sampled", weigh=False)
     with pytest.raises(lp.LaplodeError, match=r'`covariance\(\)`.*method="linearized".*method="sampled"'):
         predictions.covariance()
 
@@ -172,7 +172,7 @@ def dosed_posterior():
 def test_args_go_with_their_trajectories(dosed_posterior):
     predictions = draw(dosed_posterior, [0.0, 2.0])
     np.testing.assert_allclose(predictions.mean[:, 1, 0], [2.0, 4.0], rtol=1e-12)
-    np.testing.assert_allclose(predictions.epistemic[:, :, 1, 0], predictions.thetas * np.array([2.0, 4.0]), rtol=1e-12)
+    np.testing.assert_allclose(predictions.f[:, :, 1, 0], predictions.thetas * np.array([2.0, 4.0]), rtol=1e-12)
     new = draw(dosed_posterior, [0.0, 2.0], np.ones((1, 1)), {"dose": np.array([[3.0]])})
     np.testing.assert_allclose(new.mean[0, :, 0], [1.0, 7.0], rtol=1e-12)
 
@@ -200,20 +200,20 @@ def blow_up():
 
 def test_failed_solves_are_counted_and_marked(blow_up):
     with pytest.warns(lp.LaplodeWarning, match="of 200 draws have no finite trajectory") as caught:
-        predictions = draw(blow_up, [0.0, 1.0], method="sampled", num_samples=200, khat=False)
+        predictions = draw(blow_up, [0.0, 1.0], method="sampled", num_samples=200, weigh=False)
     explodes = np.asarray(predictions.thetas[:, 0]) > 1
     assert 20 < explodes.sum() < 80
     np.testing.assert_array_equal(predictions.ok, ~explodes)
     assert any(str(w.message).startswith(f"{explodes.sum()} of 200") for w in caught)
-    assert np.all(np.isnan(predictions.epistemic[explodes])) and np.all(np.isnan(predictions.predictive[explodes]))
-    fine = np.asarray(predictions.epistemic)[~explodes, 0, 1, 0]
+    assert np.all(np.isnan(predictions.f[explodes])) and np.all(np.isnan(predictions.y[explodes]))
+    fine = np.asarray(predictions.f)[~explodes, 0, 1, 0]
     np.testing.assert_allclose(1 / fine, 1 - np.asarray(predictions.thetas)[~explodes, 0], rtol=0, atol=5e-5)
-    assert np.all(np.isfinite(predictions.predictive[~explodes]))
+    assert np.all(np.isfinite(predictions.y[~explodes]))
 
 
 def test_linearized_draws_do_not_fail(blow_up):
     predictions = draw(blow_up, [0.0, 1.0], num_samples=200)
-    assert np.all(predictions.ok) and np.all(np.isfinite(predictions.epistemic))
+    assert np.all(predictions.ok) and np.all(np.isfinite(predictions.f))
 
 
 class Pole(eqx.Module):
@@ -272,11 +272,11 @@ def test_a_foreign_model_that_raises_gets_advice():
 def test_draws_outside_a_likelihoods_support_are_not_ok(likelihood):
     """A line that turns negative is no median of a LogNormal, and no rate of a Poisson distribution."""
     posterior = one_step(Line(jnp.array(0.0)), likelihood, 1.0, 0.1)
-    predictions = draw(posterior, [0.0, 1.0], method="sampled", num_samples=100, khat=False)
+    predictions = draw(posterior, [0.0, 1.0], method="sampled", num_samples=100, weigh=False)
     negative = np.asarray(predictions.thetas[:, 0]) < -1
     assert 0 < negative.sum() < 100
     np.testing.assert_array_equal(predictions.ok, ~negative)
-    assert np.all(np.isfinite(predictions.predictive[~negative])) and np.all(np.isnan(predictions.predictive[negative]))
+    assert np.all(np.isfinite(predictions.y[~negative])) and np.all(np.isnan(predictions.y[negative]))
 
 
 # ---- Importance weights
@@ -341,7 +341,7 @@ def test_a_point_far_from_the_optimum_is_flagged(growth, growth_posterior):
         posterior = lp.laplace(away, growth.problem, progress=False)
     assert posterior.diagnostics.newton_decrement > 100 * growth_posterior.diagnostics.newton_decrement
     with pytest.warns(lp.LaplodeWarning, match="Pareto k̂"):
-        assert draw(posterior, [0.0, 1.0], khat=True, num_samples=200).khat > 0.7
+        assert draw(posterior, [0.0, 1.0], weigh=True, num_samples=200).khat > 0.7
 
 
 def test_a_noise_scale_that_is_wrong_is_flagged(growth, growth_posterior):
@@ -352,7 +352,7 @@ def test_a_noise_scale_that_is_wrong_is_flagged(growth, growth_posterior):
     assert lp.compare_evidence(posteriors).index[0] == "right"
     khats = {}
     for name, posterior in posteriors.items():
-        f = draw(posterior, growth.problem.data.ts, num_samples=1000).epistemic
+        f = draw(posterior, growth.problem.data.ts, num_samples=1000).f
         log_likelihood = posterior.problem.likelihood.log_prob(f, growth.problem.data.ys).reshape(1000, -1)
         khats[name] = [importance_weights(-values, jnp.zeros(1000))[1] for values in log_likelihood.T]
     assert np.max(khats["right"]) < 0.7 < np.max(khats["narrow"])
@@ -366,7 +366,7 @@ def test_high_khat_is_reported():
 
     posterior = one_step(Compressed(jnp.zeros(6)), lp.Gaussian(4.0), 1.0, 1e-6, channels=6)
     with pytest.warns(lp.LaplodeWarning, match=r"Pareto k̂ = .* is above 0.67"):
-        draw(posterior, [0.0, 1.0], khat=True, num_samples=1000)
+        draw(posterior, [0.0, 1.0], weigh=True, num_samples=1000)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 65])
@@ -374,10 +374,10 @@ def test_high_khat_is_reported():
 def test_any_number_of_draws(growth_posterior, num_samples):
     ts = growth_posterior.problem.data.ts
     predictions = draw(growth_posterior, ts, method="sampled", num_samples=num_samples)
-    assert predictions.epistemic.shape[0] == predictions.log_weights.shape[0] == num_samples
+    assert predictions.f.shape[0] == predictions.log_weights.shape[0] == num_samples
     linearized = draw(growth_posterior, ts, num_samples=num_samples)
     # Close to each other, draw by draw, so that batches kept their order.
-    np.testing.assert_allclose(predictions.epistemic, linearized.epistemic, rtol=0.2)
+    np.testing.assert_allclose(predictions.f, linearized.f, rtol=0.2)
 
 
 # ---- Bad input
@@ -453,5 +453,5 @@ def test_what_is_zero_whatever_the_parameters(quiet, likelihood):
     ys = np.where(ts > 0, 3 * ts, np.nan)[:, None]
     posterior = quiet(Uptake(jnp.array(3.0)), lp.Problem(lp.Trajectories(ts, ys), likelihood, 1.0))
     found = draw(posterior, ts)
-    assert np.all(found.ok) and np.all(found.epistemic[:, 0, 0] == 0)
-    assert np.all(np.isfinite(found.predictive)) and np.all(found.epistemic[:, 0, 1:] > 0)
+    assert np.all(found.ok) and np.all(found.f[:, 0, 0] == 0)
+    assert np.all(np.isfinite(found.y)) and np.all(found.f[:, 0, 1:] > 0)

@@ -22,7 +22,7 @@ def test_a_linear_model_in_closed_form(linear, linear_posterior):
     start = np.tile(np.eye(2), (3, 1))
     expected = design @ np.linalg.inv(linear.precision) @ design.T + start @ SPREAD @ start.T
     predict = lambda num, method: lp.predict(
-        linear_posterior, ts, y0, method=method, khat=False, key=KEY, num_samples=num, progress=False
+        linear_posterior, ts, y0, method=method, weigh=False, key=KEY, num_samples=num, progress=False
     )
     linearized, sampled = predict(3000, "linearized"), predict(20, "sampled")
     np.testing.assert_allclose(linearized.covariance()[0], expected, rtol=1e-7, atol=1e-12)
@@ -32,8 +32,8 @@ def test_a_linear_model_in_closed_form(linear, linear_posterior):
     for found in (linearized, sampled):
         assert found.y0.shape == (len(found.thetas), 1, 2) and not found.observed_grid
         exact = np.einsum("ap,sp->sa", design, found.thetas).reshape(-1, 1, 3, 2) + np.asarray(found.y0)[:, :, None]
-        np.testing.assert_allclose(found.epistemic, exact, rtol=1e-6, atol=1e-7)
-    drawn = np.asarray(linearized.epistemic).reshape(3000, -1)
+        np.testing.assert_allclose(found.f, exact, rtol=1e-6, atol=1e-7)
+    drawn = np.asarray(linearized.f).reshape(3000, -1)
     np.testing.assert_allclose(np.cov(drawn.T), expected, atol=0.08 * np.max(expected))
     known = lp.predict(linear_posterior, ts, np.array([[1.0, 2.0]]), key=KEY, num_samples=4, progress=False)
     assert known.y0 is None
@@ -54,13 +54,15 @@ def test_two_trajectories_of_a_model_in_closed_form(growth, growth_posterior):
         at = model(theta, jnp.asarray(mean[i]))
         change = np.einsum("ap,sp->sa", in_theta, found.thetas - theta)
         change += np.einsum("ad,sd->sa", in_state, found.y0[:, i] - mean[i])
-        np.testing.assert_allclose(found.epistemic[:, i].reshape(50, -1), at * np.exp(change / at), rtol=1e-6)
+        np.testing.assert_allclose(found.f[:, i].reshape(50, -1), at * np.exp(change / at), rtol=1e-6)
     kept = lp.to_datatree(growth_posterior, found)["predictions"]["y0"]
     assert kept.dims == ("chain", "draw", "trajectory", "state")
     np.testing.assert_array_equal(kept[0], found.y0)
-    sampled = lp.predict(growth_posterior, ts, y0, method="sampled", khat=False, key=KEY, num_samples=5, progress=False)
+    sampled = lp.predict(
+        growth_posterior, ts, y0, method="sampled", weigh=False, key=KEY, num_samples=5, progress=False
+    )
     exact = jax.vmap(lambda theta, y0: jax.vmap(lambda y: model(theta, y))(y0))(sampled.thetas, sampled.y0)
-    np.testing.assert_allclose(sampled.epistemic.reshape(5, 2, -1), exact, rtol=1e-10)
+    np.testing.assert_allclose(sampled.f.reshape(5, 2, -1), exact, rtol=1e-10)
 
 
 def test_a_mixture_varies_within_its_components_and_between_them(growth, growth_posterior, quiet):
@@ -79,7 +81,7 @@ def test_a_mixture_varies_within_its_components_and_between_them(growth, growth_
     theirs = jnp.array([1.2, 1.4])[found.component]
     state = np.asarray(y0.mean)[0]
     expected = theirs[:, None] * state * np.exp((gains / theirs - 1)[:, None] + found.y0[:, 0] / state - 1)
-    np.testing.assert_allclose(found.epistemic[:, 0, 0], expected, rtol=1e-10)
+    np.testing.assert_allclose(found.f[:, 0, 0], expected, rtol=1e-10)
 
 
 class Logistic(eqx.Module):
@@ -102,7 +104,7 @@ def test_a_nonlinear_field(quiet):
         expected = np.outer(in_rate, in_rate) * posterior.covariance()[0, 0] + np.outer(in_state, in_state) * 0.02**2
         np.testing.assert_allclose(found.covariance()[i], expected, rtol=1e-6, atol=1e-12)
     solved = jax.vmap(lambda rate, y: jax.vmap(lambda y: exact(rate, y[0]))(y))(found.thetas[:, 0], found.y0)
-    np.testing.assert_allclose(np.std(solved, axis=0), np.std(found.epistemic[..., 0], axis=0), rtol=0.05, atol=1e-3)
+    np.testing.assert_allclose(np.std(solved, axis=0), np.std(found.f[..., 0], axis=0), rtol=0.05, atol=1e-3)
 
 
 @pytest.mark.parametrize(

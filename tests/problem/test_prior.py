@@ -95,7 +95,7 @@ def test_a_log_normal_prior_is_a_gaussian_one_of_the_logarithm():
     np.testing.assert_allclose(ours.log_evidence, hand.log_evidence, rtol=1e-10)
     predict = lambda p: lp.predict(p, np.linspace(0, 6, 7), key=KEY, num_samples=5, progress=False)
     np.testing.assert_allclose(predict(ours).covariance(), predict(hand).covariance(), rtol=1e-8, atol=1e-14)
-    np.testing.assert_allclose(predict(ours).epistemic, predict(hand).epistemic, rtol=1e-8)
+    np.testing.assert_allclose(predict(ours).f, predict(hand).f, rtol=1e-8)
 
 
 BENT = lp.NamedPriors(
@@ -124,12 +124,12 @@ def test_a_prior_that_bends_upward(structure, curvature):
         for _, _, start, stop in view.leaves:
             mask[start:stop, start:stop] = 1
     np.testing.assert_allclose(posterior.precision(), mask * expected, rtol=1e-8, atol=1e-8)
-    function, start = lp.evidence(posterior, noise="one")
+    function, start = lp.evidence_function(posterior, noise="one")
     np.testing.assert_allclose(function(start), posterior.log_evidence, rtol=1e-10)
 
 
 def test_evidence_changes_the_gaussian_part_only(constrained):
-    function, start = lp.evidence(constrained, noise="fixed")
+    function, start = lp.evidence_function(constrained, noise="fixed")
     np.testing.assert_allclose(function(start), constrained.log_evidence, rtol=1e-10)
     assert start.log_precision.shape == (1,)
     changed = lp.Hyperparameters(jnp.log(jnp.array([3.0])), None)
@@ -221,13 +221,13 @@ def test_a_noise_scale_among_the_parameters(name):
     # In the log scale an observation has information 2, whatever its distribution is around its location.
     np.testing.assert_allclose(np.diag(ggn.curvature.matrix())[4:], 2 * np.isfinite(ys).sum(axis=0), rtol=1e-12)
     predictions = lp.predict(posterior, TS, key=KEY, num_samples=3, progress=False)
-    assert predictions.epistemic.shape == predictions.scale.shape == (3, 1, 9, 2)
+    assert predictions.f.shape == predictions.scale.shape == (3, 1, 9, 2)
     assert predictions.covariance().shape == (1, 18, 18)
     np.testing.assert_allclose(predictions.scale[:, 0, 0], np.exp(predictions.thetas[:, 4:]), rtol=1e-12)
     tree = lp.to_datatree(posterior, predictions)
     np.testing.assert_array_equal(tree["posterior_predictive"]["scale"][0], predictions.scale)
     values = [jnp.where(np.isfinite(ys), log_pdf(ys, f[0], s[0]), 0).sum()
-              for f, s in zip(predictions.epistemic, predictions.scale, strict=True)]  # fmt: skip
+              for f, s in zip(predictions.f, predictions.scale, strict=True)]  # fmt: skip
     np.testing.assert_allclose(tree["log_likelihood"]["y"].values.sum(axis=-1)[0], values, rtol=1e-10)
 
 

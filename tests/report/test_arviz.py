@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 import laplode as lp
-from laplode._algebra.structure import Diagonal
+from laplode._algebra.structure import DiagonalPrecision
 from laplode._model.parameters import parameters
 
 if sys.version_info >= (3, 12):
@@ -28,7 +28,7 @@ def draw(posterior, ts, y0=None, **options):
 
 @pytest.fixture(scope="module")
 def here(growth_posterior):
-    return draw(growth_posterior, growth_posterior.problem.data.ts, khat=True)
+    return draw(growth_posterior, growth_posterior.problem.data.ts, weigh=True)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_dims_and_coordinates(tree, here, later, growth):
     data = growth.problem.data
     dims = ("chain", "draw", "trajectory", "time", "channel")
     for group, item in (("posterior_predictive", here), ("predictions", later)):
-        for name, draws in (("y", item.predictive), ("f", item.epistemic)):
+        for name, draws in (("y", item.y), ("f", item.f)):
             variable = tree[group][name]
             assert variable.dims == dims
             np.testing.assert_array_equal(variable[0], draws)
@@ -139,17 +139,17 @@ def test_dims_and_coordinates(tree, here, later, growth):
 def test_log_likelihood_is_that_of_the_noise_free_draws(tree, here, growth):
     found = tree["log_likelihood"]["y"]
     assert found.dims == ("chain", "draw", "trajectory", "time", "channel")
-    expected = growth.problem.likelihood.log_prob(here.epistemic, growth.problem.data.ys)
+    expected = growth.problem.likelihood.log_prob(here.f, growth.problem.data.ys)
     np.testing.assert_allclose(found[0], expected, rtol=1e-14)
 
 
 def test_observations_that_no_draw_changes_have_no_place_in_the_log_likelihood(growth, here, growth_posterior):
     """At the time of a given initial state, say; az.loo finds no tail to fit there."""
-    fixed = eqx.tree_at(lambda p: p.epistemic, here, here.epistemic.at[:, :, 0].set(1.0))
+    fixed = eqx.tree_at(lambda p: p.f, here, here.f.at[:, :, 0].set(1.0))
     found = lp.to_datatree(growth_posterior, fixed)["log_likelihood"]["y"]
     assert found.dims == ("chain", "draw", "observation") and found.sizes["observation"] == 32
     assert not np.any(found["time"] == 0.0)
-    expected = growth.problem.likelihood.log_prob(here.epistemic, growth.problem.data.ys)[:, :, 1:]
+    expected = growth.problem.likelihood.log_prob(here.f, growth.problem.data.ys)[:, :, 1:]
     np.testing.assert_allclose(found[0], expected.reshape(200, -1), rtol=1e-14)
 
 
@@ -198,14 +198,14 @@ def test_named_predictions_keep_their_own_draws(tree, here, sampled):
     np.testing.assert_array_equal(tree["posterior"]["gain"][0], here.thetas[:, 2])
     np.testing.assert_array_equal(tree["sampled"]["posterior"]["gain"][0], sampled.thetas[:, 2])
     assert tree["sampled"]["posterior"].attrs["method"] == "sampled"
-    np.testing.assert_array_equal(tree["sampled"]["posterior_predictive"]["f"][0], sampled.epistemic)
+    np.testing.assert_array_equal(tree["sampled"]["posterior_predictive"]["f"][0], sampled.f)
     np.testing.assert_array_equal(tree["sampled"]["sample_stats"]["log_p"][0], sampled.log_p)
 
 
 def test_the_key_gives_the_same_draws_again(tree, growth_posterior, here):
     key = jax.random.wrap_key_data(np.uint32(tree["posterior_predictive"].attrs["key"]))
     again = draw(growth_posterior, growth_posterior.problem.data.ts, key=key)
-    np.testing.assert_array_equal(again.epistemic, here.epistemic)
+    np.testing.assert_array_equal(again.f, here.f)
 
 
 def test_prior_predictive_is_of_the_draws_of_the_prior(tree, growth):
@@ -265,7 +265,7 @@ def test_a_large_array_becomes_three_rows(linear_ggn, monkeypatch):
 
 def test_a_learned_initial_state_has_the_names_of_states(linear_ggn):
     model = lp.NeuralODE(linear_ggn.parameters.model.vector_field, y0=[1.0, 2.0])
-    changed = (parameters(model), Diagonal(jnp.ones(8)))
+    changed = (parameters(model), DiagonalPrecision(jnp.ones(8)))
     posterior = eqx.tree_at(lambda p: (p.parameters, p.structure), linear_ggn, changed)
     tree = lp.to_datatree(posterior, key=KEY, num_samples=5, coords={"channel": ["p", "q"]})
     assert list(tree["posterior"]["y0"]["state"].values) == ["p", "q"]  # without `observe` a channel is a state
@@ -346,7 +346,7 @@ def test_recipe(name, reopened):
 def test_plot_lm_draws_the_data_and_the_mean(reopened, here):
     picture = RECIPES["plot_lm"](reopened, backend="matplotlib", point_estimate="mean")
     line = picture.viz["pe_line"]["ts"].item().get_xydata()
-    np.testing.assert_allclose(line[:, 1], here.predictive[:, 1, :, 0].mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(line[:, 1], here.y[:, 1, :, 0].mean(axis=0), rtol=1e-9)
     points = picture.viz["observed_scatter"]["ts"].item().get_offsets()
     np.testing.assert_allclose(points[:, 1], reopened["observed_data"]["y"].sel(PANEL), rtol=1e-12)
 
@@ -372,7 +372,7 @@ def test_missing_values(growth, here, quiet, tmp_path):
         tree = opened.load()
     found = tree["log_likelihood"]["y"]
     assert found.dims == ("chain", "draw", "observation") and found.sizes["observation"] == 33
-    expected = problem.likelihood.log_prob(predictions.epistemic, ys)
+    expected = problem.likelihood.log_prob(predictions.f, ys)
     at = (found["trajectory"] == 1) & (found["time"] == data.ts[0, 1]) & (found["channel"] == 1)
     assert at.sum() == 1
     np.testing.assert_allclose(found[0, :, np.flatnonzero(at)[0]], expected[:, 1, 1, 1], rtol=1e-14)

@@ -72,16 +72,16 @@ def test_a_datatree_and_its_parts_give_the_same_picture(parts, tree):
 def test_ribbons_are_central_quantiles(parts):
     posterior, here, _ = parts
     picture = lp.plot_trajectories(posterior, here, prob=0.5, num_draws=3)
-    for label, draws in (("ribbon", here.epistemic), ("noise_ribbon", here.predictive)):
+    for label, draws in (("ribbon", here.f), ("noise_ribbon", here.y)):
         low, high = np.quantile(draws[:, 1, :, 0], [0.25, 0.75], axis=0)
         vertices = drawn(picture, label)[1, 0].get_paths()[0].vertices
         at = vertices[vertices[:, 0] == here.ts[1, 4]][:, 1]
         np.testing.assert_allclose([at.min(), at.max()], [low[4], high[4]], rtol=1e-12)
     median = drawn(picture, "median")[1, 0].get_xydata()
-    np.testing.assert_allclose(median, np.stack([here.ts[1], np.median(here.epistemic[:, 1, :, 0], axis=0)], axis=-1))
+    np.testing.assert_allclose(median, np.stack([here.ts[1], np.median(here.f[:, 1, :, 0], axis=0)], axis=-1))
     lines = drawn(picture, "draws")[1, 0].get_segments()
     assert len(lines) == 3
-    np.testing.assert_array_equal(lines[2][:, 1], here.epistemic[2, 1, :, 0])
+    np.testing.assert_array_equal(lines[2][:, 1], here.f[2, 1, :, 0])
 
 
 def test_a_choice_of_trajectories_on_given_axes(parts):
@@ -144,7 +144,7 @@ def test_plotly(parts, linear_ggn, linear_forecast, tree):
     posterior, here, _ = parts
     picture = lp.plot_trajectories(posterior, here, backend="plotly")
     median = drawn(picture, "median")[1, 0]
-    np.testing.assert_allclose(median.y, np.median(here.epistemic[:, 1, :, 0], axis=0))
+    np.testing.assert_allclose(median.y, np.median(here.f[:, 1, :, 0], axis=0))
     assert "<html>" in picture.get_viz("figure").to_html()
     spectrum = lp.plot_spectrum(linear_ggn, backend="plotly")
     assert spectrum.get_viz("figure").layout.yaxis.type == "log"
@@ -157,7 +157,7 @@ def test_bokeh(parts, linear_ggn, linear_forecast, tree):
     posterior, here, _ = parts
     picture = lp.plot_trajectories(posterior, here, backend="bokeh")
     median = drawn(picture, "median")[1, 0].data_source.data
-    np.testing.assert_allclose(next(v for k, v in median.items() if "y" in k), np.median(here.epistemic[:, 1, :, 0], 0))
+    np.testing.assert_allclose(next(v for k, v in median.items() if "y" in k), np.median(here.f[:, 1, :, 0], 0))
     spectrum = lp.plot_spectrum(linear_ggn, backend="bokeh")
     assert type(spectrum.get_target(None, {}).y_scale).__name__ == "LogScale"
     lp.plot_phase(linear_ggn, linear_forecast, backend="bokeh")
@@ -179,7 +179,7 @@ def test_a_backend_that_is_not_installed(parts, monkeypatch):
 
 
 def test_phase_portrait(linear_ggn, linear_forecast):
-    data, draws = linear_ggn.problem.data, np.asarray(linear_forecast.epistemic)[:, 0]
+    data, draws = linear_ggn.problem.data, np.asarray(linear_forecast.f)[:, 0]
     picture = lp.plot_phase(linear_ggn, linear_forecast, num_draws=4, prob=0.8, labels=["p", "q"])
     panel = picture.get_target(None, {})
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("p", "q")
@@ -295,7 +295,7 @@ def test_time_correlation_is_that_of_the_closed_form(linear_forecast):
 def test_time_correlation_of_draws(parts, tree):
     _, _, later = parts
     picture = lp.plot_time_correlation(tree, trajectory=1)
-    expected = np.corrcoef(np.asarray(later.epistemic)[:, 1].reshape(30, -1).T).reshape(4, 2, 4, 2)
+    expected = np.corrcoef(np.asarray(later.f)[:, 1].reshape(30, -1).T).reshape(4, 2, 4, 2)
     shown = drawn(picture, "correlation")[0, 1].get_array().reshape(4, 4)
     np.testing.assert_allclose(shown, expected[:, 0, :, 1], rtol=1e-9)
     assert picture.viz["plot"].to_numpy()[1, 1].get_xlabel() == "lynx, time"

@@ -20,7 +20,7 @@ from .forms import (
     FactoredCurvature,
 )
 from .regularization import Regularize, Regularized
-from .structure import AbstractStructure, BlockDiagonal, Diagonal, Full, LowRank
+from .structure import AbstractStructure, BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _from_factor(found: FactoredCurvature, prior_precision: Float[Array, " P"]) 
         if not rounding < _MOST_ROUNDING * spectrum[-1]:
             raise _too_far_apart()
         cholesky = (root * jnp.where(jnp.diagonal(root) < 0, -1, 1)[:, None]).T
-    structure = Full(cholesky)
+    structure = FullPrecision(cholesky)
     if prior_precision.size <= _DENSE_SPECTRUM:
         spectrum = np.linalg.svd(np.asarray(cholesky), compute_uv=False) ** 2
         low, high = float(spectrum[-1]), float(spectrum[0])
@@ -94,7 +94,7 @@ def _from_dense(matrix: np.ndarray, prior_precision: Float[Array, " P"], regular
         low_used, high_used = extremes(matrix, changed)
     elif low <= 0:  # only "none" leaves it so
         raise _not_positive_definite(low, num_negative)
-    structure = Full(_factored(jnp.asarray(matrix) + jnp.diag(prior_precision)))
+    structure = FullPrecision(_factored(jnp.asarray(matrix) + jnp.diag(prior_precision)))
     return Built(structure, low, high, high_used / low_used, num_negative, regularized)
 
 
@@ -159,7 +159,7 @@ def build_block_diagonal(found: AbstractCurvature, prior_precision, regularize: 
     if changes:
         count, total = sum(c.count for c in changes), sum(c.total for c in changes)
         regularized = Regularized(regularize.kind, count, max(c.largest for c in changes), total)
-    structure = BlockDiagonal(tuple(b.structure for b in built))
+    structure = BlockDiagonalPrecision(tuple(b.structure for b in built))
     # The used extremes of each block lie within its condition number of one another; over blocks they are taken anew.
     low_used, high_used = low, high
     if changes:
@@ -179,20 +179,22 @@ def build_diagonal(found: AbstractCurvature, prior_precision, regularize: Regula
     if jnp.min(used) <= 0:
         raise _not_positive_definite(float(jnp.min(used)), num_negative)
     condition = float(jnp.max(used) / jnp.min(used))
-    return Built(Diagonal(used), float(jnp.min(before)), float(jnp.max(before)), condition, num_negative, regularized)
+    return Built(
+        DiagonalPrecision(used), float(jnp.min(before)), float(jnp.max(before)), condition, num_negative, regularized
+    )
 
 
 def build_low_rank(found: AbstractCurvature, prior_precision, regularize: Regularize, sizes: Sizes) -> Built:
     num_negative, regularized, lowest = 0, None, 0.0
     if isinstance(found, FactoredCurvature):
-        structure = LowRank(found.factor, found.weights, prior_precision, sizes.rank)
+        structure = LowRankPrecision(found.factor, found.weights, prior_precision, sizes.rank)
     else:
         assert isinstance(found, EigenCurvature)
         changed, num_negative, regularized = regularize(np.asarray(found.eigenvalues))
         lowest = float(jnp.min(found.eigenvalues))
         if regularized is None and num_negative:
             raise _not_positive_definite(lowest, num_negative)
-        structure = LowRank(found.vectors, jnp.maximum(jnp.asarray(changed), 0), prior_precision)
+        structure = LowRankPrecision(found.vectors, jnp.maximum(jnp.asarray(changed), 0), prior_precision)
     size = prior_precision.size
     if bool(jnp.all(prior_precision == prior_precision[0])):
         scaled = float(prior_precision[0]) * (1 + np.asarray(structure.strengths))

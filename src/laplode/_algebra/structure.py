@@ -48,7 +48,7 @@ class AbstractStructure(eqx.Module):
         return prior_precision.size - jnp.sum(prior_precision * self.variance())
 
 
-class Full(AbstractStructure):
+class FullPrecision(AbstractStructure):
     """Any Λ, by its Cholesky factor: Λ = L Lᵀ."""
 
     cholesky: Float[Array, "P P"]
@@ -110,29 +110,29 @@ def _beyond(cholesky: Float[Array, "P P"], base: Float[Array, " P"]) -> tuple[np
     return values**2 - 1, vectors.T * root
 
 
-class BlockDiagonal(AbstractStructure):
+class BlockDiagonalPrecision(AbstractStructure):
     """Λ in blocks on its diagonal, in the order of θ."""
 
-    blocks: tuple[Full, ...]
+    blocks: tuple[FullPrecision, ...]
     log_det: Float[Array, ""]
 
-    def __init__(self, blocks: tuple[Full, ...]):
+    def __init__(self, blocks: tuple[FullPrecision, ...]):
         self.blocks = blocks
         self.log_det = sum((block.log_det for block in blocks), jnp.zeros(()))
 
-    def _each(self, product: Callable[[Full, Array], Array], v: Array) -> Array:
+    def _each(self, product: Callable[[FullPrecision, Array], Array], v: Array) -> Array:
         stops = np.cumsum([block.cholesky.shape[0] for block in self.blocks])[:-1]
         parts = jnp.split(v, stops, axis=-1)
         return jnp.concatenate([product(block, part) for block, part in zip(self.blocks, parts, strict=True)], axis=-1)
 
     def precision_product(self, v):
-        return self._each(Full.precision_product, v)
+        return self._each(FullPrecision.precision_product, v)
 
     def covariance_product(self, v):
-        return self._each(Full.covariance_product, v)
+        return self._each(FullPrecision.covariance_product, v)
 
     def root_product(self, z):
-        return self._each(Full.root_product, z)
+        return self._each(FullPrecision.root_product, z)
 
     def variance(self):
         return jnp.concatenate([block.variance() for block in self.blocks])
@@ -154,7 +154,7 @@ class BlockDiagonal(AbstractStructure):
         return jnp.concatenate(diagonals), jsl.block_diag(*rows)
 
 
-class Diagonal(AbstractStructure):
+class DiagonalPrecision(AbstractStructure):
     """A diagonal Λ."""
 
     precision: Float[Array, " P"]
@@ -183,7 +183,7 @@ class Diagonal(AbstractStructure):
         return self.precision, jnp.zeros((0, self.precision.size))
 
 
-class LowRank(AbstractStructure):
+class LowRankPrecision(AbstractStructure):
     """Λ = Λ0 + Fᵀ W F with a factor F (M, P), in data space: nothing P×P, and no second matrix of the size of F.
 
     With A = W^½ F Λ0^-½ and A Aᵀ = U diag(x) Uᵀ the right singular vectors of A are V = Aᵀ U x^-½, and every function

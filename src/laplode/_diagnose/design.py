@@ -108,9 +108,9 @@ class InformationGain(eqx.Module):
     """What observations would tell.
 
     - `ts`: candidate times, (N, T).
-    - `each`: the gain of each single observation, (N, T, K): in nats by the criterion "d", in squared units of the
-        target, or of the parameters, by "a".
-    - `total`: the gain of all of them together, never more than their sum by "d" without a target.
+    - `each`: the gain of each single observation, (N, T, K): in nats by the criterion "information", in squared
+        units of the target, or of the parameters, by "variance".
+    - `total`: the gain of all of them together, never more than their sum by "information" without a target.
     - `criterion`: what `of` computes the gain of other sets from.
     """
 
@@ -159,7 +159,7 @@ def information_gain(
     y0: Any = None,
     args: PyTree = None,
     *,
-    criterion: str = "d",
+    criterion: str = "information",
     target: Callable[[Any], Any] | None = None,
 ) -> InformationGain:
     """What an observation at each of the candidate times would tell, in each channel, and all of them together.
@@ -169,7 +169,8 @@ def information_gain(
     - `posterior`: from `laplace`.
     - `ts`, `y0`, `args`: candidate times and the trajectories to observe, as in `predict`: without `y0` those of the
         data, otherwise new ones.
-    - `criterion`: "d": expected information gain about all parameters, or about the target, in nats. "a": by how much
+    - `criterion`: "information": expected information gain about all parameters, or about the target, in nats.
+        "variance": by how much
         the variances of the target, or of all parameters in the coordinates of θ, are expected to fall, in sum.
     - `target`: what is to become known, called as `target(model)`, as in `predict_function`: `lambda m: m.rate`, say.
 
@@ -182,9 +183,9 @@ def information_gain(
     With B = R^½ J, J the Jacobian of the candidates' predictions and R their Fisher information, S = B Λ⁻¹ Bᵀ, and G
     the target's Jacobian, the gain is
 
-    - "d": ½ log det(I + S) = ½ log det(Λ + Bᵀ B) − ½ log det Λ about the parameters; about the target the mutual
-        information ½ log det(I + S) − ½ log det(I + S − B Λ⁻¹ Gᵀ (G Λ⁻¹ Gᵀ)⁻¹ G Λ⁻¹ Bᵀ);
-    - "a": tr(G Λ⁻¹ Bᵀ (I + S)⁻¹ B Λ⁻¹ Gᵀ), with G = I without a target.
+    - "information": ½ log det(I + S) = ½ log det(Λ + Bᵀ B) − ½ log det Λ about the parameters; about the target the
+        mutual information ½ log det(I + S) − ½ log det(I + S − B Λ⁻¹ Gᵀ (G Λ⁻¹ Gᵀ)⁻¹ G Λ⁻¹ Bᵀ);
+    - "variance": tr(G Λ⁻¹ Bᵀ (I + S)⁻¹ B Λ⁻¹ Gᵀ), with G = I without a target.
 
     The first is exact for models that are linear in θ with Gaussian noise. For a user's own distribution R is the mean
     over 1000 observations drawn at θ*.
@@ -205,7 +206,7 @@ def choose_measurements(
     y0: Any = None,
     args: PyTree = None,
     *,
-    criterion: str = "d",
+    criterion: str = "information",
     target: Callable[[Any], Any] | None = None,
     repeat: bool = False,
 ) -> Measurements:
@@ -246,7 +247,7 @@ def choose_measurements(
 
 def _candidates(posterior: Any, ts, y0, args, criterion: str, target: Any) -> tuple[Grid, AbstractCriterion]:
     check_x64()
-    make = choose("criterion", criterion, {"d": _information, "a": _variance})
+    make = choose("criterion", criterion, {"information": _information, "variance": _variance})
     if not isinstance(posterior, Posterior):
         raise LaplodeError(
             f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}: of a mixture, take one "

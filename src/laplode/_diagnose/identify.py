@@ -8,7 +8,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from .._algebra.structure import AbstractStructure, BlockDiagonal, Diagonal, Full, LowRank
+from .._algebra.structure import (
+    AbstractStructure,
+    BlockDiagonalPrecision,
+    DiagonalPrecision,
+    FullPrecision,
+    LowRankPrecision,
+)
 from .._errors import LaplodeError
 from .._model.local_prior import check_independent, prior_vectors
 from .._model.parameters import Parameters
@@ -144,17 +150,17 @@ class _Direction(NamedTuple):
 
 
 def _blocks(structure: AbstractStructure, prior: Float[np.ndarray, " P"]) -> Iterator[_Block]:
-    if isinstance(structure, Diagonal):
+    if isinstance(structure, DiagonalPrecision):
         yield _Block(0, prior.size, np.asarray(structure.precision) / prior - 1, None)
-    elif isinstance(structure, LowRank):
+    elif isinstance(structure, LowRankPrecision):
         # Of a mode without strength, the right singular vector can't be had from the left one.
         strengths = np.asarray(structure.strengths)
         kept = np.flatnonzero(strengths > _noise(strengths, strengths.size))
         yield _Block(0, prior.size, strengths[kept], np.asarray(structure.right_vectors(kept)))
     else:
-        assert isinstance(structure, Full | BlockDiagonal)
+        assert isinstance(structure, FullPrecision | BlockDiagonalPrecision)
         start = 0
-        for block in structure.blocks if isinstance(structure, BlockDiagonal) else (structure,):
+        for block in structure.blocks if isinstance(structure, BlockDiagonalPrecision) else (structure,):
             size = len(block.cholesky)
             half = np.asarray(block.cholesky) / np.sqrt(prior[start : start + size])[:, None]
             strengths, vectors = np.linalg.eigh(half @ half.T - np.eye(size))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
 from .._algebra.forms import FactoredCurvature
-from .._algebra.structure import LowRank
+from .._algebra.structure import LowRankPrecision
 from .._checks import check_count, check_x64
 from .._curvature.hessian import hessian, hessian_batch_size
 from .._errors import LaplodeError, LaplodeWarning, choose
@@ -262,7 +262,7 @@ class _Linearized(eqx.Module):
 
     jacobian: Float[Array, "N*T*K P"]
     weights: Float[Array, " N*T*K"]
-    structure: LowRank
+    structure: LowRankPrecision
     gradient: Float[Array, " P"]
     decrement: Float[Array, ""]
 
@@ -283,11 +283,11 @@ def _whitened(view: Parameters, problem: Problem, predictions, jacobian: Float[A
     found = FactoredCurvature(jacobian, weights)
     if rows.shape[0]:
         found = found.with_rows(rows)
-    structure = LowRank(found.factor, found.weights, precision)
+    structure = LowRankPrecision(found.factor, found.weights, precision)
     return weights, structure, gradient, 0.5 * gradient @ structure.covariance_product(gradient)
 
 
-def _damped(structure: LowRank, damping) -> LowRank:
+def _damped(structure: LowRankPrecision, damping) -> LowRankPrecision:
     """Λ + damping · Λ0: the same modes, only weaker beside a stronger prior."""
     more = 1 + damping
     return eqx.tree_at(

@@ -22,7 +22,7 @@ from .._algebra.forms import (
     gram,
 )
 from .._algebra.regularization import _with_eigenvalues
-from .._algebra.structure import BlockDiagonal, Diagonal, Full, LowRank
+from .._algebra.structure import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
 from .._devices import free_bytes
 from .._errors import LaplodeError, choose
 from .._model.local_prior import is_gaussian, log_prior, prior_deficit, prior_vectors
@@ -142,22 +142,22 @@ def _log_det(posterior: Posterior, groups: Int[np.ndarray, " P"], by_channel: bo
         part = channel if by_channel else np.zeros_like(channel)
         rank = posterior.method.rank
         few = found.factor.shape[0] < posterior.size
-        if (isinstance(structure, LowRank) and (few or rank is not None)) or (
-            isinstance(structure, Full) and few and concave
+        if (isinstance(structure, LowRankPrecision) and (few or rank is not None)) or (
+            isinstance(structure, FullPrecision) and few and concave
         ):
             return _gram_parts(found.factor, found.weights, part, groups, rank)
         rows = [np.flatnonzero(part == k) for k in range(num_parts)]
         each = [FactoredCurvature(found.factor[r], found.weights[r]) for r in rows]
-        if isinstance(structure, Diagonal):
+        if isinstance(structure, DiagonalPrecision):
             return _ByDiagonal(jnp.stack([e.diagonal() for e in each]), None)
-        if isinstance(structure, BlockDiagonal):
+        if isinstance(structure, BlockDiagonalPrecision):
             leaves = [(start, stop) for _, _, start, stop in posterior.parameters.leaves]
             return _ByBlocks(tuple(jnp.stack([e.block(*leaf) for e in each]) for leaf in leaves), None)
         if concave and posterior.diagnostics.condition_number > _FAR_APART:
             return _ByRoot(jnp.stack([_root(e) for e in each]))
         return _ByBlocks((jnp.stack([e.matrix() for e in each]),), None)
     if isinstance(found, EigenCurvature):
-        assert isinstance(structure, LowRank)
+        assert isinstance(structure, LowRankPrecision)
         part = np.zeros(found.eigenvalues.size, int)
         # As regularized, which a structure built of it has kept.
         return _gram_parts(structure.factor, structure.scale**2, part, groups, None)
@@ -169,7 +169,7 @@ def _log_det(posterior: Posterior, groups: Int[np.ndarray, " P"], by_channel: bo
     else:  # what changes the eigenvalues is a matter of their signs, and does so at all scales alike
         parts, regularize = [_as_used(posterior)], None
     stacked = tuple(jnp.stack([p[i] for p in parts]) for i in range(len(parts[0])))
-    if isinstance(structure, Diagonal):
+    if isinstance(structure, DiagonalPrecision):
         return _ByDiagonal(stacked[0], regularize)
     return _ByBlocks(stacked, regularize)
 
@@ -221,9 +221,9 @@ def _as_used(posterior: Posterior) -> list[Array]:
         return _matrices(posterior.curvature)
     structure = posterior.structure
     prior = _prior_curvature(posterior.problem, posterior.parameters)
-    if isinstance(structure, Diagonal):
+    if isinstance(structure, DiagonalPrecision):
         return [structure.precision - prior]
-    if isinstance(structure, BlockDiagonal):
+    if isinstance(structure, BlockDiagonalPrecision):
         leaves = [(start, stop) for _, _, start, stop in posterior.parameters.leaves]
         blocks = zip(structure.blocks, leaves, strict=True)
         return [b.cholesky @ b.cholesky.T - jnp.diag(prior[slice(*leaf)]) for b, leaf in blocks]
@@ -248,7 +248,7 @@ def _channel(problem: Problem, k: int) -> Problem:
 class Evidence(eqx.Module):
     """log p(Y) of the Laplace approximation as a function of `Hyperparameters`, θ* and its curvature held fixed.
 
-    Made by `evidence`. Differentiable, jitted by its callers; a call takes no solve.
+    Made by `evidence_function`. Differentiable, jitted by its callers; a call takes no solve.
     """
 
     view: Parameters
@@ -306,7 +306,7 @@ _GROUPS: dict[str, _Grouping | None] = {
 _NOISES: dict[str, bool | None] = {"channel": True, "one": False, "fixed": None}
 
 
-def evidence(
+def evidence_function(
     posterior: Posterior, *, precision: str = "one", noise: str | None = None
 ) -> tuple[Evidence, Hyperparameters]:
     """The log evidence as a differentiable function of hyperparameters, and where it stands now.

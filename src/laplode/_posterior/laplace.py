@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .._algebra.forms import AbstractCurvature, BlockCurvature, DenseCurvature, FactoredCurvature, lessened, with_rows
 from .._algebra.regularization import _REGULARIZATIONS, Regularize
-from .._algebra.structure import AbstractStructure, LowRank
+from .._algebra.structure import AbstractStructure, LowRankPrecision
 from .._curvature.hessian import Work
 from .._devices import check_mesh, num_devices
 from .._errors import LaplodeError, LaplodeWarning, choose
@@ -138,7 +138,9 @@ def _assembled(
     )
     if rows.shape[0]:
         if isinstance(beside, FactoredCurvature) and method.rank is not None:  # that of these data alone
-            leading = LowRank(beside.factor, beside.weights, prior_precision, method.rank).split(prior_precision)[1]
+            leading = LowRankPrecision(beside.factor, beside.weights, prior_precision, method.rank).split(
+                prior_precision
+            )[1]
             beside = FactoredCurvature(leading, jnp.ones(len(leading)))
         beside = with_rows(beside, rows)
     built = structure.build(beside, prior_precision, regularize, _sizes(view, problem, method.rank))

@@ -20,13 +20,13 @@ from .._algebra.forms import (
     EigenCurvature,
     FactoredCurvature,
 )
-from .._algebra.structure import Full
+from .._algebra.structure import FullPrecision
 from .._checks import check_count, check_flag, real_array
 from .._errors import LaplodeError, LaplodeWarning
 from .._fit.refine import refine
 from .._model.local_prior import gaussian_part, is_gaussian
 from .._problem.prior import AbstractPrior, GaussianPrior, NamedPriors
-from .evidence import Evidence, Hyperparameters, _forms, evidence
+from .evidence import Evidence, Hyperparameters, _forms
 from .laplace import curvature_again, laplace, reassembled
 from .posterior import Posterior
 
@@ -130,7 +130,7 @@ def maximize_evidence(
         while True:
             if online:
                 posterior = _refined(posterior)
-            function, start = evidence(posterior, precision=precision, noise=noise)
+            function, start = evidence_function(posterior, precision=precision, noise=noise)
             bounds = _Bounds.of(start, precision_bounds, scale_bounds, moved)
             found = _maximum(function, start, bounds, steps)
             posterior = _with(posterior, function, found, precision)
@@ -149,7 +149,7 @@ def maximize_evidence(
 def _refined(posterior: Posterior) -> Posterior:
     """The posterior around the optimum of its own problem."""
     method, where = posterior.method, posterior.parameters.where
-    exact = method.curvature == "hessian" and isinstance(posterior.structure, Full)
+    exact = method.curvature == "hessian" and isinstance(posterior.structure, FullPrecision)
     options = {field: getattr(method, field) for field in method.__dataclass_fields__}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LaplodeWarning)  # what remains of it at the end is said there

@@ -58,7 +58,7 @@ class Sampling(NamedTuple):
         proposal: str,
         df: Any,
         tolerance: Any,
-        khat: bool | None,
+        weigh: bool | None,
         resample: bool,
         progress: bool,
         key: Any,
@@ -75,8 +75,8 @@ class Sampling(NamedTuple):
             )
         check_count("num_samples", num_samples)
         check_flag("resample", resample)
-        if khat is not None:
-            check_flag("khat", khat)
+        if weigh is not None:
+            check_flag("weigh", weigh)
         for name, value in (("df", df), ("tolerance", tolerance)):
             if not isinstance(value, int | float | np.number) or not 0 < value < math.inf:
                 raise LaplodeError(f"`{name}` must be a positive number, got {value!r}.")
@@ -85,9 +85,9 @@ class Sampling(NamedTuple):
                 '`proposal`="student_t" is for draws that are weighed against the true posterior: it goes with '
                 'method="sampled" or "geodesic". Linearized predictions are Gaussian.'
             )
-        if resample and khat is False:
-            raise LaplodeError("`resample` draws by the importance weights, which `khat`=False leaves out.")
-        weigh = not chosen.linear or resample if khat is None else bool(khat)
+        if resample and weigh is False:
+            raise LaplodeError("`resample` draws by the importance weights, which `weigh`=False leaves out.")
+        weigh = not chosen.linear or resample if weigh is None else bool(weigh)
         df, tolerance = float(df) if heavy else None, float(tolerance)
         return cls(method, chosen, int(num_samples), df, tolerance, weigh, bool(resample), progress, check_mesh(mesh))
 

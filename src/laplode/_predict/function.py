@@ -56,7 +56,7 @@ def predict_function(
     proposal: str = "gaussian",
     df: float = 5.0,
     tolerance: float = TOLERANCE,
-    khat: bool | None = None,
+    weigh: bool | None = None,
     resample: bool = False,
     progress: bool = True,
 ) -> FunctionPredictions:
@@ -69,7 +69,7 @@ def predict_function(
         floating point numbers of any shape, always the same, by JAX operations.
     - `method`: where the draws come from, as in `predict`: "linearized": function(θ*) + J (θ − θ*) with J its Jacobian;
         "geodesic", "sampled": the function at draws of θ.
-    - `num_samples`, `key`, `proposal`, `df`, `tolerance`, `khat`, `resample`, `progress`: as in `predict`.
+    - `num_samples`, `key`, `proposal`, `df`, `tolerance`, `weigh`, `resample`, `progress`: as in `predict`.
 
     **Returns:** `FunctionPredictions`.
 
@@ -78,7 +78,7 @@ def predict_function(
 
     The linearized covariance J Λ⁻¹ Jᵀ is known as the delta method.
     """
-    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress, key)
+    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, weigh, resample, progress, key)
     if not callable(function):
         raise LaplodeError(f"`function` must be callable as function(model), got {type(function).__name__}.")
     return _predict(function, posterior, sampling, key)
@@ -96,7 +96,7 @@ def predict_field(
     proposal: str = "gaussian",
     df: float = 5.0,
     tolerance: float = TOLERANCE,
-    khat: bool | None = None,
+    weigh: bool | None = None,
     resample: bool = False,
     progress: bool = True,
 ) -> FunctionPredictions:
@@ -108,13 +108,13 @@ def predict_field(
     - `states`: (G, D), such as the points of a grid in the phase plane.
     - `ts`: times, one for all states or one each, (G,).
     - `args`: as in `Trajectories`, with leading axis G.
-    - `method`, `num_samples`, `key`, `proposal`, `df`, `tolerance`, `khat`, `resample`, `progress`: as in `predict`.
+    - `method`, `num_samples`, `key`, `proposal`, `df`, `tolerance`, `weigh`, `resample`, `progress`: as in `predict`.
 
     **Returns:** `FunctionPredictions` of dy/dt, shape (G, D), in units of the state per unit of time.
 
     **Raises:** `LaplodeError` and warns as `predict_function` does; and raises it when the model is no `NeuralODE`.
     """
-    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress, key)
+    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, weigh, resample, progress, key)
     model = posterior.parameters.model
     if not isinstance(model, NeuralODE):
         raise LaplodeError(

@@ -42,7 +42,7 @@ def predict(
     proposal: str = "gaussian",
     df: float = 5.0,
     tolerance: float = TOLERANCE,
-    khat: bool | None = None,
+    weigh: bool | None = None,
     resample: bool = False,
     mesh: Mesh | None = None,
     progress: bool = True,
@@ -71,7 +71,7 @@ def predict(
     - `df`: degrees of freedom of "student_t".
     - `tolerance`: of geodesic draws, in posterior standard deviations: the search for one ends where its next step
         would be shorter, or the last has gained less than this squared, in nats.
-    - `khat`: whether to weigh the draws against the true posterior, which takes a solve of the data's trajectories for
+    - `weigh`: whether to weigh the draws against the true posterior, which takes a solve of the data's trajectories for
         each. By default for all but "linearized".
     - `resample`: whether to return draws resampled by their smoothed weights, equally weighted, some of them repeated.
         Sensible where `khat` is low.
@@ -99,7 +99,9 @@ def predict(
     retractions on matrix manifolds"; Vehtari et al. (2024), "Pareto smoothed
     importance sampling".
     """
-    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, khat, resample, progress, key, mesh)
+    sampling = Sampling.of(
+        posterior, method, num_samples, proposal, df, tolerance, weigh, resample, progress, key, mesh
+    )
     start = UncertainStart.of(y0) if isinstance(y0, dist.Distribution) else None
     grid = dataclasses.replace(Grid.of(posterior, ts, y0 if start is None else start.mean, args), start=start)
     key_theta, key_noise, key_start = jax.random.split(key, 3)
@@ -164,7 +166,7 @@ def predict_at(
         log_p=None,
         log_q=None,
         log_weights=None,
-        khat=None,
+        weigh=None,
         method=method,
         observed_grid=grid.observed,
         _root=None,

@@ -16,8 +16,8 @@ class Predictions(eqx.Module):
 
     - `ts`: times, (N, T).
     - `mean`: the prediction at the posterior mean θ*, (N, T, K); of a mixture the weighted mean of its components'.
-    - `epistemic`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
-    - `predictive`: the same with observation noise, (S, N, T, K).
+    - `f`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
+    - `y`: the same with observation noise, (S, N, T, K).
     - `scale`: where the model predicts the noise scale (or concentration), draws of it, (S, N, T, K); else None.
     - `thetas`: the parameter vectors of the draws, (S, P); of a geodesic draw that did not arrive, the last it reached.
     - `component`: which component of a mixture each draw is from, (S,); zeros without one.
@@ -35,7 +35,7 @@ class Predictions(eqx.Module):
 
     ts: Float[np.ndarray, "N T"]
     mean: Float[Array, "N T K"]
-    epistemic: Float[Array, "S N T K"]
+    f: Float[Array, "S N T K"]
     predictive: Float[Array, "S N T K"]
     scale: Float[Array, "S N T K"] | None
     thetas: Float[Array, "S P"]
@@ -53,10 +53,10 @@ class Predictions(eqx.Module):
 
     @property
     def predictions(self) -> Float[Array, "S N T F"]:
-        """`epistemic`, with the logarithms of `scale` after it where there are any: what the likelihood takes."""
+        """`f`, with the logarithms of `scale` after it where there are any: what the likelihood takes."""
         if self.scale is None:
-            return self.epistemic
-        return jnp.concatenate([self.epistemic, jnp.log(self.scale)], axis=-1)
+            return self.f
+        return jnp.concatenate([self.f, jnp.log(self.scale)], axis=-1)
 
     def covariance(self) -> Float[Array, "N TK TK"]:
         """The joint covariance J Λ⁻¹ Jᵀ over times and channels of each trajectory, (N, T·K, T·K), times outermost.
@@ -70,7 +70,7 @@ class Predictions(eqx.Module):
         if self._root is None:
             raise LaplodeError(
                 f'`covariance()` is the closed form of method="linearized"; these are draws of method="{self.method}", '
-                "whose covariance is that of `.epistemic` over its first axis."
+                "whose covariance is that of `.f` over its first axis."
             )
         return jnp.einsum("nar,nbr->nab", self._root, self._root)
 
@@ -79,7 +79,7 @@ def _parts(predictions: Float[Array, "S N T F"], predictive: Float[Array, "S N T
     channels = predictive.shape[-1]
     log_scale = predictions[..., channels:]
     scale = jnp.exp(log_scale) if log_scale.shape[-1] else None
-    return {"epistemic": predictions[..., :channels], "predictive": predictive, "scale": scale}
+    return {"f": predictions[..., :channels], "predictive": predictive, "scale": scale}
 
 
 @eqx.filter_jit

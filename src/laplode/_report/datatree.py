@@ -390,7 +390,7 @@ def _of(
 ) -> dict[str, xr.Dataset]:
     """The groups that one prediction makes; `chained` turns (S, ...) into (C, S, ...)."""
     data = posterior.problem.data
-    draws = {"y": item.predictive, "f": item.epistemic, "scale": item.scale, "y0": item.y0}
+    draws = {"y": item.y, "f": item.f, "scale": item.scale, "y0": item.y0}
     draws = {name: chained(values) for name, values in draws.items() if values is not None}
     if item.observed_grid:
         return {

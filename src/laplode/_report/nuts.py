@@ -174,7 +174,7 @@ def nuts(
             LaplodeWarning,
             stacklevel=2,
         )
-    f = np.asarray(predicted.epistemic).reshape(num_chains, done, *data.ys.shape)
+    f = np.asarray(predicted.f).reshape(num_chains, done, *data.ys.shape)
     rhat, rhat_f = _rhat(np.asarray(trace.theta)), _rhat(f)
     attrs = {
         "inference_library": "numpyro",

@@ -16,7 +16,7 @@ from numpyro.distributions.transforms import Transform
 
 from .._algebra.forms import BlockCurvature, DenseCurvature, DiagonalCurvature, EigenCurvature, FactoredCurvature
 from .._algebra.regularization import Regularized
-from .._algebra.structure import BlockDiagonal, Diagonal, Full, LowRank
+from .._algebra.structure import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
 from .._checks import in_float
 from .._errors import LaplodeError
 from .._files import Path, read, text_of, write
@@ -44,7 +44,7 @@ _PARTS = (
     *(Gaussian, LogNormal, StudentT, Poisson, NegativeBinomial, FromDistribution),
     *(GaussianPrior, NamedPriors, PosteriorPrior),
     *(DenseCurvature, BlockCurvature, DiagonalCurvature, EigenCurvature, FactoredCurvature),
-    *(Full, BlockDiagonal, Diagonal, LowRank),
+    *(FullPrecision, BlockDiagonalPrecision, DiagonalPrecision, LowRankPrecision),
 )
 
 

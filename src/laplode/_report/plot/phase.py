@@ -79,7 +79,7 @@ def plot_phase(
     if field and not can:
         raise LaplodeError("`field`: only of a NeuralODE with D = 2 states and without `args` is the field a picture.")
     pair = list(channels)
-    ts, draws = item.ts[trajectory], np.asarray(item.epistemic)[np.asarray(item.ok), trajectory][..., pair]
+    ts, draws = item.ts[trajectory], np.asarray(item.f)[np.asarray(item.ok), trajectory][..., pair]
     median = np.median(draws, axis=0)
     paths = xr.Dataset({"f": (("plot_axis", "draw", "time"), np.moveaxis(draws, -1, 0))}, {"plot_axis": ["x", "y"]})
     plots = _grid(paths, size=(6.4, 5.6), axes=axes, backend=backend)

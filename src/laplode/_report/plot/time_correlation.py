@@ -48,7 +48,7 @@ def plot_time_correlation(
         draws = segment["f"].transpose("sample", "trajectory", "time", "channel").values
         channels = list(segment["channel"].values) if channels is None else channels
     elif isinstance(predictions, Predictions):
-        ts, draws = predictions.ts, np.asarray(predictions.epistemic)[np.asarray(predictions.ok)]
+        ts, draws = predictions.ts, np.asarray(predictions.f)[np.asarray(predictions.ok)]
     else:
         got = type(predictions).__name__
         raise LaplodeError(f"`predictions` must come from laplode.predict or laplode.to_datatree, got {got}.")
