@@ -101,7 +101,7 @@ ARGUMENTS = {
     "predict": dict(**SAMPLING, ts="times", y0="new states", args=[3.0, [1.0, 2.0]], mesh=[NOTHING, 4, "all"]),
     "predict_function": dict(**SAMPLING, function=[NOTHING, None, 3]),
     "predict_field": dict(posterior="posterior", method="option", num_samples="count", df="positive"),
-    "evidence": dict(posterior="posterior", precision="option", noise=["nonsense", 3, NOTHING]),
+    "evidence_function": dict(posterior="posterior", precision="option", noise=["nonsense", 3, NOTHING]),
     "maximize_evidence": dict(posterior="posterior", precision="option", noise=["nonsense", 3, NOTHING],
                               precision_bounds="bounds", scale_bounds="bounds", steps="count", rounds="count",
                               online="flag"),
@@ -139,7 +139,14 @@ NEEDS = {
     ("to_datatree", "num_samples"): dict(key=KEY),
 }
 
-OF_A_POSTERIOR = ("evidence", "maximize_evidence", "identifiability", "plot_spectrum", "plot_phase", "check_tolerance")
+OF_A_POSTERIOR = (
+    "evidence_function",
+    "maximize_evidence",
+    "identifiability",
+    "plot_spectrum",
+    "plot_phase",
+    "check_tolerance",
+)
 
 
 def cases():

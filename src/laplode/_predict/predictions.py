@@ -36,7 +36,7 @@ class Predictions(eqx.Module):
     ts: Float[np.ndarray, "N T"]
     mean: Float[Array, "N T K"]
     f: Float[Array, "S N T K"]
-    predictive: Float[Array, "S N T K"]
+    y: Float[Array, "S N T K"]
     scale: Float[Array, "S N T K"] | None
     thetas: Float[Array, "S P"]
     component: Int[np.ndarray, " S"]
@@ -79,7 +79,7 @@ def _parts(predictions: Float[Array, "S N T F"], predictive: Float[Array, "S N T
     channels = predictive.shape[-1]
     log_scale = predictions[..., channels:]
     scale = jnp.exp(log_scale) if log_scale.shape[-1] else None
-    return {"f": predictions[..., :channels], "predictive": predictive, "scale": scale}
+    return {"f": predictions[..., :channels], "y": predictive, "scale": scale}
 
 
 @eqx.filter_jit
