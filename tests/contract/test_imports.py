@@ -30,7 +30,6 @@ ORDER = [
     "_model/neural_ode",
     "_model/own",
     "_model/parameters",
-    "_model/local_prior",
     "_solve/replay",
     "_solve/sensitivity",
     "_solve/second_order",

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 import laplode as lp
-from laplode._model.local_prior import prior_vectors
 from laplode._model.parameters import parameters
 from laplode._solve.maps import flow
 from laplode._solve.objective import value_and_gradient
@@ -33,9 +32,8 @@ def penalty(model):
 def gradient_of_problem(model, problem):
     """∇(−log p(Y | θ) − log p(θ))."""
     view = parameters(model)
-    mean, precision = prior_vectors(problem.prior, view)
     around = flow(view, problem.data.ts, problem.data.y0, problem.data.args)
-    return value_and_gradient(around, problem)[1] + precision * (view.vector - mean)
+    return value_and_gradient(around, problem)[1] + problem.prior.local(view).gradient
 
 
 def gradient_of_loss(model, loss):

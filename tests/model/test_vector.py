@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import laplode as lp
-from laplode._model.local_prior import prior_vectors
 from laplode._model.parameters import parameters
 
 
@@ -207,13 +206,15 @@ def test_names():
 
 def precision_of(precision, model=None, where=None):
     view = parameters(Stack() if model is None else model, where)
-    return np.asarray(prior_vectors(lp.GaussianPrior(precision), view)[1])
+    return np.asarray(lp.GaussianPrior(precision).local(view).precision)
 
 
 def test_prior_scalar_and_mean():
-    mean, precision = prior_vectors(lp.GaussianPrior(2.0, mean=0.5), parameters(Stack()))
+    prior, view = lp.GaussianPrior(2.0, mean=0.5), parameters(Stack())
+    mean, precision = prior.spread(view)
     np.testing.assert_array_equal(precision, np.full(15, 2.0))
     np.testing.assert_array_equal(mean, np.full(15, 0.5))
+    np.testing.assert_array_equal(prior.local(view).gradient, 2 * (view.vector - 0.5))
 
 
 PER_LAYER = np.repeat([3.0, 5.0, 7.0], [6, 6, 3])

@@ -9,7 +9,6 @@ import pytest
 
 import laplode as lp
 from laplode._algebra.structure import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
-from laplode._model.local_prior import log_prior, prior_draws, prior_rows, prior_vectors
 from laplode._model.parameters import parameters
 from laplode._predict.surface import Surface
 
@@ -103,8 +102,8 @@ def test_the_prior_is_the_posterior_before(second):
     before, after = second
     prior, view = after.problem.prior, after.parameters
     thetas = before.sample(KEY, 5)
-    np.testing.assert_allclose(log_prior(prior, view, thetas), before.log_prob(thetas), rtol=1e-10)
-    draws = np.asarray(prior_draws(prior, view, KEY, 20_000))
+    np.testing.assert_allclose(prior.log_density(view, thetas), before.log_prob(thetas), rtol=1e-10)
+    draws = np.asarray(prior.sample(view, KEY, 20_000))
     deviation = np.asarray(before.marginal_std())
     np.testing.assert_allclose(draws.mean(axis=0), before.mean, atol=5 * deviation.max() / np.sqrt(20_000))
     whitened = np.linalg.cholesky(np.asarray(before.precision())).T @ (draws - np.asarray(before.mean)).T
@@ -215,7 +214,7 @@ def test_what_it_is_not_for(second, linear_posterior):
     after = second[1]
     with pytest.raises(lp.LaplodeError, match=r"prior that is the posterior of other data.*precision"):
         lp.maximize_evidence(after, progress=False)
-    with pytest.raises(lp.LaplodeError, match=r"own prior.*all data together"):
+    with pytest.raises(lp.LaplodeError, match=r"depend on one another.*own prior.*all data together"):
         lp.identifiability(after)
     with pytest.raises(lp.LaplodeError, match="no one line"):
         lp.plot_spectrum(after)
@@ -232,5 +231,5 @@ def test_a_posterior_of_other_parameters_is_refused(linear, growth, growth_poste
         lp.refine(linear.model, seen(linear.problem, slice(0, 12), prior))
     larger = eqx.tree_at(lambda m: m.rate, growth.model, jnp.ones((3,)))
     with pytest.raises(lp.LaplodeError, match=r"rate of shape \(2,\), and the model has it of shape \(3,\)"):
-        prior_vectors(prior, parameters(larger, None, prior))
-    assert prior_rows(prior, growth_posterior.parameters).shape[1] == 3
+        parameters(larger, None, prior)
+    assert prior.local(growth_posterior.parameters).rows.shape[1] == 3

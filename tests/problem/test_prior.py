@@ -10,7 +10,6 @@ import pytest
 from jax.scipy.stats import norm
 
 import laplode as lp
-from laplode._model.local_prior import log_prior, prior_draws, prior_vectors
 from laplode._model.parameters import parameters
 from laplode._posterior.laplace import reassembled
 from laplode._predict.solves import log_joint
@@ -112,7 +111,7 @@ def test_a_prior_that_bends_upward(structure, curvature):
     options = {"where": lambda m: (m.rate, m.amount), "curvature": curvature, "structure": structure}
     posterior = lp.laplace(MODEL, lp.Problem(DATA, lp.Gaussian(0.05), BENT), progress=False, **options)
     view = posterior.parameters
-    bend = np.diagonal(-jax.jit(jax.hessian(lambda theta: log_prior(BENT, view, theta)))(view.vector))
+    bend = np.diagonal(-jax.jit(jax.hessian(lambda theta: BENT.log_density(view, theta)))(view.vector))
     assert np.all(bend[2:] < 0)
     predict = lambda theta: view.unravel(theta)(jnp.asarray(TS), None).ravel()
     J = np.asarray(jax.jit(jax.jacfwd(predict))(view.vector))
@@ -145,17 +144,17 @@ def test_evidence_changes_the_gaussian_part_only(constrained):
 def test_the_prior_looks_like_the_gaussian_that_touches_it():
     view = parameters(MODEL, None, NAMED)
     np.testing.assert_allclose(view.vector, THETA, rtol=1e-12)
-    mean, precision = jax.jit(lambda: prior_vectors(NAMED, view))()
-    density = jax.jit(lambda theta: log_prior(NAMED, view, theta))
-    np.testing.assert_allclose(jax.jit(jax.grad(density))(view.vector), -precision * (view.vector - mean), rtol=1e-9)
-    np.testing.assert_allclose(jax.jit(jax.hessian(density))(view.vector), -np.diag(precision), atol=1e-12)
+    local = NAMED.local(view)
+    density = jax.jit(lambda theta: NAMED.log_density(view, theta))
+    np.testing.assert_allclose(jax.jit(jax.grad(density))(view.vector), -local.gradient, rtol=1e-9)
+    np.testing.assert_allclose(jax.jit(jax.hessian(density))(view.vector), -np.diag(local.precision), atol=1e-12)
     batch = jnp.stack([view.vector, view.vector + 0.1])
     np.testing.assert_allclose(density(batch), [density(row) for row in batch], rtol=1e-12)
 
 
 def test_draws_of_the_prior():
     view = parameters(MODEL, None, NAMED)
-    draws = prior_draws(NAMED, view, KEY, 4000)
+    draws = NAMED.sample(view, KEY, 4000)
     model = jax.vmap(view.unravel)(draws)
     np.testing.assert_allclose(np.log(model.rate).mean(axis=0), -0.5, atol=5 * 0.7 / np.sqrt(4000))
     np.testing.assert_allclose(model.share.mean(), 0.4, atol=5 * 0.2 / np.sqrt(4000))

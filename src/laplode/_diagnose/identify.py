@@ -16,7 +16,6 @@ from .._algebra.structure import (
     LowRankPrecision,
 )
 from .._errors import LaplodeError
-from .._model.local_prior import check_independent, prior_vectors
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
 
@@ -97,13 +96,13 @@ def identifiability(posterior: Posterior, *, threshold: float = 0.1) -> Identifi
     if not isinstance(threshold, int | float | np.number) or not 0 < threshold < 1:
         raise LaplodeError(f"`threshold` must lie between 0 and 1, got {threshold!r}.")
     view = posterior.parameters
-    check_independent(
-        posterior.problem.prior,
+    local = posterior.problem.prior.local(view)
+    local.refuse_rows(
         "`posterior`",
         "directions are measured in units of each parameter's own prior. Ask it of the posterior of all data together, "
         "or compare `covariance()` before and after.",
     )
-    prior = np.asarray(prior_vectors(posterior.problem.prior, view)[1])
+    prior = np.asarray(local.precision)
     names = _entry_names(view)
     rows = [_row(d, names) for block in _blocks(posterior.structure, prior) for d in _directions(block)]
     columns = ["strength", "determined", "count", "parameters", "loadings"]

@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from .._checks import check_count, check_key
 from .._errors import FitError, LaplodeError, LaplodeWarning
 from .._files import Checkpoint, Path, fingerprint, text_of
-from .._model.local_prior import log_prior
 from .._model.neural_ode import starts
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
@@ -345,7 +344,7 @@ def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: 
         # The plain solve, with Diffrax's own reverse mode: its steps adapt as the parameters move.
         y0 = jax.tree.map(jnp.asarray, starts(here.model, data.y0, len(data.ts)))
         flow = ForeignFlow(here, jnp.asarray(data.ts), y0, data.args)
-        return NegativeLogLikelihood(flow, scaled)(theta) - log_prior(problem.prior, here, theta)
+        return NegativeLogLikelihood(flow, scaled)(theta) - problem.prior.log_density(here, theta)
 
     def step(i, state: _State) -> _State:
         value, gradient = jax.value_and_grad(loss)(state.trainable)

@@ -16,7 +16,6 @@ from .._algebra.structure import LowRankPrecision
 from .._checks import check_count, check_x64
 from .._curvature.hessian import hessian, hessian_batch_size
 from .._errors import LaplodeError, LaplodeWarning, choose
-from .._model.local_prior import log_prior, prior_deficit, prior_rows, prior_vectors
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
@@ -251,7 +250,7 @@ class _Point(NamedTuple):
 @eqx.filter_jit
 def _loss(around: AbstractFlow, problem: Problem, theta: Float[Array, " P"]) -> Float[Array, ""]:
     """−log p(Y | θ) − log p(θ), on a frozen grid."""
-    return NegativeLogLikelihood(around, problem)(theta) - log_prior(problem.prior, around.parameters, theta)
+    return NegativeLogLikelihood(around, problem)(theta) - problem.prior.log_density(around.parameters, theta)
 
 
 # ---- Levenberg-Marquardt
@@ -275,15 +274,14 @@ def _linearized(around: AbstractFlow, problem: Problem, route: str) -> _Lineariz
 @eqx.filter_jit
 def _whitened(view: Parameters, problem: Problem, predictions, jacobian: Float[Array, "N*T*K P"]):
     ys = jnp.asarray(problem.data.ys)
-    mean, precision = prior_vectors(problem.prior, view)
     weights = problem.information(predictions).ravel()
     score = problem.likelihood.score(predictions, ys).ravel()
-    rows, offset = prior_rows(problem.prior, view), view.vector - mean
-    gradient = precision * offset + (rows @ offset) @ rows - score @ jacobian
+    prior = problem.prior.local(view)
+    gradient = prior.gradient - score @ jacobian
     found = FactoredCurvature(jacobian, weights)
-    if rows.shape[0]:
-        found = found.with_rows(rows)
-    structure = LowRankPrecision(found.factor, found.weights, precision)
+    if prior.rows.shape[0]:
+        found = found.with_rows(prior.rows)
+    structure = LowRankPrecision(found.factor, found.weights, prior.precision)
     return weights, structure, gradient, 0.5 * gradient @ structure.covariance_product(gradient)
 
 
@@ -341,10 +339,9 @@ class _Quadratic(NamedTuple):
         local = _linearized(around, problem, route)
         tilt = _tilt(local).reshape(problem.informed.shape) if geodesic else None
         found = hessian(around, problem, batch_size=batch_size, tilt=tilt)
-        precision = np.asarray(local.structure.prior_precision)
-        deficit = np.asarray(prior_deficit(problem.prior, around.parameters))
-        rows = np.asarray(prior_rows(problem.prior, around.parameters))
-        matrix = np.asarray(found.matrix) + rows.T @ rows + np.diag(precision - deficit)
+        prior = problem.prior.local(around.parameters)
+        precision, rows = np.asarray(prior.precision), np.asarray(prior.rows)
+        matrix = np.asarray(found.matrix) + rows.T @ rows + np.diag(prior.diagonal)
         root = 1 / np.sqrt(precision)
         eigenvalues, vectors = np.linalg.eigh(root[:, None] * matrix * root)
         spectrum = eigenvalues if np.all(precision == precision[0]) else np.linalg.eigvalsh(matrix)

@@ -8,14 +8,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
-from numpyro.distributions.transforms import IdentityTransform, Transform
+from numpyro.distributions.transforms import Transform
 
-from .._checks import in_float
+from .._checks import in_float, is_real_array
 from .._errors import LaplodeError
-from .._problem.prior import AbstractPrior, NamedPriors, PosteriorPrior
+from .._problem.prior import AbstractPrior
 from .neural_ode import NeuralODE
 
 Where = Callable[[Any], Any] | PyTree[bool] | None
@@ -125,6 +124,46 @@ class Parameters(eqx.Module):
         """The model as it is."""
         return self.build(self.selected)
 
+    @property
+    def names_in_model(self) -> list[str]:
+        """Names of all leaves that could be selected."""
+        model = self.model
+        return [name for name, _ in _named_leaves(eqx.filter(model, all_parameters(model)))]
+
+    def spread(self, name: str, prefix: PyTree) -> Float[Array, " P"]:
+        """One value for each entry of θ, of a scalar, an array of shape (P,), or a pytree prefix of the model.
+
+        `name` says in errors what the values are. An array may be for all parameters of a model of which this is a
+        selection.
+
+        **Raises:** `LaplodeError` when it is none of these.
+        """
+        if eqx.is_array_like(prefix) and jnp.ndim(prefix) <= 1:  # pyright: ignore[reportArgumentType]
+            values = jnp.asarray(prefix, dtype=float)
+            if values.ndim == 0 or values.shape == (self.size,):
+                return jnp.broadcast_to(values, (self.size,))
+            everything = eqx.combine(
+                jax.tree.map(lambda x: np.ones(x.shape, bool), self.selected),
+                jax.tree.map(lambda x: np.zeros(x.shape, bool), eqx.filter(self.rest, is_real_array)),
+            )
+            everything = eqx.filter(everything, all_parameters(self.model))
+            chosen = np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(everything)])
+            if values.shape == chosen.shape:
+                return values[chosen]
+            raise LaplodeError(
+                f"{name} has shape {values.shape}, but the model has P = {self.size} parameters: give a scalar, an "
+                "array of shape (P,), or a pytree prefix of the model."
+            )
+        spread = lambda p, sub: jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(p, dtype=float), x.shape), sub)
+        try:
+            spread_out = jax.tree.map(spread, prefix, self.selected, is_leaf=lambda node: node is None)
+            return ravel_pytree(spread_out)[0]
+        except (ValueError, TypeError) as error:
+            raise LaplodeError(
+                f"{name} is neither a scalar, nor an array of shape ({self.size},), nor a pytree prefix of the model: "
+                f"{error}"
+            ) from error
+
     def name(self, index: int) -> str:
         """The name of one entry of θ, such as `vector_field.layers[0].weight[2, 1]`."""
         for name, shape, start, stop in self.leaves:
@@ -175,96 +214,21 @@ def parameters(model: Any, where: Where = None, prior: AbstractPrior | None = No
             raise LaplodeError(f"`model` has a complex parameter, {name}: split it into its real and imaginary parts.")
         if not np.all(np.isfinite(leaf)):
             raise LaplodeError(f"`model` has a parameter that is not finite: {name}. The fit has diverged.")
-    if isinstance(prior, PosteriorPrior):
-        _check_leaves(prior, [(name, leaf.shape) for name, leaf in named])
-        prior = prior.coordinates
-    if isinstance(prior, NamedPriors):
-        _check_names(prior, model)
-    priors = {name: prior_of(prior, name) for name, _ in named}
-    if (
-        isinstance(model, NeuralODE)
-        and model.scale is not None
-        and prior is not None
-        and priors.get("scale", 1) is None
-    ):
+    learns_scale = isinstance(model, NeuralODE) and any(name == "scale" for name, _ in named)
+    if learns_scale and prior is not None and prior.distribution_of("scale") is None:
         raise LaplodeError(
             "`scale` of the model, the noise scale, needs a prior of its own, since it has to stay positive: "
             'laplode.NamedPriors({"scale": dist.HalfNormal(1.0)}, rest=...), or leave it out of the parameters by '
             "`where`."
         )
-    transforms = tuple(_transform(name, leaf, priors[name]) for name, leaf in named)
+    transforms = tuple(None if prior is None else prior.transform_of(name, leaf) for name, leaf in named)
     pairs = zip(transforms, jax.tree.leaves(selected), strict=True)
     free = [leaf if t is None else jnp.asarray(t.inv(leaf)) for t, leaf in pairs]
-    return Parameters(jax.tree.unflatten(jax.tree.structure(selected), free), rest, transforms)
+    view = Parameters(jax.tree.unflatten(jax.tree.structure(selected), free), rest, transforms)
+    if prior is not None:
+        prior.check(view)
+    return view
 
 
 def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path).lstrip("."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _is_at(name: str, path: str) -> bool:
-    """Whether the leaf `name` is, or is part of, what stands at `path`."""
-    return name == path or name.startswith((f"{path}.", f"{path}["))
-
-
-def prior_of(prior: AbstractPrior | None, name: str) -> dist.Distribution | None:
-    """The distribution that the prior has for a leaf by its name; None where it belongs to the rest."""
-    if not isinstance(prior, NamedPriors):
-        return None
-    return next((each for path, each in prior.named.items() if _is_at(name, path)), None)
-
-
-def _check_names(prior: NamedPriors, model: Any) -> None:
-    names = [name for name, _ in _named_leaves(eqx.filter(model, all_parameters(model)))]
-    for path in prior.named:
-        found = [name for name in names if _is_at(name, path)]
-        if not found:
-            raise LaplodeError(
-                f"`named`[{path!r}] of the prior is no parameter of the model. Its parameters are: {', '.join(names)}."
-            )
-    for name in names:
-        paths = [path for path in prior.named if _is_at(name, path)]
-        if len(paths) > 1:
-            raise LaplodeError(f"`named` of the prior has {name} twice, as {' and as '.join(paths)}.")
-
-
-def _check_leaves(prior: PosteriorPrior, leaves: list[tuple[str, tuple[int, ...]]]) -> None:
-    before, now = dict(prior.leaves), dict(leaves)
-    if gone := [name for name in before if name not in now]:
-        what = f"it has {', '.join(gone[:5])}, which is not among the parameters"
-    elif new := [name for name in now if name not in before]:
-        what = f"it does not have {', '.join(new[:5])}"
-    elif other := [name for name in now if now[name] != before[name]]:
-        what = f"it has {other[0]} of shape {before[other[0]]}, and the model has it of shape {now[other[0]]}"
-    elif tuple(leaves) != prior.leaves:
-        what = "it has them in another order"
-    else:
-        return
-    raise LaplodeError(
-        f"`prior` is a posterior of other parameters: {what}. A posterior is a prior for the same parameters: infer "
-        "those by `where` in laplode.laplace, both times. What belongs to each trajectory, as a learned initial state "
-        "does, is not shared with others."
-    )
-
-
-def _transform(name: str, leaf: Array, prior: dist.Distribution | None) -> Transform | None:
-    """From the real numbers to where the prior lives; None if that is all of them."""
-    if prior is None:
-        return None
-    try:
-        fits = jnp.broadcast_shapes(prior.batch_shape, leaf.shape) == leaf.shape
-    except ValueError:
-        fits = False
-    if not fits:
-        raise LaplodeError(
-            f"The prior of {name} has batch shape {prior.batch_shape}, which does not fit the parameter's shape "
-            f"{leaf.shape}."
-        )
-    transform = dist.biject_to(prior.support)
-    free = transform.inv(leaf)  # pyright: ignore[reportAttributeAccessIssue]
-    if not np.all(np.isfinite(free)) or not np.all(np.isfinite(prior.log_prob(leaf))):
-        raise LaplodeError(
-            f"`model` has {name} = {np.asarray(leaf)}, at which its prior, {type(prior).__name__}, has no density: "
-            "start from values inside of its support."
-        )
-    return None if isinstance(transform, IdentityTransform) else transform

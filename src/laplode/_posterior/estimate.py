@@ -25,7 +25,6 @@ from .._curvature.hessian import (
 )
 from .._devices import free_bytes
 from .._errors import LaplodeError, choose
-from .._model.local_prior import prior_deficit, prior_rows, prior_vectors
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
@@ -139,8 +138,8 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
         check_key("key", method.key)
     check_model(model, problem)
     view = parameters(model, where, problem.prior)
-    prior_vectors(problem.prior, view)
-    deficit = np.flatnonzero(prior_deficit(problem.prior, view))
+    prior = problem.prior.local(view)
+    deficit = np.flatnonzero(prior.deficit)
     if deficit.size and chosen is _LOW_RANK:
         raise LaplodeError(
             f'`structure`="low_rank" builds on a prior that is log-concave, and that of {view.name(int(deficit[0]))} '
@@ -167,7 +166,7 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
 def _sizes(view: Parameters, problem: Problem, rank: int | None) -> Sizes:
     leaves = tuple(stop - start for _, _, start, stop in view.leaves)
     # Rows of the prior are kept like observations, and none is left out for a rank.
-    num_rows = prior_rows(problem.prior, view).shape[0]
+    num_rows = problem.prior.local(view).rows.shape[0]
     return Sizes(view.size, int(np.sum(problem.informed)) + num_rows, leaves, rank if rank is None else rank + num_rows)
 
 

@@ -25,9 +25,8 @@ from .._algebra.regularization import _with_eigenvalues
 from .._algebra.structure import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
 from .._devices import free_bytes
 from .._errors import LaplodeError, choose
-from .._model.local_prior import is_gaussian, log_prior, prior_deficit, prior_vectors
 from .._model.parameters import Parameters
-from .._problem.prior import PosteriorPrior
+from .._problem.prior import GROUPINGS, Grouping
 from .._problem.problem import Problem
 from .._problem.scale import AbstractScaleLikelihood
 from .._solve.maps import evaluate
@@ -135,7 +134,7 @@ class _ByGram(_LogDet):
 def _log_det(posterior: Posterior, groups: Int[np.ndarray, " P"], by_channel: bool) -> _LogDet:
     """The log-determinant of a posterior's structure, in parts: one for each channel, or all in one."""
     found, structure = posterior.curvature, posterior.structure
-    concave = not np.any(prior_deficit(posterior.problem.prior, posterior.parameters))
+    concave = not np.any(posterior.problem.prior.local(posterior.parameters).deficit)
     num_parts = posterior.problem.data.ys.shape[2] if by_channel else 1
     if isinstance(found, FactoredCurvature):
         channel = np.nonzero(posterior.problem.informed)[2]
@@ -220,7 +219,7 @@ def _as_used(posterior: Posterior) -> list[Array]:
     if posterior.diagnostics.regularized is None:
         return _matrices(posterior.curvature)
     structure = posterior.structure
-    prior = _prior_curvature(posterior.problem, posterior.parameters)
+    prior = posterior.problem.prior.local(posterior.parameters).diagonal
     if isinstance(structure, DiagonalPrecision):
         return [structure.precision - prior]
     if isinstance(structure, BlockDiagonalPrecision):
@@ -228,11 +227,6 @@ def _as_used(posterior: Posterior) -> list[Array]:
         blocks = zip(structure.blocks, leaves, strict=True)
         return [b.cholesky @ b.cholesky.T - jnp.diag(prior[slice(*leaf)]) for b, leaf in blocks]
     return [structure.precision_product(jnp.eye(posterior.size)) - jnp.diag(prior)]
-
-
-def _prior_curvature(problem: Problem, view: Parameters) -> Float[Array, " P"]:
-    """−∂² log p(θ), of either sign."""
-    return prior_vectors(problem.prior, view)[1] - prior_deficit(problem.prior, view)
 
 
 def _channel(problem: Problem, k: int) -> Problem:
@@ -255,25 +249,16 @@ class Evidence(eqx.Module):
     problem: Problem
     predictions: Float[Array, "N T F"]
     log_det: _LogDet
-    groups: Int[np.ndarray, " P"]  # of named priors, which stay as they are, one for each parameter after the others
+    grouping: Grouping | None = eqx.field(static=True)
     by_channel: bool = eqx.field(static=True)
 
     def __call__(self, hyperparameters: Hyperparameters) -> Float[Array, ""]:
         """log p(Y | θ*) + log p(θ*) + P/2 log 2π − ½ log det Λ, in nats."""
         problem, view = self.problem_at(hyperparameters), self.view
-        mean, now = prior_vectors(self.problem.prior, view)
-        log_density = log_prior(self.problem.prior, view, view.vector)
-        precision = _prior_curvature(self.problem, view)
-        if hyperparameters.log_precision is not None:
-            groups = jnp.minimum(self.groups, len(hyperparameters.log_precision) - 1)
-            ours = is_gaussian(self.problem.prior, view)
-            precision = jnp.where(ours, jnp.exp(hyperparameters.log_precision)[groups], precision)
-            ratio = jnp.where(ours, precision / now, 1)
-            change = jnp.log(ratio) - (ratio - 1) * now * (view.vector - mean) ** 2
-            log_density += 0.5 * jnp.sum(change)
-        log_det = self.log_det(precision, self._shrink(hyperparameters.log_scale))
+        prior = problem.prior.local(view)
+        log_det = self.log_det(prior.diagonal, self._shrink(hyperparameters.log_scale))
         constant = 0.5 * view.size * math.log(2 * math.pi)
-        return problem.log_likelihood(self.predictions) + log_density + constant - 0.5 * log_det
+        return problem.log_likelihood(self.predictions) + prior.log_density + constant - 0.5 * log_det
 
     def _shrink(self, log_scale: Array | None) -> Float[Array, " B"]:
         """What is left of the information of each part."""
@@ -282,25 +267,18 @@ class Evidence(eqx.Module):
         return jnp.exp(-2 * log_scale)
 
     def problem_at(self, hyperparameters: Hyperparameters) -> Problem:
-        """The problem with these hyperparameters in its likelihood."""
+        """The problem with these hyperparameters."""
+        problem = self.problem
+        if hyperparameters.log_precision is not None:
+            assert self.grouping is not None
+            prior = problem.prior.at(self.view, self.grouping, hyperparameters.log_precision)
+            problem = eqx.tree_at(lambda p: p.prior, problem, prior)
         if hyperparameters.log_scale is None:
-            return self.problem
-        likelihood: Any = self.problem.likelihood
+            return problem
+        likelihood: Any = problem.likelihood
         factor = jnp.exp(hyperparameters.log_scale)
         scale = jnp.asarray(likelihood.scale) * (factor if self.by_channel else factor[0])
-        return eqx.tree_at(lambda p: p.likelihood.scale, self.problem, scale)
-
-
-_Grouping = Callable[[Parameters], np.ndarray]
-
-
-# How parameters are grouped under one prior precision.
-_GROUPS: dict[str, _Grouping | None] = {
-    "one": lambda view: np.zeros(view.size, int),
-    "leaf": lambda view: np.repeat(np.arange(len(view.leaves)), [stop - start for _, _, start, stop in view.leaves]),
-    "parameter": lambda view: np.arange(view.size),
-    "fixed": None,
-}
+        return eqx.tree_at(lambda p: p.likelihood.scale, problem, scale)
 
 
 _NOISES: dict[str, bool | None] = {"channel": True, "one": False, "fixed": None}
@@ -320,47 +298,33 @@ def evidence_function(
     """
     grouping, by_channel = _forms(posterior, precision, noise)
     view, problem = posterior.parameters, posterior.problem
-    groups = np.arange(view.size) if grouping is None else _groups(grouping, posterior)
-    log_precision = None
-    if grouping is not None:
-        ours = is_gaussian(problem.prior, view)
-        _, now = prior_vectors(problem.prior, view)
-        log_precision = jnp.asarray(
-            np.bincount(groups[ours], np.log(np.asarray(now)[ours])) / np.bincount(groups[ours])
-        )
-    log_det = _log_det(posterior, groups, by_channel is True)
+    log_precision = None if grouping is None else problem.prior.hyperparameters(view, grouping)
+    log_det = _log_det(posterior, _groups(grouping, posterior), by_channel is True)
     log_scale = None
     if by_channel is not None:
         log_scale = jnp.zeros(problem.data.ys.shape[2] if by_channel else 1)
     predictions = evaluate(posterior.flow, view.vector)
-    function = Evidence(view, problem, predictions, log_det, groups, by_channel is True)
+    function = Evidence(view, problem, predictions, log_det, grouping, by_channel is True)
     return function, Hyperparameters(log_precision, log_scale)
 
 
-def _groups(grouping: _Grouping, posterior: Posterior) -> Int[np.ndarray, " P"]:
-    """The groups of parameters with the Gaussian prior; after them, each for itself, those with another prior."""
-    groups, ours = grouping(posterior.parameters), is_gaussian(posterior.problem.prior, posterior.parameters)
-    found = np.unique(groups[ours], return_inverse=True)[1]
-    groups = np.empty_like(groups)
-    groups[ours] = found
-    groups[~ours] = found.max(initial=-1) + 1 + np.arange(np.sum(~ours))
+def _groups(grouping: Grouping | None, posterior: Posterior) -> Int[np.ndarray, " P"]:
+    """The parameters that share a precision at any hyperparameters; those with a prior of their own stand alone."""
+    if grouping is None:
+        return np.arange(posterior.size)
+    groups = posterior.problem.prior.groups(posterior.parameters, grouping)
+    alone = groups < 0
+    groups[alone] = groups.max(initial=-1) + 1 + np.arange(np.sum(alone))
     return groups
 
 
-def _forms(
-    posterior: Any, precision: str, noise: str | None
-) -> tuple[Callable[[Parameters], np.ndarray] | None, bool | None]:
+def _forms(posterior: Any, precision: str, noise: str | None) -> tuple[Grouping | None, bool | None]:
     """How parameters are grouped, and whether noise scales are by channel; None for what is fixed."""
     if not isinstance(posterior, Posterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
-    if isinstance(posterior.problem.prior, PosteriorPrior):
-        raise LaplodeError(
-            "`posterior` has a prior that is the posterior of other data: its precision is theirs, and the noise was "
-            "held at one scale for them. Maximize the evidence of those data before `as_prior`, or that of all data "
-            "together."
-        )
-    grouping = choose("precision", precision, _GROUPS)
-    if not np.any(is_gaussian(posterior.problem.prior, posterior.parameters)):
+    posterior.problem.prior.check_tunable()
+    grouping = choose("precision", precision, GROUPINGS)
+    if grouping is not None and not posterior.problem.prior.hyperparameters(posterior.parameters, grouping).size:
         grouping = None  # every parameter has a prior of its own
     by_channel = _noise_form(posterior, noise)
     if grouping is None and by_channel is None:

@@ -18,8 +18,8 @@ from .._curvature.hessian import Work
 from .._devices import check_mesh, num_devices
 from .._errors import LaplodeError, LaplodeWarning, choose
 from .._files import Checkpoint, Path, check_path, fingerprint, text_of
-from .._model.local_prior import log_prior, prior_deficit, prior_rows, prior_vectors
 from .._model.parameters import Parameters, Where
+from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
 from .._solve.maps import AbstractFlow, evaluate, flow
 from .._solve.objective import value_and_gradient
@@ -126,25 +126,22 @@ def _assembled(
     nll_gradient: Float[Array, " P"],
 ) -> Posterior:
     view = around.parameters
-    prior_mean, prior_precision = prior_vectors(problem.prior, view)
-    rows = prior_rows(problem.prior, view)
-    gradient = _gradient(nll_gradient, prior_precision, rows, view.vector - prior_mean)
+    prior = problem.prior.local(view)
+    rows = prior.rows
     regularize = Regularize(method.regularization, _REGULARIZATIONS[method.regularization])
     structure = choose("structure", method.structure, {s.name: s for s in _STRUCTURES})
     inert = _inert(found, nll_gradient, view)
-    deficit = prior_deficit(problem.prior, view)
-    beside = (
-        found if not np.any(deficit) else lessened(found, structure.name, deficit, [leaf[2:] for leaf in view.leaves])
-    )
+    beside = found
+    if np.any(prior.deficit):
+        beside = lessened(found, structure.name, prior.deficit, [leaf[2:] for leaf in view.leaves])
     if rows.shape[0]:
         if isinstance(beside, FactoredCurvature) and method.rank is not None:  # that of these data alone
-            leading = LowRankPrecision(beside.factor, beside.weights, prior_precision, method.rank).split(
-                prior_precision
-            )[1]
+            structured = LowRankPrecision(beside.factor, beside.weights, prior.precision, method.rank)
+            leading = structured.split(prior.precision)[1]
             beside = FactoredCurvature(leading, jnp.ones(len(leading)))
         beside = with_rows(beside, rows)
-    built = structure.build(beside, prior_precision, regularize, _sizes(view, problem, method.rank))
-    gradient_norm, decrement, dof = _summary(built.structure, prior_precision, rows, gradient)
+    built = structure.build(beside, prior.precision, regularize, _sizes(view, problem, method.rank))
+    gradient_norm, decrement, dof = _summary(built.structure, prior, nll_gradient)
     diagnostics = Diagnostics(
         num_parameters=view.size,
         num_observations=int(np.sum(problem.data.observed)),
@@ -159,20 +156,18 @@ def _assembled(
         effective_dof=float(dof),
         inert=inert,
     )
-    log_joint = log_prior(problem.prior, view, view.vector) - nll
+    log_joint = prior.log_density - nll
     posterior = Posterior(view, problem, around, found, built.structure, log_joint, diagnostics, method)  # pyright: ignore[reportCallIssue]
     return posterior
 
 
-@jax.jit
-def _gradient(nll_gradient: Array, prior_precision: Array, rows: Float[Array, "R P"], offset: Array) -> Array:
-    return nll_gradient + prior_precision * offset + (rows @ offset) @ rows
-
-
 @eqx.filter_jit
-def _summary(structure: AbstractStructure, prior_precision: Array, rows: Float[Array, "R P"], gradient: Array):
+def _summary(structure: AbstractStructure, prior: LocalPrior, nll_gradient: Float[Array, " P"]):
     """‖gradient‖, the Newton decrement and the effective degrees of freedom."""
-    dof = structure.effective_dof(prior_precision) - jnp.sum(rows * structure.covariance_product(rows))
+    gradient = nll_gradient + prior.gradient
+    # A prior that bends upward has no precision of which the data could take over a part.
+    dof = structure.effective_dof(jnp.maximum(prior.diagonal, 0))
+    dof -= jnp.sum(prior.rows * structure.covariance_product(prior.rows))
     return jnp.linalg.norm(gradient), 0.5 * gradient @ structure.covariance_product(gradient), dof
 
 

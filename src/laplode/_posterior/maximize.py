@@ -24,9 +24,7 @@ from .._algebra.structure import FullPrecision
 from .._checks import check_count, check_flag, real_array
 from .._errors import LaplodeError, LaplodeWarning
 from .._fit.refine import refine
-from .._model.local_prior import gaussian_part, is_gaussian
-from .._problem.prior import AbstractPrior, GaussianPrior, NamedPriors
-from .evidence import Evidence, Hyperparameters, _forms
+from .evidence import Evidence, Hyperparameters, _forms, evidence_function
 from .laplace import curvature_again, laplace, reassembled
 from .posterior import Posterior
 
@@ -133,7 +131,7 @@ def maximize_evidence(
             function, start = evidence_function(posterior, precision=precision, noise=noise)
             bounds = _Bounds.of(start, precision_bounds, scale_bounds, moved)
             found = _maximum(function, start, bounds, steps)
-            posterior = _with(posterior, function, found, precision)
+            posterior = _with(posterior, function, found)
             moved = moved if found.log_scale is None else moved + found.log_scale
             bar.update(1)
             bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
@@ -198,11 +196,9 @@ def _lbfgs(function: Evidence, bounds: _Bounds, start: PyTree, steps: int) -> Py
     return jax.lax.while_loop(going, step, (start, optimizer.init(start), jnp.asarray(jnp.inf)))[0]
 
 
-def _with(posterior: Posterior, function: Evidence, found: Hyperparameters, precision: str) -> Posterior:
+def _with(posterior: Posterior, function: Evidence, found: Hyperparameters) -> Posterior:
     """The posterior with other hyperparameters."""
     problem = function.problem_at(found)
-    if found.log_precision is not None:
-        problem = eqx.tree_at(lambda p: p.prior, problem, _prior(posterior, jnp.exp(found.log_precision), precision))
     curvature = posterior.curvature
     if found.log_scale is not None:
         shrink = jnp.exp(-2 * found.log_scale)
@@ -228,35 +224,11 @@ def _scaled(curvature: AbstractCurvature, by: Float[Array, ""]) -> AbstractCurva
     return DiagonalCurvature(curvature.diagonal * by)
 
 
-def _prior(posterior: Posterior, values: Float[Array, " A"], precision: str) -> AbstractPrior:
-    view, prior = posterior.parameters, posterior.problem.prior
-    ours = is_gaussian(prior, view)
-    form: PyTree = values
-    if precision == "one":
-        form = values[0]
-    elif precision == "leaf":  # what has a prior of its own takes no notice of this one
-        rest = iter(values)
-        each = [next(rest) if ours[start] else jnp.ones(()) for _, _, start, _ in view.leaves]
-        form = jax.tree.unflatten(jax.tree.structure(view.selected), each)
-    elif not np.all(ours):
-        form = jnp.ones(view.size).at[np.flatnonzero(ours)].set(values)
-    part = gaussian_part(prior)
-    assert part is not None
-    found = GaussianPrior(form, part.mean)
-    return eqx.tree_at(lambda p: p.rest, prior, found) if isinstance(prior, NamedPriors) else found
-
-
 def _warn(posterior: Posterior, function: Evidence, found: Hyperparameters, bounds: _Bounds, settled: bool) -> None:
     said = []
     if found.log_precision is not None:
-        view, num = posterior.parameters, found.log_precision.size
-        ours = np.flatnonzero(is_gaussian(posterior.problem.prior, view))
-        if num == 1:
-            names = ["the prior precision"]
-        elif num == ours.size:
-            names = [f"the prior precision of {view.name(int(i))}" for i in ours]
-        else:
-            names = [f"the prior precision of {name}" for name, _, start, _ in view.leaves if start in ours]
+        assert function.grouping is not None
+        names = posterior.problem.prior.hyperparameter_names(posterior.parameters, function.grouping)
         meaning = ("the prior is as good as flat there", "the data want these parameters at the prior's mean")
         said += _at_bounds(names, found.log_precision, bounds.low.log_precision, bounds.high.log_precision, meaning)
     if found.log_scale is not None:

@@ -16,9 +16,8 @@ from .._algebra.regularization import Regularized
 from .._algebra.structure import AbstractStructure
 from .._devices import free_bytes
 from .._errors import LaplodeError
-from .._model.local_prior import prior_vectors
 from .._model.parameters import Parameters
-from .._problem.prior import NamedPriors, PosteriorPrior
+from .._problem.prior import PosteriorPrior
 from .._problem.problem import Problem
 from .._solve.maps import AbstractFlow
 
@@ -259,15 +258,14 @@ class Posterior(AbstractPosterior):
         **Raises:** `LaplodeError` when the blocks of a `block_diagonal` posterior don't fit in memory side by side.
         """
         prior = self.problem.prior
-        before = prior.coordinates if isinstance(prior, PosteriorPrior) else prior
-        diagonal, rows = self.structure.split(prior_vectors(prior, self.parameters)[1])
+        diagonal, rows = self.structure.split(prior.local(self.parameters).precision)
         return PosteriorPrior(
             mean=self.mean,
             precision=diagonal,
             rows=rows,
             log_det=self.structure.log_det,
             leaves=tuple(leaf[:2] for leaf in self.parameters.leaves),
-            coordinates=before if isinstance(before, NamedPriors) else None,
+            coordinates=prior.coordinates,
         )
 
     def covariance(self) -> Float[Array, "P P"]:

@@ -166,7 +166,7 @@ def predict_at(
         log_p=None,
         log_q=None,
         log_weights=None,
-        weigh=None,
+        khat=None,
         method=method,
         observed_grid=grid.observed,
         _root=None,

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from .._devices import num_devices, over_rows
 from .._errors import LaplodeError
-from .._model.local_prior import log_prior
 from .._model.neural_ode import starts
 from .._model.own import predict_trajectories
 from .._model.parameters import Parameters
@@ -111,4 +110,4 @@ def log_joint_at(posterior: Posterior, theta: Float[Array, " P"]) -> Float[Array
 def _log_density_of(posterior: Posterior, theta: Float[Array, " P"], predictions: Float[Array, "N T F"]):
     """log p(Y | predictions) + log p(θ)."""
     problem = posterior.problem
-    return problem.log_likelihood(predictions) + log_prior(problem.prior, posterior.parameters, theta)
+    return problem.log_likelihood(predictions) + problem.prior.log_density(posterior.parameters, theta)

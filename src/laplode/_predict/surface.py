@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int
 
 from .._devices import free_bytes
 from .._errors import LaplodeError
-from .._model.local_prior import prior_rows, prior_vectors
 from .._posterior.posterior import Posterior
 from .._problem.likelihood import AbstractLikelihood
 from .._solve.maps import AbstractFlow, evaluate, flow, has_second_pushforward, jacobian_route
@@ -47,6 +46,7 @@ class Surface(eqx.Module):
         around = flow(posterior.parameters, data.ts, data.y0, data.args, spare=_SPARE)
         predictions = evaluate(around, posterior.mean)
         observed = jnp.asarray(np.flatnonzero(problem.informed))
+        prior = problem.prior.local(posterior.parameters)
         surface = cls(
             flow=around,
             likelihood=problem.likelihood,
@@ -54,8 +54,8 @@ class Surface(eqx.Module):
             root_information=_root_information(
                 problem.likelihood, predictions, problem.information(predictions), observed
             ),
-            root_prior=jnp.sqrt(prior_vectors(problem.prior, posterior.parameters)[1]),
-            prior_rows=prior_rows(problem.prior, posterior.parameters),
+            root_prior=jnp.sqrt(prior.precision),
+            prior_rows=prior.rows,
             route=jacobian_route(around),
             bends=has_second_pushforward(around),
         )

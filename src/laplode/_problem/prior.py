@@ -1,21 +1,135 @@
 """What is known of the parameters before the data."""
 
-from collections.abc import Mapping
-from typing import Any
+import abc
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg as jsl
 import numpy as np
 import numpyro.distributions as dist
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from numpyro.distributions.transforms import IdentityTransform, Transform
 
 from .._checks import check_positive, real_array
 from .._errors import LaplodeError
 
 
+class LocalPrior(eqx.Module):
+    """A prior as it looks from one θ: all that curvature, refinement, evidence and predictions ask of it.
+
+    −∇² log p(θ) = diag(precision − deficit) + rowsᵀ rows, where `precision` is positive, so that it may serve as a
+    metric, and `deficit` is 0 except where the density bends upward. `log_density` is log p(θ) in nats, and `gradient`
+    that of −log p(θ). Rows come from priors in which parameters depend on one another.
+    """
+
+    log_density: Float[Array, ""]
+    gradient: Float[Array, " P"]
+    precision: Float[Array, " P"]
+    deficit: Float[Array, " P"]
+    rows: Float[Array, "R P"]
+
+    @property
+    def diagonal(self) -> Float[Array, " P"]:
+        """−∂² log p(θ) of each parameter without the rows, of either sign."""
+        return self.precision - self.deficit
+
+    def refuse_rows(self, argument: str, instead: str) -> None:
+        """Raise `LaplodeError` when parameters depend on one another in this prior."""
+        if self.rows.shape[0]:
+            raise LaplodeError(f"{argument} has a prior in which parameters depend on one another: {instead}")
+
+
+class Grouping(NamedTuple):
+    """How parameters share hyperparameters.
+
+    `groups(view)` is the number of the group of each entry of θ; `form(view, values)` puts one value for each group
+    into a form that `GaussianPrior` takes.
+    """
+
+    groups: Callable[[Any], Int[np.ndarray, " P"]]
+    form: Callable[[Any, Float[Array, " G"]], PyTree]
+
+
+GROUPINGS: dict[str, Grouping | None] = {
+    "one": Grouping(lambda view: np.zeros(view.size, int), lambda view, values: values[0]),
+    "leaf": Grouping(
+        lambda view: np.repeat(np.arange(len(view.leaves)), [stop - start for _, _, start, stop in view.leaves]),
+        lambda view, values: jax.tree.unflatten(jax.tree.structure(view.selected), list(values)),
+    ),
+    "parameter": Grouping(lambda view: np.arange(view.size), lambda view, values: values),
+    "fixed": None,
+}
+
+
 class AbstractPrior(eqx.Module):
-    """p(θ)."""
+    """p(θ), with what the rest of laplode asks of it. A `view` is a model's `Parameters`."""
+
+    # The named distributions that say in which coordinates θ is unconstrained, if there are any.
+    coordinates: eqx.AbstractVar["NamedPriors | None"]
+
+    def distribution_of(self, name: str) -> dist.Distribution | None:
+        """The distribution that the leaf `name` has for itself."""
+        return None if self.coordinates is None else self.coordinates.distribution_of(name)
+
+    def transform_of(self, name: str, values: Array) -> Transform | None:
+        """From the real numbers to where the leaf `name` lives; None if that is all of them.
+
+        **Raises:** `LaplodeError` when the leaf's distribution does not fit its values.
+        """
+        return None if self.coordinates is None else self.coordinates.transform_of(name, values)
+
+    @abc.abstractmethod
+    def check(self, view: Any) -> None:
+        """Raise `LaplodeError` unless this is a prior for the parameters of `view`."""
+
+    @abc.abstractmethod
+    def local(self, view: Any) -> LocalPrior:
+        """The prior as it looks from the parameters of `view` as they are."""
+
+    @abc.abstractmethod
+    def log_density(self, view: Any, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
+        """log p(θ) in nats, of each vector along the last axis."""
+
+    @abc.abstractmethod
+    def sample(self, view: Any, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
+        """Draws of θ."""
+
+    # ---- Hyperparameters
+
+    def check_tunable(self) -> None:
+        """Raise `LaplodeError` when the evidence is no function of hyperparameters under this prior."""
+
+    def tunable(self, view: Any) -> Bool[np.ndarray, " P"]:
+        """Which entries of θ have a precision that is a hyperparameter."""
+        return np.zeros(view.size, bool)
+
+    def groups(self, view: Any, grouping: Grouping) -> Int[np.ndarray, " P"]:
+        """The number of the hyperparameter of each entry of θ; −1 for entries that have none."""
+        ours, groups = self.tunable(view), np.full(view.size, -1)
+        groups[ours] = np.unique(grouping.groups(view)[ours], return_inverse=True)[1]
+        return groups
+
+    def hyperparameters(self, view: Any, grouping: Grouping) -> Float[Array, " A"]:
+        """Logarithms of the present precisions, the mean of each group."""
+        groups = self.groups(view, grouping)
+        ours = groups >= 0
+        now = np.log(np.asarray(self.local(view).precision)[ours])
+        return jnp.asarray(np.bincount(groups[ours], now) / np.bincount(groups[ours]))
+
+    def hyperparameter_names(self, view: Any, grouping: Grouping) -> list[str]:
+        """What each hyperparameter is called in messages."""
+        groups = self.groups(view, grouping)
+        if groups.max(initial=-1) == 0:
+            return ["the prior precision"]
+        each = [view.names(np.flatnonzero(groups == g)) for g in range(groups.max() + 1)]
+        return [f"the prior precision of {', '.join(names)}" for names in each]
+
+    def at(self, view: Any, grouping: Grouping, log_values: Float[Array, " A"]) -> "AbstractPrior":
+        """The prior with other hyperparameters, in the order of `hyperparameters`."""
+        return self
 
 
 class GaussianPrior(AbstractPrior):
@@ -49,6 +163,54 @@ class GaussianPrior(AbstractPrior):
 
         self.precision = each(check_positive, "precision", precision)
         self.mean = each(finite, "mean", mean)
+
+    @property
+    def coordinates(self):
+        """None: θ is unconstrained as it is."""
+        return None
+
+    def spread(self, view: Any) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
+        """Mean and precision of each entry of θ.
+
+        **Raises:** `LaplodeError` when a pytree of means or precisions is not a prefix of the model.
+        """
+        each = lambda name: view.spread(f"`{name}` of the prior", getattr(self, name))
+        return each("mean"), each("precision")
+
+    def check(self, view):
+        self.spread(view)
+
+    @eqx.filter_jit
+    def local(self, view):
+        (mean, precision), theta = self.spread(view), view.vector
+        density = jnp.sum(_log_normal(theta, mean, precision))
+        return LocalPrior(density, precision * (theta - mean), precision, 0 * theta, jnp.zeros((0, theta.size)))
+
+    @eqx.filter_jit
+    def log_density(self, view, theta):
+        return jnp.sum(_log_normal(theta, *self.spread(view)), axis=-1)
+
+    @eqx.filter_jit
+    def sample(self, view, key, n):
+        mean, precision = self.spread(view)
+        return mean + jax.random.normal(key, (n, view.size)) / jnp.sqrt(precision)
+
+    def tunable(self, view):
+        return np.ones(view.size, bool)
+
+    def at(self, view, grouping, log_values):
+        return self.with_precisions(view, grouping, log_values, self.groups(view, grouping))
+
+    def with_precisions(self, view: Any, grouping: Grouping, log_values: Array, groups: np.ndarray) -> "GaussianPrior":
+        """The same with other precisions; entries of group −1, which have another prior, get 1."""
+        every, ours = grouping.groups(view), groups >= 0
+        values = jnp.ones(every.max() + 1).at[every[ours]].set(jnp.exp(log_values)[groups[ours]])
+        return eqx.tree_at(lambda prior: prior.precision, self, grouping.form(view, values))
+
+
+def _log_normal(theta: Float[Array, "... P"], mean: Float[Array, " P"], precision: Float[Array, " P"]):
+    """log Normal of each entry."""
+    return 0.5 * (jnp.log(precision / (2 * jnp.pi)) - precision * (theta - mean) ** 2)
 
 
 class NamedPriors(AbstractPrior):
@@ -99,6 +261,141 @@ class NamedPriors(AbstractPrior):
         self.named = {name: jax.tree.map(as_array, each) for name, each in named.items()}
         self.rest = rest
 
+    @property
+    def coordinates(self):
+        """Itself: each named distribution says on which numbers its parameter lives."""
+        return self
+
+    def distribution_of(self, name):
+        return next((each for path, each in self.named.items() if is_at(name, path)), None)
+
+    def transform_of(self, name, values):
+        prior = self.distribution_of(name)
+        if prior is None:
+            return None
+        try:
+            fits = jnp.broadcast_shapes(prior.batch_shape, values.shape) == values.shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise LaplodeError(
+                f"The prior of {name} has batch shape {prior.batch_shape}, which does not fit the parameter's shape "
+                f"{values.shape}."
+            )
+        transform = dist.biject_to(prior.support)
+        free = transform.inv(values)  # pyright: ignore[reportAttributeAccessIssue]
+        if not np.all(np.isfinite(free)) or not np.all(np.isfinite(prior.log_prob(values))):
+            raise LaplodeError(
+                f"`model` has {name} = {np.asarray(values)}, at which its prior, {type(prior).__name__}, has no "
+                "density: start from values inside of its support."
+            )
+        return None if isinstance(transform, IdentityTransform) else transform
+
+    def check(self, view):
+        names = view.names_in_model
+        for path in self.named:
+            if not any(is_at(name, path) for name in names):
+                raise LaplodeError(
+                    f"`named`[{path!r}] of the prior is no parameter of the model. Its parameters are: "
+                    f"{', '.join(names)}."
+                )
+        for name in names:
+            paths = [path for path in self.named if is_at(name, path)]
+            if len(paths) > 1:
+                raise LaplodeError(f"`named` of the prior has {name} twice, as {' and as '.join(paths)}.")
+        unnamed = np.flatnonzero(~self._is_named(view))
+        if self.rest is not None:
+            self.rest.check(view)
+        elif unnamed.size:
+            raise LaplodeError(
+                f"`rest` of the prior is missing, and it says nothing of {', '.join(view.names(unnamed)[:5])}: give "
+                "NamedPriors(named, rest=precision) for all that is not named."
+            )
+
+    def _each(self, view: Any) -> Iterator[tuple[dist.Distribution, Transform | None, tuple[int, ...], slice]]:
+        """Of each leaf with a distribution of its own: that, its transform, its shape, its place in θ."""
+        for (name, shape, start, stop), transform in zip(view.leaves, view.transforms, strict=True):
+            if (found := self.distribution_of(name)) is not None:
+                yield found, transform, shape, slice(start, stop)
+
+    def _is_named(self, view: Any) -> Bool[np.ndarray, " P"]:
+        named = np.zeros(view.size, bool)
+        for *_, place in self._each(view):
+            named[place] = True
+        return named
+
+    def _spread(self, view: Any) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
+        """Mean and precision of the rest; 0 and 1 where all have distributions of their own."""
+        return (jnp.zeros(view.size), jnp.ones(view.size)) if self.rest is None else self.rest.spread(view)
+
+    @eqx.filter_jit
+    def local(self, view):
+        (mean, precision), theta = self._spread(view), view.vector
+        gradient, deficit = precision * (theta - mean), jnp.zeros_like(theta)
+        for each, transform, shape, place in self._each(view):
+            free = theta[place]
+            slope, bend = _derivatives(each, transform, free.reshape(shape))
+            # Where the density bends upward, or is flat, the metric is on the scale on which it changes.
+            scale = slope**2 + jnp.abs(bend)
+            scale = jnp.where(scale > 0, scale, jnp.where(free == 0, 1, 1 / jnp.where(free == 0, 1, free) ** 2))
+            metric = jnp.where(bend < 0, -bend, scale)
+            gradient = gradient.at[place].set(-slope)
+            precision = precision.at[place].set(metric)
+            deficit = deficit.at[place].set(metric + bend)
+        return LocalPrior(self.log_density(view, theta), gradient, precision, deficit, jnp.zeros((0, theta.size)))
+
+    @eqx.filter_jit
+    def log_density(self, view, theta):
+        terms = jnp.where(self._is_named(view), 0, _log_normal(theta, *self._spread(view)))
+        total = jnp.sum(terms, axis=-1)
+        for each, transform, shape, place in self._each(view):
+            values = _density(each, transform)(theta[..., place].reshape(*theta.shape[:-1], *shape))
+            total += jnp.sum(values.reshape(*theta.shape[:-1], -1), axis=-1)
+        return total
+
+    @eqx.filter_jit
+    def sample(self, view, key, n):
+        mean, precision = self._spread(view)
+        draws = mean + jax.random.normal(key, (n, view.size)) / jnp.sqrt(precision)
+        for i, (each, transform, shape, place) in enumerate(self._each(view)):
+            spread_out = each.expand(jnp.broadcast_shapes(each.batch_shape, shape))
+            values = jnp.asarray(spread_out.sample(jax.random.fold_in(key, i), (n,)))
+            free = values if transform is None else jnp.asarray(transform.inv(values))
+            draws = draws.at[:, place].set(free.reshape(n, -1))
+        return draws
+
+    def tunable(self, view):
+        return ~self._is_named(view)
+
+    def at(self, view, grouping, log_values):
+        if self.rest is None:
+            return self
+        rest = self.rest.with_precisions(view, grouping, log_values, self.groups(view, grouping))
+        return eqx.tree_at(lambda prior: prior.rest, self, rest)
+
+
+def is_at(name: str, path: str) -> bool:
+    """Whether the leaf `name` is, or is part of, what stands at `path`."""
+    return name == path or name.startswith((f"{path}.", f"{path}["))
+
+
+def _density(prior: dist.Distribution, transform: Transform | None) -> Callable[[Array], Array]:
+    """log p of each number in its unconstrained coordinate."""
+
+    def log_prob(free):
+        if transform is None:
+            return jnp.asarray(prior.log_prob(free))
+        return jnp.asarray(prior.log_prob(transform(free)) + transform.log_abs_det_jacobian(free, transform(free)))
+
+    return log_prob
+
+
+def _derivatives(prior: dist.Distribution, transform: Transform | None, free: Array) -> tuple[Array, Array]:
+    """The first and second derivative of log p of each number."""
+    slope = lambda x: jax.grad(lambda x: jnp.sum(_density(prior, transform)(x)))(x)
+    first, second = jax.jvp(slope, (free,), (jnp.ones_like(free),))
+    return first.ravel(), second.ravel()
+
 
 class PosteriorPrior(AbstractPrior):
     """θ ~ Normal(mean, Λ⁻¹) with Λ = diag(precision) + rowsᵀ rows: what was learned from data before.
@@ -113,3 +410,52 @@ class PosteriorPrior(AbstractPrior):
     log_det: Float[Array, ""]
     leaves: tuple[tuple[str, tuple[int, ...]], ...] = eqx.field(static=True)
     coordinates: NamedPriors | None
+
+    def check(self, view):
+        leaves = tuple(leaf[:2] for leaf in view.leaves)
+        before, now = dict(self.leaves), dict(leaves)
+        if gone := [name for name in before if name not in now]:
+            what = f"it has {', '.join(gone[:5])}, which is not among the parameters"
+        elif new := [name for name in now if name not in before]:
+            what = f"it does not have {', '.join(new[:5])}"
+        elif other := [name for name in now if now[name] != before[name]]:
+            what = f"it has {other[0]} of shape {before[other[0]]}, and the model has it of shape {now[other[0]]}"
+        elif leaves != self.leaves:
+            what = "it has them in another order"
+        else:
+            return
+        raise LaplodeError(
+            f"`prior` is a posterior of other parameters: {what}. A posterior is a prior for the same parameters: "
+            "infer those by `where` in laplode.laplace, both times. What belongs to each trajectory, as a learned "
+            "initial state does, is not shared with others."
+        )
+
+    @eqx.filter_jit
+    def local(self, view):
+        theta = view.vector
+        offset = theta - self.mean
+        gradient = self.precision * offset + (self.rows @ offset) @ self.rows
+        return LocalPrior(self.log_density(view, theta), gradient, self.precision, jnp.zeros_like(theta), self.rows)
+
+    @eqx.filter_jit
+    def log_density(self, view, theta):
+        offset = theta - self.mean
+        quadratic = jnp.sum(self.precision * offset**2, axis=-1) + jnp.sum((offset @ self.rows.T) ** 2, axis=-1)
+        return 0.5 * (self.log_det - view.size * jnp.log(2 * jnp.pi) - quadratic)
+
+    @eqx.filter_jit
+    def sample(self, view, key, n):
+        # Draws of Normal(mean, diag(precision)⁻¹) become draws of the prior by Matheron's rule.
+        draws = jax.random.normal(key, (n, view.size)) / jnp.sqrt(self.precision)
+        noise = jax.random.normal(jax.random.fold_in(key, 0), (n, self.rows.shape[0]))
+        gain = self.rows / self.precision
+        seen = draws @ self.rows.T + noise
+        system = jnp.eye(self.rows.shape[0]) + self.rows @ gain.T
+        return self.mean + draws - jsl.solve(system, seen.T, assume_a="pos").T @ gain
+
+    def check_tunable(self):
+        raise LaplodeError(
+            "`posterior` has a prior that is the posterior of other data: its precision is theirs, and the noise was "
+            "held at one scale for them. Maximize the evidence of those data before `as_prior`, or that of all data "
+            "together."
+        )

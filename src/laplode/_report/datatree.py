@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._checks import check_count, check_key
 from .._errors import LaplodeError, LaplodeWarning, choose
 from .._fit.fit import Fit
-from .._model.local_prior import prior_draws
 from .._model.neural_ode import NeuralODE
 from .._model.parameters import Parameters
 from .._posterior.posterior import AbstractPosterior
@@ -459,7 +458,7 @@ def _joined(parts: list[dict[str, Array]]) -> dict[str, Array]:
 def _prior(posterior, layout, attrs, key, num, push, progress) -> dict[str, xr.Dataset]:
     problem, view = posterior.problem, posterior.parameters
     data = problem.data
-    draw = lambda key, num: prior_draws(problem.prior, view, key, num)
+    draw = lambda key, num: problem.prior.sample(view, key, num)
     parts, trajectories = [], []
     for thetas, key_noise in _blocks(draw, jax.random.fold_in(key, 0), num, view.size):
         parts.append(summarize(view, thetas[None], layout))

@@ -17,7 +17,6 @@ from ..._algebra.forms import (
     FactoredCurvature,
 )
 from ..._errors import LaplodeError
-from ..._model.local_prior import check_independent, prior_vectors
 from ..._posterior.posterior import AbstractPosterior, Posterior
 from .shared import _COLORS, _GRAY, _grid, _label, _legend, _log_y, _put, _xy
 
@@ -44,11 +43,9 @@ def plot_spectrum(posterior: AbstractPosterior, *, axes: Any = None, backend: st
     if not isinstance(posterior, AbstractPosterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     one: Posterior = posterior.components[0]
-    check_independent(
-        one.problem.prior, "`posterior`", "no one line stands for it. Draw the posterior of all data together."
-    )
-    _, precision = prior_vectors(one.problem.prior, one.parameters)
-    precision = np.asarray(precision)
+    local = one.problem.prior.local(one.parameters)
+    local.refuse_rows("`posterior`", "no one line stands for it. Draw the posterior of all data together.")
+    precision = np.asarray(local.precision)
     uniform = bool(np.all(precision == precision[0]))
     unit = float(precision[0]) if uniform else 1.0
     values = unit * np.sort(_relative_spectrum(one.curvature, precision))[::-1]
