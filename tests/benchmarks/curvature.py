@@ -89,7 +89,7 @@ def run_ggn():
     around = flow_of(model, problem)
     view = around.parameters
     theta = view.vector
-    print(f"P = {theta.size}, M = {problem.data.ys.size}, {around.boundaries.shape[1] - 1} steps (padded)")
+    print(f"P = {theta.size}, M = {problem.data.ys.size}, {around.num_steps} steps (padded)")
 
     (_, jacobian), first, seconds = clock(lambda: linearize(around), 7)
     report("laplode: J", first, seconds)
@@ -177,7 +177,7 @@ def run_scaling():
         around = flow_of(*case(**arguments))
         _, first, seconds = clock(lambda: linearize(around), 5)
         size = around.parameters.size
-        steps = around.boundaries.shape[1] - 1
+        steps = around.num_steps
         each = 1e9 * seconds / size / steps / around.num_trajectories
         print(f"{name:10s} P = {size:7d}  steps {steps:4d}   first {first:6.2f} s   then {seconds:8.4f} s   "
               f"{each:8.1f} ns per parameter, step and trajectory", flush=True)  # fmt: skip

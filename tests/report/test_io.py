@@ -24,6 +24,7 @@ from laplode._files import Checkpoint, _prelude, fingerprint, text_of, write
 from laplode._fit.fit import _advance
 from laplode._model.parameters import parameters
 from laplode._solve.maps import ReplayedFlow
+from laplode._solve.replay import Steps
 
 KEY = jax.random.key(0)
 ADAM = optax.adam(0.01)
@@ -97,7 +98,8 @@ def fit_of(case):
 
 def test_a_neural_ode_on_its_grid_of_steps(growth_posterior, neural, tmp_path):
     data, view = neural.problem.data, parameters(neural.model)
-    grid = ReplayedFlow(view, jnp.asarray(data.ts), jnp.asarray(data.y0), None, jnp.ones((2, 5)))
+    steps = Steps(jnp.ones((2, 4)), jnp.ones((2, 4)), jnp.asarray(data.ts), jnp.asarray(data.y0), None)
+    grid = ReplayedFlow(view, steps)
     replaced = dict(parameters=view, flow=grid, problem=neural.problem)
     posterior = dataclasses.replace(growth_posterior, **replaced)
     lp.save(tmp_path / "p", posterior)

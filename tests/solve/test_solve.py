@@ -11,7 +11,7 @@ import pytest
 
 import laplode as lp
 from laplode._model.parameters import parameters
-from laplode._solve.maps import ForeignFlow, ReplayedFlow, evaluate, flow, jacobian_route, linearize
+from laplode._solve.maps import ForeignFlow, ReplayedFlow, evaluate, flow, linearize
 
 ADAPTIVE = diffrax.PIDController(rtol=1e-5, atol=1e-7)
 FIXED = dict(stepsize_controller=diffrax.ConstantStepSize(), dt0=0.05, max_steps=128)
@@ -62,9 +62,11 @@ def test_replay_equals_the_adaptive_solve(name):
 
 def test_grids_start_and_end_where_the_times_do():
     around = flow(parameters(rotation(stepsize_controller=ADAPTIVE)), TS, Y0, None)
-    np.testing.assert_array_equal(around.boundaries[:, 0], TS[:, 0])
-    np.testing.assert_array_equal(around.boundaries[:, -1], TS[:, -1])
-    assert np.all(np.diff(around.boundaries) >= 0)
+    starts, ends = around.steps.starts, around.steps.ends
+    np.testing.assert_array_equal(starts[:, 0], TS[:, 0])
+    np.testing.assert_array_equal(ends[:, -1], TS[:, -1])
+    assert np.all(around.steps.lengths >= 0)
+    np.testing.assert_array_equal(starts[:, 1:], ends[:, :-1])
 
 
 class Seen(eqx.Module):
@@ -82,7 +84,7 @@ def full_model(**options):
 def test_sensitivities_equal_forward_differentiation():
     view = parameters(full_model(stepsize_controller=ADAPTIVE))
     around = flow(view, TS, None, jnp.array([0.5, 1.5]))
-    assert jacobian_route(around) == "sensitivity"
+    assert around.jacobian_route() == "sensitivity"
     predictions, jacobian = linearize(around)
     assert predictions.shape == (2, 6, 3) and jacobian.shape == (36, 5)
 
@@ -112,7 +114,7 @@ def test_every_route_gives_the_same_jacobian(route):
 def test_implicit_solvers_take_automatic_differentiation():
     view = parameters(rotation(**SOLVERS["Kvaerno5"]))
     around = flow(view, TS, Y0, None)
-    assert jacobian_route(around) in ("jvp", "vjp")
+    assert around.jacobian_route() in ("jvp", "vjp")
     direction, step = jnp.array([0.6, -0.8]), 1e-4
     ahead, behind = (evaluate(around, view.vector + sign * step * direction) for sign in (1, -1))
     expected = np.ravel(ahead - behind) / (2 * step)

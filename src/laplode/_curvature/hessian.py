@@ -20,9 +20,8 @@ from .._algebra.forms import BlockCurvature, DenseCurvature, DiagonalCurvature, 
 from .._devices import agreed, everywhere, free_bytes, num_devices, over_rows, sharing_memory
 from .._files import Checkpoint
 from .._problem.problem import Problem
-from .._solve.maps import AbstractFlow, ReplayedFlow, check_second_order
+from .._solve.maps import AbstractFlow
 from .._solve.objective import NegativeLogLikelihood, _loss_derivatives, _Tilted, hessian_vector_product
-from .._solve.second_order import local_hessian, local_hessian_bytes
 
 # Tangents between two looks at the progress bar; more at once gain a processor nothing.
 _CHUNK = 64
@@ -152,7 +151,7 @@ def _assemble(
         function, rest = _localized(flow, problem, tilt, mesh)
         budget = _CACHE_BYTES
     else:
-        check_second_order(flow)
+        flow.check_second_order()
         function = NegativeLogLikelihood(flow, problem) if tilt is None else _Tilted(flow, problem, tilt)
         budget = min(free_bytes() // sharing_memory(mesh) // 4, 2**29)
     if state["batch_size"] is None:
@@ -201,7 +200,7 @@ def hessian(
 
 
 def _is_local(flow: AbstractFlow, mesh: Mesh | None = None) -> bool:
-    needed = local_hessian_bytes(flow.parameters, flow.steps) if isinstance(flow, ReplayedFlow) else None
+    needed = flow.local_hessian_bytes()
     free = free_bytes() // sharing_memory(mesh)
     return flow.parameters.size > _FEW_PARAMETERS and needed is not None and needed < free // 4
 
@@ -209,8 +208,7 @@ def _is_local(flow: AbstractFlow, mesh: Mesh | None = None) -> bool:
 def _localized(flow: AbstractFlow, problem: Problem, tilt: Float[Array, "N T K"] | None, mesh: Mesh | None):
     cotangents, weights = _loss_derivatives(flow, problem)
     cotangents = cotangents if tilt is None else cotangents + tilt
-    assert isinstance(flow, ReplayedFlow)
-    return local_hessian(flow.parameters, flow.steps, cotangents, weights, mesh)  # pyright: ignore[reportArgumentType]
+    return flow.local_hessian(cotangents, weights, mesh)
 
 
 def hessian_batch_size(flow: AbstractFlow, problem: Problem) -> int | None:
@@ -253,7 +251,7 @@ def hessian_diagonal_stochastic(
     flow: AbstractFlow, problem: Problem, *, num_probes: int, key: PRNGKeyArray
 ) -> DiagonalCurvature:
     """The diagonal of the exact Hessian as the mean of v ∘ H v over random signs v (Bekas et al., 2007)."""
-    check_second_order(flow)
+    flow.check_second_order()
     return DiagonalCurvature(_hutchinson(flow, problem, num_probes, key))
 
 
@@ -278,7 +276,7 @@ def _lanczos(flow: AbstractFlow, problem: Problem, num_products: int):
 
 def hessian_leading(flow: AbstractFlow, problem: Problem, *, rank: int) -> EigenCurvature:
     """The leading eigenpairs of the exact Hessian, largest in size first, by Lanczos over Hessian-vector products."""
-    check_second_order(flow)
+    flow.check_second_order()
     # Lanczos finds the ends of the spectrum first; half of the pairs of a run have usually converged.
     num_products = min(flow.parameters.size, 2 * rank + 10)
     eigenvalues, vectors = _lanczos(flow, problem, num_products)

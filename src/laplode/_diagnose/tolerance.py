@@ -11,7 +11,6 @@ from .._checks import check_count, check_key, check_x64
 from .._curvature.products import CurvatureProducts
 from .._errors import LaplodeError, LaplodeWarning
 from .._posterior.posterior import Posterior
-from .._solve.maps import ReplayedFlow, tightened
 
 # How much smaller the tolerances are that those of the posterior are compared with, and what change is too large.
 _FACTOR = 100.0
@@ -48,12 +47,7 @@ def check_tolerance(posterior: Posterior, *, num_probes: int = 4, key: PRNGKeyAr
     check_count("num_probes", num_probes)
     key = jax.random.key(0) if key is None else check_key("key", key)
     loose = posterior.flow
-    if not isinstance(loose, ReplayedFlow):
-        raise LaplodeError(
-            f"`posterior` is of a {type(posterior.parameters.model).__name__}, whose solver laplode does not know: "
-            "only a NeuralODE has a tolerance here. Compare with a posterior of your model at a smaller one."
-        )
-    tight = tightened(loose, _FACTOR)
+    tight = loose.tightened(_FACTOR)
     probes = posterior.structure.root_product(jax.random.normal(key, (num_probes, posterior.size)))
     exact = posterior.method.curvature == "hessian"
     at = [_products(CurvatureProducts(flow, posterior.problem), probes, exact) for flow in (loose, tight)]

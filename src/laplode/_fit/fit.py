@@ -22,7 +22,7 @@ from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
 from .._problem.scale import AbstractScaleLikelihood
 from .._solve.maps import ForeignFlow
-from .._solve.objective import NegativeLogLikelihood
+from .._solve.objective import NegativeLogJoint
 
 # Optimization steps between two looks at the loss.
 _CHUNK = 25
@@ -344,7 +344,7 @@ def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: 
         # The plain solve, with Diffrax's own reverse mode: its steps adapt as the parameters move.
         y0 = jax.tree.map(jnp.asarray, starts(here.model, data.y0, len(data.ts)))
         flow = ForeignFlow(here, jnp.asarray(data.ts), y0, data.args)
-        return NegativeLogLikelihood(flow, scaled)(theta) - problem.prior.log_density(here, theta)
+        return NegativeLogJoint(flow, scaled)(theta)
 
     def step(i, state: _State) -> _State:
         value, gradient = jax.value_and_grad(loss)(state.trainable)

@@ -19,16 +19,8 @@ from .._errors import LaplodeError, LaplodeWarning, choose
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
-from .._solve.maps import (
-    AbstractFlow,
-    ReplayedFlow,
-    check_second_order,
-    flow,
-    has_second_pushforward,
-    jacobian_route,
-    linearize,
-)
-from .._solve.objective import NegativeLogLikelihood
+from .._solve.maps import AbstractFlow, flow, linearize
+from .._solve.objective import NegativeLogJoint
 from .fit import Fit
 
 # A step that gains less than this, in nats, keeps the grid; so many of them at most.
@@ -107,10 +99,10 @@ def refine(
     check_model(model, problem)
     start = point = _Point.at(parameters(model, where, problem.prior), problem)
     if exact:
-        check_second_order(start.flow)
-    route = jacobian_route(start.flow)
-    bent = has_second_pushforward(point.flow)
-    rippled = not isinstance(point.flow, ReplayedFlow)
+        start.flow.check_second_order()
+    route = start.flow.jacobian_route()
+    bent = point.flow.has_second_pushforward()
+    rippled = not point.flow.is_frozen
     best, since_best = point, 0
     losses, counts, reason = [point.loss], [0, 0], "budget"
     ended: tuple[float, int | None] | None = None
@@ -232,7 +224,7 @@ class _Point(NamedTuple):
         """The point at `theta`, where the loss on the present grid is `loss`; None where it can't be solved."""
         view = self.flow.parameters
         there = eqx.tree_at(lambda f: f.parameters.selected, self.flow, view.with_vector(theta))
-        if not isinstance(there, ReplayedFlow):
+        if not there.is_frozen:
             return _Point(there, loss, 0)
         if self.loss - loss < _SMALL_GAIN and self.moves < _MOST_MOVES:
             return _Point(there, loss, self.moves + 1)
@@ -250,7 +242,7 @@ class _Point(NamedTuple):
 @eqx.filter_jit
 def _loss(around: AbstractFlow, problem: Problem, theta: Float[Array, " P"]) -> Float[Array, ""]:
     """−log p(Y | θ) − log p(θ), on a frozen grid."""
-    return NegativeLogLikelihood(around, problem)(theta) - problem.prior.log_density(around.parameters, theta)
+    return NegativeLogJoint(around, problem)(theta)
 
 
 # ---- Levenberg-Marquardt

@@ -189,22 +189,3 @@ def starts(model: Any, y0: Any, num: int) -> Any:
     if y0 is None and isinstance(model, NeuralODE) and model.y0 is not None and model.y0.ndim == 2:
         return np.arange(num)
     return y0
-
-
-@eqx.filter_jit
-def accepted_steps(model: NeuralODE, ts, y0, args):
-    """Of the adaptive solve of each trajectory: times from the first to the last, at the end repeated; how many steps
-    it took, how it ended, and in which state.
-    """
-
-    def one(ts, y0, args):
-        saveat = diffrax.SaveAt(t0=True, steps=True)
-        solution = model.solve(ts, y0, args, saveat=saveat, adjoint=diffrax.ForwardMode(), throw=False)
-        # Unused entries are infinite in Diffrax; here they repeat the final time: steps of length zero.
-        times: Array = solution.ts  # pyright: ignore[reportAssignmentType]
-        states: Array = solution.ys  # pyright: ignore[reportAssignmentType]
-        accepted = solution.stats["num_accepted_steps"]
-        last = jnp.max(jnp.where(jnp.isfinite(times), times, -jnp.inf))
-        return jnp.minimum(times, last), accepted, solution.result, states[accepted]
-
-    return jax.vmap(one)(ts, y0, args)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from .._checks import in_float
 from .._errors import LaplodeError
 from .._problem.problem import Problem
-from .neural_ode import NeuralODE, accepted_steps, starts
+from .neural_ode import NeuralODE, starts
 
 
 def predict_trajectory(model: Callable, ts, y0, args, dtype: Any = float) -> Float[Array, "T F"]:
@@ -48,16 +48,22 @@ def predict_trajectories(model: Callable, ts, y0, args) -> Float[Array, "N T F"]
 
 def predicted_shape(model: Any, ts, y0, args) -> tuple[int, ...]:
     """The shape of a model's predictions of one trajectory, without a solve; raises what the model raises."""
-    # What is traced here is what comes next, and serves it.
     inputs = in_float((ts, starts(model, y0, len(ts)), args))
-    function = _observed_at_end if isinstance(model, NeuralODE) else predict_trajectories
+    function = _at_start if isinstance(model, NeuralODE) else predict_trajectories
     return eqx.filter_eval_shape(function, in_float(model), *inputs).shape[1:]
 
 
-def _observed_at_end(model: NeuralODE, ts, y0, args) -> Float[Array, "N T F"]:
-    *_, states = accepted_steps(model, ts, y0, args)
-    along = lambda state, args: model.observe_states(jnp.broadcast_to(state, (ts.shape[1], *state.shape)), args)
-    return jax.vmap(along)(states, args)
+def _at_start(model: NeuralODE, ts, y0, args) -> Float[Array, "N T F"]:
+    """What a model would predict if its states stayed as they are, after a look at the vector field."""
+
+    def one(ts, y0, args):
+        state = model.initial_state(y0)
+        slope = model.vector_field(ts[0], state, args)
+        if jnp.shape(slope) != state.shape:
+            raise ValueError(f"the vector field returns shape {jnp.shape(slope)} for a state of shape {state.shape}")
+        return model.observe_states(jnp.broadcast_to(state, (ts.size, *state.shape)), args)
+
+    return jax.vmap(one)(ts, y0, args)
 
 
 def check_model(model: Any, problem: Problem) -> None:

@@ -28,7 +28,7 @@ from .._errors import LaplodeError, choose
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
-from .._solve.maps import AbstractFlow, ReplayedFlow, flow, jacobian_route
+from .._solve.maps import AbstractFlow, flow
 from .._solve.objective import value_and_gradient
 from .posterior import Method
 
@@ -180,9 +180,6 @@ def _curvature(name: str, structure: _Structure) -> Callable[[AbstractFlow, Prob
 def _estimate(plan: _Plan, around: AbstractFlow, problem: Problem) -> Estimate:
     theta = plan.view.vector
     size, num = theta.size, around.num_trajectories
-    replayed = isinstance(around, ReplayedFlow)
-    steps = around.boundaries.shape[1] - 1 if replayed else 0
-    states = around.num_states if replayed else 0
     jax.block_until_ready(value_and_gradient(around, problem))
     start = time.perf_counter()
     jax.block_until_ready(value_and_gradient(around, problem))
@@ -191,9 +188,9 @@ def _estimate(plan: _Plan, around: AbstractFlow, problem: Problem) -> Estimate:
         route = "forward over reverse"
         seconds = gradient_seconds * size  # many at once, each a few times a gradient
     else:
-        route = jacobian_route(around)
+        route = around.jacobian_route()
         # Sensitivities stream through memory; automatic differentiation repeats the solve.
-        rows = num * (steps * states + math.prod(problem.data.ys.shape[1:]))
+        rows = num * (around.num_steps * around.num_states + math.prod(problem.data.ys.shape[1:]))
         seconds = {
             "sensitivity": 8 * rows * size / 5e8,
             "jvp": gradient_seconds * size,
@@ -204,9 +201,9 @@ def _estimate(plan: _Plan, around: AbstractFlow, problem: Problem) -> Estimate:
     return Estimate(
         num_parameters=size,
         num_observations=int(np.sum(problem.data.observed)),
-        num_states=states,
+        num_states=around.num_states,
         num_trajectories=num,
-        num_steps=steps,
+        num_steps=around.num_steps,
         curvature=plan.curvature_name,
         structure=plan.structure.name,
         route=route,

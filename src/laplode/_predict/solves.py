@@ -19,6 +19,7 @@ from .._model.neural_ode import starts
 from .._model.own import predict_trajectories
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
+from .._solve import objective
 
 # Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
 _BATCH = 64
@@ -95,7 +96,7 @@ def log_joint(
 
     def at(thetas):
         predictions = solve_at(posterior, data.ts, data.y0, data.args, thetas, mesh)
-        total = jax.vmap(ft.partial(_log_density_of, posterior))(thetas, predictions)
+        total = jax.vmap(ft.partial(objective.log_joint, posterior.problem, posterior.parameters))(thetas, predictions)
         return jnp.where(jnp.isfinite(total), total, -jnp.inf)
 
     return in_batches(at, thetas, "Weighing draws" if progress else None, mesh)
@@ -104,10 +105,5 @@ def log_joint(
 def log_joint_at(posterior: Posterior, theta: Float[Array, " P"]) -> Float[Array, ""]:
     """The same of one parameter vector, for transformations, reverse mode too; not finite where its solve failed."""
     data = posterior.problem.data
-    return _log_density_of(posterior, theta, _solve(posterior.parameters, data.ts, data.y0, data.args, theta))
-
-
-def _log_density_of(posterior: Posterior, theta: Float[Array, " P"], predictions: Float[Array, "N T F"]):
-    """log p(Y | predictions) + log p(θ)."""
-    problem = posterior.problem
-    return problem.log_likelihood(predictions) + problem.prior.log_density(posterior.parameters, theta)
+    view = posterior.parameters
+    return objective.log_joint(posterior.problem, view, theta, _solve(view, data.ts, data.y0, data.args, theta))

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._errors import LaplodeError
 from .._model.parameters import parameters
-from .._solve.maps import AbstractFlow, OfModel, jacobian_route, linearize
+from .._solve.maps import AbstractFlow, OfModel, linearize
 
 
 class _State(eqx.Module):
@@ -81,7 +81,7 @@ def sensitivity(around: AbstractFlow) -> Float[Array, "N T F D"]:
     assert around.y0 is not None
     parts = [(state, around.part(slice(i, i + 1))) for i, state in enumerate(around.y0)]
     maps = [OfModel(parameters(_State(state)), _FromState(part)) for state, part in parts]
-    route = jacobian_route(maps[0])
+    route = maps[0].jacobian_route()
     jacobians = []
     for each in maps:
         values, jacobian = linearize(each, route)

@@ -13,7 +13,7 @@ from .._devices import free_bytes
 from .._errors import LaplodeError
 from .._posterior.posterior import Posterior
 from .._problem.likelihood import AbstractLikelihood
-from .._solve.maps import AbstractFlow, evaluate, flow, has_second_pushforward, jacobian_route
+from .._solve.maps import AbstractFlow, evaluate, flow
 
 # Up to so many parameters the density of draws is exact, at the price of this number squared of tangents.
 _FEW = 32
@@ -56,8 +56,8 @@ class Surface(eqx.Module):
             ),
             root_prior=jnp.sqrt(prior.precision),
             prior_rows=prior.rows,
-            route=jacobian_route(around),
-            bends=has_second_pushforward(around),
+            route=around.jacobian_route(),
+            bends=around.has_second_pushforward(),
         )
         needed, free = surface.lane_bytes(predictions.size), free_bytes()
         if needed > free:

@@ -23,7 +23,6 @@ from .._posterior.posterior import AbstractPosterior, Posterior
 from .._predict.grid import Grid
 from .._predict.predict import predict_at
 from .._predict.solves import advice, log_joint_at
-from .._solve.maps import has_reverse
 from .datatree import chains_to_datatree, check_coords
 
 # Above this the ranks of the chains differ too much (Vehtari et al., 2021).
@@ -129,7 +128,7 @@ def nuts(
     if ts is None and not (y0 is None and args is None):
         raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
     elsewhere = None if ts is None else Grid.of(posterior, ts, y0, args)
-    if not has_reverse(posterior.components[0].flow):
+    if not posterior.components[0].flow.has_reverse():
         raise LaplodeError(
             "`posterior` is of a model that can't be differentiated in reverse, which NUTS needs. Inside it, solve "
             "with Diffrax's default adjoint, or with adjoint=diffrax.DirectAdjoint()."

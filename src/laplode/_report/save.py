@@ -33,6 +33,7 @@ from .._problem.prior import GaussianPrior, NamedPriors, PosteriorPrior
 from .._problem.problem import Problem
 from .._problem.scale import Gaussian, LogNormal, StudentT
 from .._solve.maps import ForeignFlow, ReplayedFlow
+from .._solve.replay import Steps
 
 _RESULTS = (Posterior, MixturePosterior, Fit, Predictions, FunctionPredictions)
 
@@ -40,7 +41,7 @@ _RESULTS = (Posterior, MixturePosterior, Fit, Predictions, FunctionPredictions)
 # What a file may name, and `load` makes again without being shown one.
 _PARTS = (
     *_RESULTS,
-    *(Diagnostics, Method, Regularized, ForeignFlow, ReplayedFlow, Problem, Trajectories),
+    *(Diagnostics, Method, Regularized, ForeignFlow, ReplayedFlow, Steps, Problem, Trajectories),
     *(Gaussian, LogNormal, StudentT, Poisson, NegativeBinomial, FromDistribution),
     *(GaussianPrior, NamedPriors, PosteriorPrior),
     *(DenseCurvature, BlockCurvature, DiagonalCurvature, EigenCurvature, FactoredCurvature),
@@ -326,7 +327,7 @@ class _Decoder:
                 child = self._model
             elif kind is Fit and field == "restarts" and node[1]:
                 child = (self._model,) * len(node[1]) if self._code.model is not None else child
-            elif kind in (ForeignFlow, ReplayedFlow) and field == "args" and self._code.problem is not None:
+            elif kind in (ForeignFlow, Steps) and field == "args" and self._code.problem is not None:
                 child = self._code.problem.data.args
             elif like is not dataclasses.MISSING:
                 if type(like) is not kind:

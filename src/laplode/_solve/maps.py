@@ -9,7 +9,7 @@ mixed modes.
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import diffrax
 import equinox as eqx
@@ -21,11 +21,12 @@ from jaxtyping import Array, Float, PyTree
 
 from .._devices import over_rows
 from .._errors import LaplodeError
-from .._model.neural_ode import NeuralODE, accepted_steps, starts
+from .._model.neural_ode import NeuralODE, starts
 from .._model.own import predict_trajectories
 from .._model.parameters import Parameters
 from .autodiff import _AUTODIFF, _has, _pull, _push, _push_twice
-from .replay import Steps, _explicit_tableau, _replay
+from .replay import Accepted, Steps, _explicit_tableau, _replay, accepted_steps
+from .second_order import local_hessian, local_hessian_bytes
 from .sensitivity import sensitivity
 
 
@@ -38,9 +39,34 @@ class AbstractMap(eqx.Module):
     def __call__(self, theta: Float[Array, " P"]) -> Float[Array, "..."]:
         """The values, differentiable in `theta`."""
 
-    @abc.abstractmethod
     def linearized(self, theta: Float[Array, " P"], route: str) -> tuple[Float[Array, "..."], Float[Array, "M P"]]:
         """The values, and ∂ values / ∂θ by one of the routes of `jacobian_route`, a row for each value in order."""
+        return _AUTODIFF[route](self, theta)
+
+    def has_reverse(self) -> bool:
+        """Whether this can be differentiated in reverse, as foreign models solved with `ForwardMode` can't."""
+        return _has(_pull, self)
+
+    def has_second_pushforward(self) -> bool:
+        """Whether this can be differentiated forward twice."""
+        return _has(_push_twice, self)
+
+    def jacobian_route(self) -> str:
+        """How the Jacobian is cheapest: "sensitivity", "jvp" (P tangents) or "vjp" (one pull a value)."""
+        theta = self.parameters.vector
+        num_values = jax.eval_shape(self, theta).size
+        by_jvp = _has(_push, self)
+        # A pull costs about as much as two pushes, and holds the whole solve in memory.
+        if by_jvp and theta.size <= 2 * num_values:
+            return "jvp"
+        if self.has_reverse():
+            return "vjp"
+        if by_jvp:
+            return "jvp"
+        raise LaplodeError(
+            "`model` can be differentiated neither forward nor in reverse. Inside it, solve with "
+            "diffrax.diffeqsolve(..., adjoint=diffrax.DirectAdjoint()), or build it as laplode.NeuralODE(vector_field)."
+        )
 
 
 class OfModel(AbstractMap):
@@ -52,17 +78,15 @@ class OfModel(AbstractMap):
     def __call__(self, theta):
         return jnp.asarray(self.function(self.parameters.unravel(theta)))
 
-    def linearized(self, theta, route):
-        return _AUTODIFF[route](self, theta)
-
 
 class AbstractFlow(AbstractMap):
     """θ ↦ predictions (N, T, K) of N trajectories: the solution map, with its derivatives."""
 
     parameters: eqx.AbstractVar[Parameters]
     ts: eqx.AbstractVar[Float[Array, "N T"]]
-    y0: eqx.AbstractVar[Float[Array, "N D"] | None]
+    y0: eqx.AbstractVar[Array | None]
     args: eqx.AbstractVar[PyTree]
+    is_frozen: eqx.AbstractClassVar[bool]  # whether neighboring θ are solved in the same steps
 
     def solved(self, theta: Float[Array, " P"]) -> Float[Array, "N T K"]:
         """The predictions by a solve that chooses its own steps; not finite where it fails."""
@@ -72,10 +96,27 @@ class AbstractFlow(AbstractMap):
     def renewed(self, theta: Float[Array, " P"]) -> "AbstractFlow":
         """The same map around another point, in any transformation."""
 
+    @abc.abstractmethod
+    def tightened(self, factor: float) -> "AbstractFlow":
+        """The same map by a solver whose tolerances are `factor` times smaller.
+
+        **Raises:** `LaplodeError` when its steps are not chosen by a tolerance, or there are too many of them.
+        """
+
     @property
     def num_trajectories(self) -> int:
         """N."""
         return self.ts.shape[0]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that each trajectory takes, with padding; 0 where they are not known."""
+        return 0
+
+    @property
+    def num_states(self) -> int:
+        """D; 0 where it is not known."""
+        return 0
 
     @property
     def rows(self) -> dict[str, PyTree]:
@@ -87,37 +128,80 @@ class AbstractFlow(AbstractMap):
         """The flow of some of the trajectories."""
         return dataclasses.replace(self, **jax.tree.map(lambda x: x[chosen], self.rows))
 
+    def representative(self) -> Callable[[Array], Array]:
+        """A function of θ that has all the derivatives that this map has."""
+        return self
+
+    def check_second_order(self) -> None:
+        """Raise `LaplodeError` where there is no forward-over-reverse derivative, showing the line to change."""
+        if not _has(_push_gradient, self):
+            raise LaplodeError(
+                "`model` has no second derivatives, as with Diffrax's default adjoint. Change the line\n"
+                "    diffrax.diffeqsolve(...)\nto\n    diffrax.diffeqsolve(..., adjoint=diffrax.DirectAdjoint())\n"
+                "(its values stay the same), or build the model as laplode.NeuralODE(vector_field), or take "
+                'curvature="ggn", which needs first derivatives only.'
+            )
+
+    def local_hessian_bytes(self) -> int | None:
+        """The memory that `local_hessian` takes beside its result; None where it does not apply."""
+        return None
+
+    def local_hessian(
+        self, cotangents: Float[Array, "N T F"], weights: Float[Array, "N T F F"], mesh: Mesh | None = None
+    ) -> tuple[Callable[[Array], Array], Float[Array, "P P"]]:
+        """The Hessian of a loss by its derivatives in the predictions, without a solve in it (`second_order`)."""
+        raise NotImplementedError
+
 
 class ForeignFlow(AbstractFlow):
     """Any model, differentiated automatically."""
 
     parameters: Parameters
     ts: Float[Array, "N T"]
-    y0: Float[Array, "N D"] | None
+    y0: Array | None
     args: PyTree
+    is_frozen: ClassVar[bool] = False
 
     def __call__(self, theta):
         return self.solved(theta)
 
-    def linearized(self, theta, route):
-        return _AUTODIFF[route](self, theta)
-
     def renewed(self, theta):
         return self
 
+    def tightened(self, factor):
+        raise LaplodeError(
+            f"`posterior` is of a {type(self.parameters.model).__name__}, whose solver laplode does not know: "
+            "only a NeuralODE has a tolerance here. Compare with a posterior of your model at a smaller one."
+        )
+
 
 class ReplayedFlow(AbstractFlow):
-    """A `NeuralODE` on the frozen grid of steps that its adaptive solve accepted.
-
-    `boundaries[i]` holds the start of trajectory i's first step and the end of every step; short rows are padded by
-    steps of length zero, which change nothing.
-    """
+    """A `NeuralODE` on the frozen steps that its adaptive solve accepted."""
 
     parameters: Parameters
-    ts: Float[Array, "N T"]
-    y0: Float[Array, "N D"] | None
-    args: PyTree
-    boundaries: Float[Array, "N steps+1"]
+    steps: Steps
+    is_frozen: ClassVar[bool] = True
+
+    @property
+    def ts(self):
+        return self.steps.ts
+
+    @property
+    def y0(self):
+        return self.steps.y0
+
+    @property
+    def args(self):
+        return self.steps.args
+
+    @property
+    def num_steps(self):
+        return self.steps.num_steps
+
+    @property
+    def num_states(self):
+        y0 = None if self.y0 is None else self.y0[0]
+        return jax.eval_shape(self.parameters.model.initial_state, y0).size
 
     def __call__(self, theta):
         return _replay(self.parameters.unravel(theta), self.steps)
@@ -126,34 +210,80 @@ class ReplayedFlow(AbstractFlow):
         if route == "sensitivity":
             view = eqx.tree_at(lambda p: p.selected, self.parameters, self.parameters.with_vector(theta))
             return sensitivity(view, self.steps)
-        return _AUTODIFF[route](self, theta)
+        return super().linearized(theta, route)
 
     def renewed(self, theta):
-        """Where the solve fails the grid stays as it is; of more steps than there is room for, some are joined."""
-        model, room = self.parameters.unravel(theta), self.boundaries.shape[1] - 1
-        boundaries, accepted, _, y_last = accepted_steps(model, self.ts, self.y0, self.args)
-        good = (boundaries[:, -1] >= self.ts[:, -1]) & jnp.all(jnp.isfinite(y_last), axis=-1)
-        kept = jnp.round(jnp.arange(room + 1) * jnp.maximum(accepted / room, 1.0)[:, None]).astype(int)
-        return dataclasses.replace(
-            self, boundaries=jnp.where(good[:, None], jnp.take_along_axis(boundaries, kept, axis=1), self.boundaries)
+        """If the solve fails, keep the steps. If it takes more steps than fit, merge neighbors."""
+        model, room = self.parameters.unravel(theta), self.num_steps
+        found = accepted_steps(model, self.ts[:, 0], self.ts[:, -1], self.y0, self.args)
+        kept = jnp.round(jnp.arange(room + 1) * jnp.maximum(found.number / room, 1.0)[:, None]).astype(int)
+        pick = lambda new, index, old: jnp.where(found.arrived[:, None], jnp.take_along_axis(new, index, axis=1), old)
+        return self._with(
+            pick(found.starts, kept[:, :-1], self.steps.starts), pick(found.ends, kept[:, 1:] - 1, self.steps.ends)
         )
 
-    @property
-    def steps(self) -> Steps:
-        """All but the parameters."""
-        return Steps(self.boundaries, self.ts, self.y0, self.args)  # pyright: ignore[reportCallIssue]
+    def _with(self, starts: Float[Array, "N steps"], ends: Float[Array, "N steps"]) -> "ReplayedFlow":
+        return eqx.tree_at(lambda f: (f.steps.starts, f.steps.ends), self, (starts, ends))
 
-    @property
-    def has_sensitivity(self) -> bool:
-        """Whether `sensitivity` applies and pays: it pulls once for each state, where others push for each θ."""
+    def tightened(self, factor):
+        rest = self.parameters.rest
+        has_tolerance = lambda node: hasattr(node, "rtol") and hasattr(node, "atol")
+        # A controller around another has the tolerances of that one, and can't be given others.
+        is_inner = lambda node: has_tolerance(node) and not hasattr(node, "controller")
+        nodes, structure = jax.tree.flatten(rest.stepsize_controller, is_leaf=is_inner)
+        if not any(map(is_inner, nodes)):
+            raise LaplodeError(
+                f"`posterior` is of a model whose steps have no tolerance ({type(rest.stepsize_controller).__name__}): "
+                "compare with a smaller `dt0` by hand, or take diffrax.PIDController(rtol, atol)."
+            )
+        smaller = lambda node: eqx.tree_at(lambda c: (c.rtol, c.atol), node, (node.rtol / factor, node.atol / factor))
+        controller = jax.tree.unflatten(structure, [smaller(node) if is_inner(node) else node for node in nodes])
+        view = eqx.tree_at(lambda p: p.rest.stepsize_controller, self.parameters, controller)
+        found = accepted_steps(view.model, self.ts[:, 0], self.ts[:, -1], self.y0, self.args)
+        if not np.all(found.arrived):
+            raise LaplodeError(
+                f"`posterior` can't be compared with tolerances {factor:g} times smaller: with max_steps = "
+                f"{view.model.max_steps} the solve does not arrive. Allow more steps."
+            )
+        room = int(np.max(np.asarray(found.number)))
+        return dataclasses.replace(self, parameters=view)._with(found.starts[:, :room], found.ends[:, :room])
+
+    # What is replayed has all derivatives that its vector field has.
+
+    def has_reverse(self):
+        return True
+
+    def has_second_pushforward(self):
+        return True
+
+    def jacobian_route(self):
+        """Sensitivities pull once for each state, where others push for each θ."""
         explicit = _explicit_tableau(self.parameters.model.solver) is not None
-        return explicit and self.num_states <= self.parameters.size
+        return "sensitivity" if explicit and self.num_states <= self.parameters.size else super().jacobian_route()
 
-    @property
-    def num_states(self) -> int:
-        """D."""
-        y0 = None if self.y0 is None else self.y0[0]
-        return jax.eval_shape(self.parameters.model.initial_state, y0).size
+    def representative(self):
+        """θ ↦ the vector field, and what is observed, at the start of the first trajectory."""
+        first = self.steps[0]
+
+        def function(theta):
+            model = self.parameters.unravel(theta)
+            start = model.initial_state(first.y0)
+            slope = model.vector_field(first.ts[0], start, first.args)
+            return jnp.concatenate([slope.ravel(), model.observe_states(start[None], first.args).ravel()])
+
+        return function
+
+    def local_hessian_bytes(self):
+        return local_hessian_bytes(self.parameters, self.steps)
+
+    def local_hessian(self, cotangents, weights, mesh=None):
+        return local_hessian(self.parameters, self.steps, cotangents, weights, mesh)
+
+
+def _push_gradient(flow: AbstractFlow):
+    theta, function = flow.parameters.vector, flow.representative()
+    # A square, so that what is pulled back has a tangent of its own, as it has with a likelihood.
+    return jax.jvp(jax.grad(lambda theta: jnp.sum(function(theta) ** 2)), (theta,), (theta,))
 
 
 # ---- From an adaptive solve to a frozen grid
@@ -170,8 +300,8 @@ def flow(
 ) -> AbstractFlow:
     """The solution map of a model around its present parameters.
 
-    Where its steps are no more than those of `like`, it has the same shapes, and what was compiled for that serves it.
-    Else it has room for `spare` times as many steps more, for others to be like it.
+    If its steps are no more than those of `like`, it has the same shapes, and what was compiled for that serves it.
+    Otherwise it has room for `spare` times as many steps more, for others to be like it.
 
     **Raises:** `LaplodeError` when the solve fails there, naming the trajectory and the time.
     """
@@ -181,91 +311,33 @@ def flow(
     ts, y0, args = inputs
     if not isinstance(model, NeuralODE):
         return ForeignFlow(view, ts, y0, args)
-    boundaries, accepted, result, y_last = accepted_steps(model, ts, y0, args)
-    reached = np.asarray(boundaries[:, -1])
-    end = np.asarray(ts[:, -1])
-    failed = (reached < end) | ~np.all(np.isfinite(np.asarray(y_last)), axis=-1)
-    if np.any(failed):
-        i = int(np.flatnonzero(failed)[0])
-        reason = diffrax.RESULTS[jax.tree.map(lambda x: x[i], result)] or "the state is no longer finite"
-        raise LaplodeError(
-            f"The solve at the fitted parameters failed in trajectory {i} at time {reached[i]:g} of {float(end[i]):g} "
-            f"({int(np.sum(failed))} of {ts.shape[0]} trajectories failed; {int(accepted[i])} accepted steps, "
-            f"max_steps = {model.max_steps}): {reason.strip()} A stiff field wants an implicit solver, "
-            "NeuralODE(..., solver=diffrax.Kvaerno5()); a long one a larger max_steps."
-        )
-    # A little padding lets a compiled function serve again where the number of steps has changed a little.
-    num_steps = int(np.max(np.asarray(accepted)))
-    least = like.boundaries.shape[1] - 1 if isinstance(like, ReplayedFlow) else 0
-    if num_steps > least:
-        least = num_steps + int(spare * num_steps)
-    padded = min(least + (-least) % 4, model.max_steps)
-    return ReplayedFlow(view, ts, y0, args, boundaries[:, : padded + 1])
+    found = accepted_steps(model, ts[:, 0], ts[:, -1], y0, args)
+    _check_arrived(found, ts[:, -1], model.max_steps)
+    num_steps = int(np.max(np.asarray(found.number)))
+    room = 0 if like is None else like.num_steps
+    if num_steps > room:
+        room = num_steps + int(spare * num_steps)
+    room = _padded(room, model.max_steps)
+    return ReplayedFlow(view, Steps(found.starts[:, :room], found.ends[:, :room], ts, y0, args))
 
 
-def tightened(flow: ReplayedFlow, factor: float) -> ReplayedFlow:
-    """The flow on the steps that its solver takes with tolerances that are `factor` times smaller.
-
-    **Raises:** `LaplodeError` when its steps are not chosen by a tolerance, or there are too many of them.
-    """
-    rest = flow.parameters.rest
-    has_tolerance = lambda node: hasattr(node, "rtol") and hasattr(node, "atol")
-    nodes, structure = jax.tree.flatten(rest.stepsize_controller, is_leaf=has_tolerance)
-    if not any(map(has_tolerance, nodes)):
-        raise LaplodeError(
-            f"`posterior` is of a model whose steps have no tolerance ({type(rest.stepsize_controller).__name__}): "
-            "compare with a smaller `dt0` by hand, or take diffrax.PIDController(rtol, atol)."
-        )
-    smaller = lambda node: eqx.tree_at(lambda c: (c.rtol, c.atol), node, (node.rtol / factor, node.atol / factor))
-    controller = jax.tree.unflatten(structure, [smaller(node) if has_tolerance(node) else node for node in nodes])
-    view = eqx.tree_at(lambda p: p.rest.stepsize_controller, flow.parameters, controller)
-    inputs = (view.model, flow.ts, flow.y0, flow.args)
-    boundaries, accepted, _, y_last = accepted_steps(*inputs)
-    if not np.all(np.isfinite(np.asarray(y_last))) or np.any(
-        np.asarray(boundaries[:, -1]) < np.asarray(flow.ts[:, -1])
-    ):
-        raise LaplodeError(
-            f"`posterior` can't be compared with tolerances {factor:g} times smaller: with max_steps = "
-            f"{view.model.max_steps} the solve does not arrive. Allow more steps."
-        )
-    return dataclasses.replace(flow, parameters=view, boundaries=boundaries[:, : int(np.max(np.asarray(accepted))) + 1])
+def _padded(num: int, most: int) -> int:
+    """A few sizes only, up to an eighth apart, so that a compiled function serves other numbers of steps too."""
+    granule = max(4, 2 ** (num.bit_length() - 4))
+    return min(num + (-num) % granule, most)
 
 
-def _push_gradient(flow: AbstractMap):
-    theta = flow.parameters.vector
-    # What is replayed has all derivatives that its vector field has.
-    function = _field_at_start(flow) if isinstance(flow, ReplayedFlow) else flow
-    # A square, so that what is pulled back has a tangent of its own, as it has with a likelihood.
-    return jax.jvp(jax.grad(lambda theta: jnp.sum(function(theta) ** 2)), (theta,), (theta,))
-
-
-def has_reverse(flow: AbstractMap) -> bool:
-    """Whether `flow` can be differentiated in reverse, as foreign models solved with `ForwardMode` can't."""
-    return isinstance(flow, ReplayedFlow) or _has(_pull, flow)
-
-
-def has_second_pushforward(flow: AbstractMap) -> bool:
-    """Whether `flow` can be differentiated forward twice."""
-    return isinstance(flow, ReplayedFlow) or _has(_push_twice, flow)
-
-
-def jacobian_route(flow: AbstractMap) -> str:
-    """How `flow.jacobian` is cheapest: "sensitivity", "jvp" (P tangents) or "vjp" (one pull a prediction)."""
-    if isinstance(flow, ReplayedFlow) and flow.has_sensitivity:
-        return "sensitivity"
-    theta = flow.parameters.vector
-    predictions = jax.eval_shape(flow, theta)
-    by_jvp = _has(_push, flow)
-    # A pull costs about as much as two pushes, and holds the whole solve in memory.
-    if by_jvp and theta.size <= 2 * predictions.size:
-        return "jvp"
-    if has_reverse(flow):
-        return "vjp"
-    if by_jvp:
-        return "jvp"
+def _check_arrived(found: Accepted, end: Float[Array, " N"], max_steps: int) -> None:
+    failed = np.flatnonzero(~np.asarray(found.arrived))
+    if not failed.size:
+        return
+    i = int(failed[0])
+    reason = diffrax.RESULTS[jax.tree.map(lambda x: x[i], found.result)] or "the state is no longer finite"
     raise LaplodeError(
-        "`model` can be differentiated neither forward nor in reverse. Inside it, solve with "
-        "diffrax.diffeqsolve(..., adjoint=diffrax.DirectAdjoint()), or build it as laplode.NeuralODE(vector_field)."
+        f"The solve at the fitted parameters failed in trajectory {i} at time {float(found.reached[i]):g} of "
+        f"{float(end[i]):g} ({failed.size} of {len(end)} trajectories failed; {int(found.number[i])} accepted steps, "
+        f"max_steps = {max_steps}): {reason.strip()} A stiff field wants an implicit solver, "
+        "NeuralODE(..., solver=diffrax.Kvaerno5()); a long one a larger max_steps."
     )
 
 
@@ -297,33 +369,9 @@ def linearize(
 
     The Jacobian may be as large as memory allows: outside of `jit`, even a reshape would copy it.
     """
-    route = route or jacobian_route(flow)
+    route = route or flow.jacobian_route()
     if mesh is None or not isinstance(flow, AbstractFlow):
         return _linearized(flow, flow.parameters.vector, route)
     shared = (type(flow), flow.parameters, route)
     (predictions, jacobian), _ = over_rows(mesh, _linearized_rows, shared, flow.rows)
     return predictions, jacobian.reshape(-1, flow.parameters.size)
-
-
-def _field_at_start(flow: ReplayedFlow) -> Callable[[Array], Array]:
-    """θ ↦ the vector field, and what is observed, at the start of the first trajectory."""
-    ts, y0, args = jax.tree.map(lambda x: x[0], (flow.ts, flow.y0, flow.args))
-
-    def function(theta):
-        model = flow.parameters.unravel(theta)
-        start = model.initial_state(y0)
-        slope = model.vector_field(ts[0], start, args)
-        return jnp.concatenate([slope.ravel(), model.observe_states(start[None], args).ravel()])
-
-    return function
-
-
-def check_second_order(flow: AbstractFlow) -> None:
-    """Raise `LaplodeError` where the model has no forward-over-reverse derivative, showing the line to change."""
-    if not _has(_push_gradient, flow):
-        raise LaplodeError(
-            "`model` has no second derivatives, as with Diffrax's default adjoint. Change the line\n"
-            "    diffrax.diffeqsolve(...)\nto\n    diffrax.diffeqsolve(..., adjoint=diffrax.DirectAdjoint())\n"
-            "(its values stay the same), or build the model as laplode.NeuralODE(vector_field), or take "
-            'curvature="ggn", which needs first derivatives only.'
-        )

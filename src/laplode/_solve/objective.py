@@ -1,12 +1,13 @@
-"""The negative log-likelihood as a function of θ, with its derivatives."""
+"""What is minimized, as a function of θ: −log p(Y | θ) and −log p(Y, θ), with their derivatives."""
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._model.parameters import Parameters
 from .._problem.problem import Problem
-from .maps import AbstractFlow, has_reverse, linearize
+from .maps import AbstractFlow, linearize
 
 
 class NegativeLogLikelihood(eqx.Module):
@@ -19,9 +20,26 @@ class NegativeLogLikelihood(eqx.Module):
         return -self.problem.log_likelihood(self.flow(theta))
 
 
+def log_joint(
+    problem: Problem, view: Parameters, theta: Float[Array, " P"], predictions: Float[Array, "N T F"]
+) -> Float[Array, ""]:
+    """log p(Y | predictions) + log p(θ) in nats, with the predictions at θ at hand."""
+    return problem.log_likelihood(predictions) + problem.prior.log_density(view, theta)
+
+
+class NegativeLogJoint(eqx.Module):
+    """θ ↦ −log p(Y | θ) − log p(θ), in nats."""
+
+    flow: AbstractFlow
+    problem: Problem
+
+    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
+        return -log_joint(self.problem, self.flow.parameters, theta, self.flow(theta))
+
+
 def value_and_gradient(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, ""], Float[Array, " P"]]:
     """−log p(Y | θ) and its gradient, shape (P,), at the flow's parameters."""
-    if has_reverse(flow):
+    if flow.has_reverse():
         return _value_and_gradient(flow, problem)
     predictions, jacobian = linearize(flow)
     return _value_and_score(problem, predictions, jacobian)

@@ -1,35 +1,119 @@
-"""The replay of a solver's accepted steps: values."""
+"""The steps that an adaptive solve accepts, and their replay: values."""
 
 import dataclasses
 import functools as ft
+from typing import Any, NamedTuple
 
 import diffrax
 import equinox as eqx
+import equinox.internal as eqxi
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._model.neural_ode import NeuralODE
-
-# ---- Replaying it
 
 
 class Steps(eqx.Module):
     """What the solves of N trajectories have left: the accepted steps, where they are read off, and what goes in.
 
-    `boundaries[i]` holds the start of trajectory i's first step and the end of every step; short rows are padded by
-    steps of length zero, which change nothing.
+    A step begins where the one before it ended, except at a jump that was declared to the step size controller: there
+    one step ends just before the jump and the next begins just after it, so that no stage lies on the wrong side.
+    Short rows are padded by steps of length zero, which change nothing.
     """
 
-    boundaries: Float[Array, "N steps+1"]
-    ts: Float[Array, "N T"]
-    y0: Float[Array, "N D"] | None
+    starts: Float[Array, "*N steps"]
+    ends: Float[Array, "*N steps"]
+    ts: Float[Array, "*N T"]
+    y0: Array | None
     args: PyTree
 
     def __getitem__(self, i) -> "Steps":
         """The steps of one trajectory."""
         return jax.tree.map(lambda x: x[i], self)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps of the longest trajectory, padding included."""
+        return self.starts.shape[-1]
+
+    @property
+    def lengths(self) -> Float[Array, "*N steps"]:
+        """h of each step."""
+        return self.ends - self.starts
+
+
+class Accepted(NamedTuple):
+    """What the adaptive solve of each trajectory did: its steps, padded to `max_steps` by steps of length zero."""
+
+    starts: Float[Array, "N max_steps"]
+    ends: Float[Array, "N max_steps"]
+    number: Int[Array, " N"]
+    result: diffrax.RESULTS
+    last: Float[Array, "N D"]
+    arrived: Bool[Array, " N"]
+
+    @property
+    def reached(self) -> Float[Array, " N"]:
+        """The time at which each solve ended."""
+        return self.ends[:, -1]
+
+
+@eqx.filter_jit
+def accepted_steps(model: NeuralODE, t0: Float[Array, " N"], t1: Float[Array, " N"], y0, args) -> Accepted:
+    """The steps that the step size controller accepts from t0 to t1, and the state in which each solve ended.
+
+    The program does not depend on the times in between, nor does it call back to the host.
+    """
+    saveat = diffrax.SaveAt(
+        subs=[
+            diffrax.SubSaveAt(t0=True, steps=True, fn=lambda t, y, args: None),
+            diffrax.SubSaveAt(t1=True),
+        ]
+    )
+
+    def one(t0, t1, y0, args):
+        ts = jnp.stack([t0, t1])
+        solution = model.solve(ts, y0, args, saveat=saveat, adjoint=diffrax.ForwardMode(), throw=False)
+        times, _ = solution.ts  # pyright: ignore[reportGeneralTypeIssues]
+        _, states = solution.ys  # pyright: ignore[reportGeneralTypeIssues]
+        number = solution.stats["num_accepted_steps"]
+        # Diffrax leaves unused entries infinite; here they repeat the time at which the solve ended.
+        reached = jnp.max(jnp.where(jnp.isfinite(times), times, -jnp.inf))
+        starts = jnp.minimum(times, reached)
+        ends = _ends(starts[1:], _declared_jumps(model.stepsize_controller))
+        ends = jnp.where(jnp.arange(ends.size) < number, ends, reached)
+        arrived = (reached >= t1) & jnp.all(jnp.isfinite(states))
+        return Accepted(starts[:-1], ends, number, solution.result, states[-1], arrived)
+
+    return jax.vmap(one)(t0, t1, y0, args)
+
+
+def _declared_jumps(controller: Any) -> Float[Array, " jumps"]:
+    """The times that a step size controller, or one wrapped in it, takes for jumps of the vector field."""
+    jumps = []
+    while controller is not None:
+        if getattr(controller, "jump_ts", None) is not None:
+            jumps.append(jnp.asarray(controller.jump_ts, dtype=float))
+        controller = getattr(controller, "controller", None)
+    return jnp.concatenate([*jumps, jnp.zeros(0)])
+
+
+def _ends(following: Float[Array, " steps"], jumps: Float[Array, " jumps"]) -> Float[Array, " steps"]:
+    """Where steps end, of which Diffrax records where the next one begins.
+
+    A step ends on the last float before a jump, and the next one begins on the first float after it, or on the jump
+    itself where that is the end of the solve.
+    """
+    if not jumps.size:
+        return following
+    at = following[:, None]
+    before = jnp.where((at == jumps) | (at == eqxi.nextafter(jumps)), eqxi.prevbefore(jumps), jnp.inf)
+    return jnp.minimum(following, jnp.min(before, axis=1))
+
+
+# ---- Replaying them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +128,11 @@ class _Tableau:
     def num_stages(self) -> int:
         return len(self.b)
 
+    def times(self, starts: Float[Array, "*steps"], ends: Float[Array, "*steps"]) -> Float[Array, "*steps stages"]:
+        """Where the stages of steps are; the last of them exactly at the end, as in Diffrax, not a rounding beside."""
+        starts, ends = starts[..., None], ends[..., None]
+        return jnp.where(self.c == 1, ends, starts + self.c * (ends - starts))
+
 
 def _explicit_tableau(solver: diffrax.AbstractSolver) -> _Tableau | None:
     tableau = getattr(solver, "tableau", None)
@@ -56,27 +145,27 @@ def _explicit_tableau(solver: diffrax.AbstractSolver) -> _Tableau | None:
     return _Tableau(a, np.asarray(tableau.b_sol), np.concatenate([[tableau.c1 or 0.0], tableau.c]))
 
 
-def _locate(boundaries: Float[Array, " steps+1"], ts: Float[Array, " T"]) -> Int[Array, " T"]:
+def _locate(steps: Steps) -> Int[Array, " T"]:
     """The step in which each time falls; a time at a boundary belongs to the step before it, as in Diffrax."""
-    return jnp.clip(jnp.searchsorted(boundaries[1:], ts, side="left"), 0, boundaries.size - 2)
+    return jnp.clip(jnp.searchsorted(steps.ends, steps.ts, side="left"), 0, steps.num_steps - 1)
 
 
-def _replay_explicit(tableau: _Tableau, model: NeuralODE, boundaries, y0, args, push=None):
-    """States at the start of each step (steps, D), stages and increments (steps, stages, D).
+def _replay_explicit(tableau: _Tableau, model: NeuralODE, steps: Steps, y0: Float[Array, " D"], push=None):
+    """States at the start of each step (steps, D), stages and increments (steps, stages, D), from the state `y0`.
 
     `push`, of the shape of the increments, is added to them.
     """
 
-    a, c = jnp.asarray(tableau.a), jnp.asarray(tableau.c)
+    a = jnp.asarray(tableau.a)
 
     def step(y, interval):
         t0, t1, push = interval
-        h = t1 - t0
+        h, times = t1 - t0, tableau.times(t0, t1)
 
         # A loop, not one stage written out after the other: second derivatives of it compile in a third of the time.
         def stage(increments, i):
             z = y + a[i] @ increments
-            increment = h * model.vector_field(t0 + c[i] * h, z, args)
+            increment = h * model.vector_field(times[i], z, steps.args)
             increment = increment if push is None else increment + push[i]
             return increments.at[i].set(increment), z
 
@@ -84,7 +173,7 @@ def _replay_explicit(tableau: _Tableau, model: NeuralODE, boundaries, y0, args, 
         increments, stages = jax.lax.scan(stage, nothing, jnp.arange(tableau.num_stages))
         return y + tableau.b @ increments, (y, stages, increments)
 
-    return jax.lax.scan(step, y0, (boundaries[:-1], boundaries[1:], push))[1]
+    return jax.lax.scan(step, y0, (steps.starts, steps.ends, push))[1]
 
 
 def _output_weights(model: NeuralODE, tableau: _Tableau, t0, t1, t) -> Float[Array, " stages"]:
@@ -99,10 +188,10 @@ def _output_weights(model: NeuralODE, tableau: _Tableau, t0, t1, t) -> Float[Arr
     return dk + dy1 * tableau.b
 
 
-def _states_explicit(tableau, model, boundaries, ts, y0, args):
-    starts, _, increments = _replay_explicit(tableau, model, boundaries, y0, args)
-    step, weights = _observed(tableau, model, boundaries, ts)
-    return starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
+def _states_explicit(tableau: _Tableau, model: NeuralODE, steps: Steps, y0: Float[Array, " D"]):
+    states, _, increments = _replay_explicit(tableau, model, steps, y0)
+    step, weights = _observed(tableau, model, steps)
+    return states[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
 
 
 # What stands in an implicit solver's root finder for "as the step size controller has it", until a solve begins.
@@ -120,29 +209,31 @@ def _with_tolerances(model: NeuralODE) -> diffrax.AbstractSolver:
     return solver
 
 
-def _states_general(model: NeuralODE, boundaries, ts, y0, args):
+def _states_general(model: NeuralODE, steps: Steps, y0: Float[Array, " D"]):
     """Any Diffrax solver, one step after another through its own `step`."""
-    terms = diffrax.ODETerm(model.vector_field)
+    terms, args = diffrax.ODETerm(model.vector_field), steps.args
     solver = _with_tolerances(model)
     if getattr(solver, "scan_kind", "none") is None:  # a loop over stages that has all modes of differentiation
         solver = eqx.tree_at(lambda s: s.scan_kind, solver, "bounded", is_leaf=lambda node: node is None)
-    state = solver.init(terms, boundaries[0], boundaries[1], y0, args)
+    state = solver.init(terms, steps.starts[0], steps.ends[0], y0, args)
+    jumps = _declared_jumps(model.stepsize_controller).size > 0
 
     def step(carry, interval):
         y, state = carry
-        t0, t1 = interval
-        y1, _, dense, state1, _ = solver.step(terms, t0, t1, y, args, state, made_jump=False)
+        t0, t1, made_jump = interval
+        y1, _, dense, state1, _ = solver.step(terms, t0, t1, y, args, state, made_jump=made_jump if jumps else False)
         # An implicit solver may not make sense of a step of length zero; it is skipped whole.
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(t1 > t0, a, b), new, old)
         return keep((y1, state1), (y, state)), dense
 
-    _, dense = jax.lax.scan(step, (y0, state), (boundaries[:-1], boundaries[1:]))
+    made_jump = jnp.concatenate([jnp.zeros(1, bool), steps.starts[1:] != steps.ends[:-1]])
+    _, dense = jax.lax.scan(step, (y0, state), (steps.starts, steps.ends, made_jump))
 
     def interpolate(step, t):
         info = jax.tree.map(lambda x: x[step], dense)
-        return solver.interpolation_cls(t0=boundaries[step], t1=boundaries[step + 1], **info).evaluate(t)
+        return solver.interpolation_cls(t0=steps.starts[step], t1=steps.ends[step], **info).evaluate(t)
 
-    return jax.vmap(interpolate)(_locate(boundaries, ts), ts)
+    return jax.vmap(interpolate)(_locate(steps), steps.ts)
 
 
 @eqx.filter_jit  # traced once for all that is made of it
@@ -150,19 +241,15 @@ def _replay(model: NeuralODE, steps: Steps) -> Float[Array, "N T K"]:
     tableau = _explicit_tableau(model.solver)
 
     def one(each: Steps):
-        boundaries, ts, args = each.boundaries, each.ts, each.args
         y0 = model.initial_state(each.y0)
-        if tableau is None:
-            states = _states_general(model, boundaries, ts, y0, args)
-        else:
-            states = _states_explicit(tableau, model, boundaries, ts, y0, args)
-        return model.observe_states(states, args)
+        states = _states_general(model, each, y0) if tableau is None else _states_explicit(tableau, model, each, y0)
+        return model.observe_states(states, each.args)
 
     return jax.vmap(one)(steps)
 
 
-def _observed(tableau: _Tableau, model: NeuralODE, boundaries, ts):
+def _observed(tableau: _Tableau, model: NeuralODE, steps: Steps):
     """The step in which each observation falls, and the weights at which it is read off."""
-    step = _locate(boundaries, ts)
-    weights = jax.vmap(ft.partial(_output_weights, model, tableau))(boundaries[step], boundaries[step + 1], ts)
-    return step, weights
+    step = _locate(steps)
+    read = jax.vmap(ft.partial(_output_weights, model, tableau))
+    return step, read(steps.starts[step], steps.ends[step], steps.ts)

@@ -99,38 +99,36 @@ def _cross_terms(view: Parameters, steps: Steps, derivatives: tuple[Array, Array
     tableau = _explicit_tableau(model.solver)
     assert tableau is not None
     num_stages = tableau.num_stages
-    num_steps = steps.boundaries.shape[1] - 1
+    num_steps = steps.num_steps
 
     def adjoint(i):
         each = steps[i]
-        boundaries, ts, y0, args = each.boundaries, each.ts, each.y0, each.args
-        step, weights = _observed(tableau, model, boundaries, ts)
+        step, weights = _observed(tableau, model, each)
 
         def seen(push, y_start):  # what is predicted when every increment is pushed a little
-            starts, stages, increments = _replay_explicit(tableau, model, boundaries, y_start, args, push)
+            starts, stages, increments = _replay_explicit(tableau, model, each, y_start, push)
             states = starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
-            return jnp.sum(cotangents[i] * model.observe_states(states, args)), (stages, states)
+            return jnp.sum(cotangents[i] * model.observe_states(states, each.args)), (stages, states)
 
-        start = model.initial_state(y0)
+        start = model.initial_state(each.y0)
         nowhere = jnp.zeros((num_steps, num_stages, start.size))
         (adjoints, initial), (stages, states) = jax.grad(seen, (0, 1), has_aux=True)(nowhere, start)
-        h = jnp.diff(boundaries)
-        times = boundaries[:-1, None] + tableau.c * h[:, None]
-        return times, stages, h[:, None, None] * adjoints, states, initial
+        times = tableau.times(each.starts, each.ends)
+        return times, stages, each.lengths[:, None, None] * adjoints, states, initial
 
     points = jax.vmap(adjoint)(jnp.arange(len(steps.ts)))
 
     def trajectory(i, total):
         each = steps[i]
-        boundaries, ts, y0, args = each.boundaries, each.ts, each.y0, each.args
-        solved = _Solved(model, tableau, boundaries, y0, args)
-        step, read_weights = _observed(tableau, model, boundaries, ts)
+        args = each.args
+        solved = _Solved(model, tableau, each)
+        step, read_weights = _observed(tableau, model, each)
         # The stages of all steps, read off at the rows of the tableau, then the observations.
         places = jnp.concatenate([jnp.repeat(jnp.arange(num_steps), num_stages), step])
         read_weights = jnp.concatenate([jnp.tile(tableau.a, (num_steps, 1)), read_weights])
         readings = _Readings(tableau, num_steps, places, read_weights, 8 * solved.dim * theta.size)
         buffer = jnp.zeros((places.size, solved.dim, theta.size))
-        tangents = _fill(view, model, solved, readings, y0, args, False, 0, buffer)
+        tangents = _fill(view, model, solved, readings, each.y0, args, False, 0, buffer)
         flat = lambda x: x.reshape(-1, x.shape[-1])
         of_stages, of_states = tangents[: num_steps * num_stages], tangents[num_steps * num_stages :]
 
@@ -172,7 +170,7 @@ def local_hessian_bytes(parameters: Parameters, steps: Steps) -> int | None:
     tableau = _explicit_tableau(parameters.model.solver)
     if tableau is None:
         return None
-    rows = (steps.boundaries.shape[1] - 1) * tableau.num_stages + 2 * steps.ts.shape[1]
+    rows = steps.num_steps * tableau.num_stages + 2 * steps.ts.shape[1]
     y0 = None if steps.y0 is None else steps.y0[0]
     num_states = jax.eval_shape(parameters.model.initial_state, y0).size
     return 4 * 8 * rows * num_states * parameters.size

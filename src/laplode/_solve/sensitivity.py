@@ -36,12 +36,12 @@ class _Solved(eqx.Module):
     through_y: Float[Array, "steps stages D D"]
     through_f: Float[Array, "steps stages stages D D"]
 
-    def __init__(self, model: NeuralODE, tableau: _Tableau, boundaries, y0, args):
-        y0 = model.initial_state(y0)
-        self.starts, self.stages, self.increments = _replay_explicit(tableau, model, boundaries, y0, args)
-        self.h = jnp.diff(boundaries)
-        self.times = boundaries[:-1, None] + tableau.c * self.h[:, None]
-        field_y = jax.jacrev(lambda y, t: model.vector_field(t, y, args))
+    def __init__(self, model: NeuralODE, tableau: _Tableau, steps: Steps):
+        y0 = model.initial_state(steps.y0)
+        self.starts, self.stages, self.increments = _replay_explicit(tableau, model, steps, y0)
+        self.h = steps.lengths
+        self.times = tableau.times(steps.starts, steps.ends)
+        field_y = jax.jacrev(lambda y, t: model.vector_field(t, y, steps.args))
         local = self.h[:, None, None, None] * jax.vmap(jax.vmap(field_y))(self.stages, self.times)
         self.through_y, through_f = _stage_tangents(tableau, local)
         self.through_f = through_f * self.h[:, None, None, None, None]
@@ -146,13 +146,12 @@ def sensitivity(parameters: Parameters, steps: Steps) -> tuple[Float[Array, "N T
     def trajectory(i, filled):
         predictions, buffer = filled
         each = steps[i]
-        boundaries, ts, y0, args = each.boundaries, each.ts, each.y0, each.args
-        solved = _Solved(model, tableau, boundaries, y0, args)
-        step, weights = _observed(tableau, model, boundaries, ts)
-        readings = _Readings(tableau, boundaries.size - 1, step, weights, 8 * solved.dim * size)
-        seen = model.observe_states(jax.vmap(solved.state)(step, weights), args)
+        solved = _Solved(model, tableau, each)
+        step, weights = _observed(tableau, model, each)
+        readings = _Readings(tableau, each.num_steps, step, weights, 8 * solved.dim * size)
+        seen = model.observe_states(jax.vmap(solved.state)(step, weights), each.args)
         observe = not model.sees_states
-        buffer = _fill(parameters, model, solved, readings, y0, args, observe, i * num_times, buffer)
+        buffer = _fill(parameters, model, solved, readings, each.y0, each.args, observe, i * num_times, buffer)
         return predictions.at[i].set(seen), buffer
 
     shape = eqx.filter_eval_shape(_replay, model, steps).shape
