@@ -11,7 +11,7 @@ import pytest
 
 import laplode as lp
 from laplode._model.parameters import parameters
-from laplode._solve.maps import ForeignFlow, ReplayedFlow, evaluate, flow, linearize
+from laplode._solve.maps import ForeignFlow, ReplayedFlow, evaluate, flow, linearize, replayed
 
 ADAPTIVE = diffrax.PIDController(rtol=1e-5, atol=1e-7)
 FIXED = dict(stepsize_controller=diffrax.ConstantStepSize(), dt0=0.05, max_steps=128)
@@ -199,3 +199,23 @@ def test_a_failed_solve_names_trajectory_and_time():
     model = rotation(stepsize_controller=ADAPTIVE, max_steps=3)
     with pytest.raises(lp.LaplodeError, match=r"failed in trajectory 0 at time .* of 2 .*max_steps = 3"):
         flow(parameters(model), TS, Y0, None)
+
+
+def test_replayed_steps_have_the_gradient_of_the_solve_without_a_callback():
+    view = parameters(full_model(stepsize_controller=ADAPTIVE))
+    forces = jnp.array([0.5, 1.5])
+
+    def loss(theta, num_steps):
+        here = eqx.tree_at(lambda p: p.selected, view, view.with_vector(theta))
+        around, ok = replayed(here, jnp.asarray(TS), None, forces, num_steps)
+        return jnp.sum(around(theta) ** 2), ok
+
+    program = jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1).lower(view.vector, 32)
+    assert "callback" not in program.as_text()
+    (value, ok), gradient = program.compile()(view.vector)
+    assert ok
+    plainly = lambda theta: jnp.sum(plain(view.unravel(theta), y0=None, args=forces) ** 2)
+    expected, slope = jax.value_and_grad(plainly)(view.vector)
+    np.testing.assert_allclose(value, expected, rtol=1e-13)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-11)
+    assert not jax.jit(loss, static_argnums=1)(view.vector, 4)[1]

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from .._devices import over_rows
 from .._errors import LaplodeError
@@ -25,7 +25,7 @@ from .._model.neural_ode import NeuralODE, starts
 from .._model.own import predict_trajectories
 from .._model.parameters import Parameters
 from .autodiff import _AUTODIFF, _has, _pull, _push, _push_twice
-from .replay import Accepted, Steps, _explicit_tableau, _replay, accepted_steps
+from .replay import Accepted, Steps, _explicit_tableau, _replay, accepted_steps, padded_size
 from .second_order import local_hessian, local_hessian_bytes
 from .sensitivity import sensitivity
 
@@ -246,7 +246,7 @@ class ReplayedFlow(AbstractFlow):
                 f"{view.model.max_steps} the solve does not arrive. Allow more steps."
             )
         room = int(np.max(np.asarray(found.number)))
-        return dataclasses.replace(self, parameters=view)._with(found.starts[:, :room], found.ends[:, :room])
+        return ReplayedFlow(view, found.steps(room, self.ts, self.y0, self.args))
 
     # What is replayed has all derivatives that its vector field has.
 
@@ -317,14 +317,30 @@ def flow(
     room = 0 if like is None else like.num_steps
     if num_steps > room:
         room = num_steps + int(spare * num_steps)
-    room = _padded(room, model.max_steps)
-    return ReplayedFlow(view, Steps(found.starts[:, :room], found.ends[:, :room], ts, y0, args))
+    return ReplayedFlow(view, found.steps(min(padded_size(room), model.max_steps), ts, y0, args))
 
 
-def _padded(num: int, most: int) -> int:
-    """A few sizes only, up to an eighth apart, so that a compiled function serves other numbers of steps too."""
-    granule = max(4, 2 ** (num.bit_length() - 4))
-    return min(num + (-num) % granule, most)
+def replayed(
+    view: Parameters, ts: Float[Array, "N T"], y0: Array | None, args: PyTree, num_steps: int
+) -> tuple[ReplayedFlow, Bool[Array, ""]]:
+    """The solution map of a `NeuralODE` on the steps of its adaptive solve, for use in any transformation.
+
+    The steps themselves are not differentiated, and there is no callback to the host. Where a solve fails or takes more
+    than `num_steps` steps, the flag is False and the map's values mean nothing; `accepted_steps` tells which it was.
+
+    **Arguments:**
+
+    - `view`: the parameters, of a `NeuralODE`.
+    - `ts`, `y0`, `args`: as float arrays; `y0` as `starts` returns it. A last time may be repeated.
+    - `num_steps`: room for steps, in each trajectory.
+
+    **Returns:** the map, and whether every solve arrived within `num_steps` steps.
+    """
+    frozen = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, (view.model, y0, args))
+    model, *inputs = frozen
+    found = accepted_steps(model, ts[:, 0], ts[:, -1], *inputs)
+    ok = jnp.all(found.arrived & (found.number <= num_steps))
+    return ReplayedFlow(view, found.steps(num_steps, ts, y0, args)), ok
 
 
 def _check_arrived(found: Accepted, end: Float[Array, " N"], max_steps: int) -> None:

@@ -59,6 +59,16 @@ class Accepted(NamedTuple):
         """The time at which each solve ended."""
         return self.ends[:, -1]
 
+    def steps(self, num: int, ts: Float[Array, "N T"], y0: Array | None, args: PyTree) -> Steps:
+        """The first `num` steps of each, to be read off at `ts`."""
+        return Steps(self.starts[:, :num], self.ends[:, :num], ts, y0, args)
+
+
+def padded_size(num: int) -> int:
+    """`num` or a little more, at most an eighth: a few sizes only, so that what was compiled for one serves others."""
+    granule = max(4, 2 ** (num.bit_length() - 4))
+    return num + (-num) % granule
+
 
 @eqx.filter_jit
 def accepted_steps(model: NeuralODE, t0: Float[Array, " N"], t1: Float[Array, " N"], y0, args) -> Accepted:
