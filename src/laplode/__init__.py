@@ -8,6 +8,7 @@ from ._diagnose.design import (
     information_gain as information_gain,
 )
 from ._diagnose.identify import Identifiability as Identifiability, identifiability as identifiability
+from ._diagnose.profile import Profile as Profile, profile as profile, profile_table as profile_table
 from ._diagnose.tolerance import check_tolerance as check_tolerance
 from ._errors import FitError as FitError, LaplodeError as LaplodeError, LaplodeWarning as LaplodeWarning
 from ._fit.fit import Fit as Fit, fit as fit
@@ -41,6 +42,7 @@ from ._report.datatree import to_datatree as to_datatree
 from ._report.nuts import nuts as nuts
 from ._report.plot.marginals import plot_marginals as plot_marginals
 from ._report.plot.phase import plot_phase as plot_phase
+from ._report.plot.profile import plot_profile as plot_profile
 from ._report.plot.spectrum import plot_spectrum as plot_spectrum
 from ._report.plot.time_correlation import plot_time_correlation as plot_time_correlation
 from ._report.plot.trajectories import plot_trajectories as plot_trajectories

@@ -108,6 +108,10 @@ ARGUMENTS = {
     "compare_evidence": dict(posteriors=[NOTHING, None, {}, [], {"a": 1}]),
     "mixture": dict(posteriors=[NOTHING, None, [], [None], 3],
                     weights=[NOTHING, [1.0, 2.0], [-1.0], [NAN], "all", [0.0]]),
+    "profile": dict(posterior="posterior", of=[NOTHING, None, 3, "nonsense", [3]], level="probability",
+                    num=[0, 2, -1, 2.5, "many"]),
+    "profile_table": dict(profiles=[NOTHING, None, [3]]),
+    "plot_profile": dict(profiles=[NOTHING, None, [], [3]]),
     "identifiability": dict(posterior="posterior", threshold="probability"),
     "information_gain": dict(posterior="posterior", ts="times", criterion="option", target="callable", y0="new states"),
     "choose_measurements": dict(posterior="posterior", ts="times", num="count", criterion="option", target="callable"),
@@ -182,6 +186,9 @@ def good(growth, growth_posterior):
         **{name: dict(posterior=posterior) for name in OF_A_POSTERIOR},
         "compare_evidence": dict(posteriors={"a": posterior}),
         "mixture": dict(posteriors=[posterior]),
+        "profile": dict(posterior=posterior, of="rate"),
+        "profile_table": dict(profiles=[]),
+        "plot_profile": dict(profiles=[]),
         "information_gain": dict(posterior=posterior, ts=TS),
         "choose_measurements": dict(posterior=posterior, ts=TS, num=1),
         "nuts": dict(posterior=posterior, key=KEY, num_warmup=1, num_samples=1),
@@ -200,7 +207,7 @@ def test_there_are_enough_and_no_function_is_left_out():
     made_by_laplode = {
         "CurvatureProducts", "Diagnostics", "Estimate", "Evidence", "Fit", "FunctionPredictions", "Hyperparameters",
         "Identifiability", "InformationGain", "MatchedLoss", "Measurements", "MixturePosterior", "Posterior",
-        "Predictions", "FitError", "LaplodeError", "LaplodeWarning",
+        "Profile", "Predictions", "FitError", "LaplodeError", "LaplodeWarning",
     }  # fmt: skip
     public = {name for name, value in vars(lp).items() if not name.startswith("_") and callable(value)}
     assert public - made_by_laplode == set(ARGUMENTS) | {"Poisson"}  # which takes nothing
