@@ -8,6 +8,8 @@ import io
 import os
 import pickle
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import equinox as eqx
@@ -20,7 +22,7 @@ import pytest
 
 import laplode as lp
 from laplode._curvature.hessian import Work, hessian, over_rows
-from laplode._files import Checkpoint, _prelude, fingerprint, text_of, write
+from laplode._files import Checkpoint, _first_line, fingerprint, text_of, write
 from laplode._fit.fit import _advance
 from laplode._model.parameters import parameters
 from laplode._solve.maps import ReplayedFlow
@@ -129,6 +131,41 @@ def test_a_mixture(growth, growth_posterior, quiet, tmp_path):
     loaded = lp.load(tmp_path / "m", like=growth_posterior)
     assert_same(loaded, mixture)
     assert isinstance(loaded, lp.MixturePosterior)
+
+
+PRIORS = [
+    dist.Normal(0.5, 2.0), dist.LogNormal(-0.5, 0.5), dist.HalfNormal(2.0), dist.Gamma(2.0, 3.0), dist.Beta(2.1, 3.2),
+    dist.Uniform(0.1, 2.0), dist.TruncatedNormal(0.2, 1.0, low=-1.0), dist.TruncatedCauchy(0.2, 1.0, high=3.0),
+    dist.InverseGamma(2.0, 1.5), dist.LogUniform(0.1, 4.0), dist.StudentT(4.5, 0.3, 1.7), dist.Weibull(1.7, 2.3),
+    dist.Kumaraswamy(2.1, 3.2), dist.HalfCauchy(1.5), dist.AsymmetricLaplace(0.3, 1.7, 1.4), dist.Chi2(4.5),
+    dist.Pareto(0.3, 1.9), dist.TruncatedNormal(0.2, 1.0, low=0.1, high=4.0), dist.Gumbel(0.3, 1.7),
+]  # fmt: skip
+IN_ANOTHER_PROCESS = """
+import sys, jax
+jax.config.update("jax_enable_x64", True)
+import laplode as lp
+from laplode._files import fingerprint
+for path in sys.argv[1:]:
+    prior = lp.load(path)
+    print(fingerprint(prior), *(float(prior.named["k"].log_prob(x)).hex() for x in (0.4, 0.7)))
+"""
+
+
+def test_priors_are_the_same_in_every_process(tmp_path):
+    """NumPyro lists the fields of a distribution in the order of a set of strings, which each process has its own."""
+    priors, paths = [lp.NamedPriors({"k": prior}) for prior in PRIORS], []
+    for i, prior in enumerate(priors):
+        lp.save(tmp_path / str(i), prior)
+        paths.append(str(tmp_path / str(i)))
+    text = [
+        " ".join([fingerprint(prior), *(float(prior.named["k"].log_prob(x)).hex() for x in (0.4, 0.7))])
+        for prior in priors
+    ]
+    for seed in "123":
+        start = [sys.executable, "-c", IN_ANOTHER_PROCESS, *paths]
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu"}
+        found = subprocess.run(start, env=environment, capture_output=True, text=True, check=True).stdout
+        assert found.splitlines() == text
 
 
 def test_predictions_need_no_model(growth, growth_posterior, tmp_path):
@@ -246,7 +283,7 @@ def test_64_bits_are_asked_for(growth, stored):
 
 
 def test_bad_arguments(growth, growth_posterior, tmp_path):
-    with pytest.raises(lp.LaplodeError, match=r"`value` must be one of Posterior, .*; got Growth"):
+    with pytest.raises(lp.LaplodeError, match=r"`value` must be a result of laplode, .*; got Growth"):
         lp.save(tmp_path / "p", growth.model)
     with pytest.raises(lp.LaplodeError, match="`path` must be a path, got int"):
         lp.save(3, growth_posterior)
@@ -275,8 +312,8 @@ def damaged(good: bytes, rng: np.random.Generator):
     for _ in range(20):
         start, stop = np.sort(rng.integers(len(good), size=2))
         yield good[:start] + rng.bytes(stop - start) + good[stop:] if stop > start else good[:-1]
-    for version in range(2, 12):
-        yield good.replace(b"laplode file 0001", f"laplode file {version:04d}".encode())
+    for version in (1, *range(3, 12)):
+        yield good.replace(b"laplode file 0002", f"laplode file {version:04d}".encode())
     for _ in range(14):
         yield good + rng.bytes(rng.integers(1, 50))
     array = io.BytesIO()
@@ -297,9 +334,9 @@ def test_300_damaged_files(growth, stored, tmp_path):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        pytest.param(lambda good: good[:-1], "bytes and should have", id="truncated"),
+        pytest.param(lambda good: good[:-1], "cut short or damaged", id="truncated"),
         pytest.param(lambda good: good[:-1] + b"\xff", "does not have the checksum", id="flipped"),
-        pytest.param(lambda good: good.replace(b"0001", b"0002", 1), "has format 2, .* Install a newer", id="newer"),
+        pytest.param(lambda good: good.replace(b"0002", b"0001", 1), "has format 1, .* Install the", id="older"),
         pytest.param(lambda good: b"PK" + good, "is no file of laplode.save", id="foreign"),
     ],
 )
@@ -319,8 +356,8 @@ class Bomb:
 
 def forged(header: bytes, body: bytes) -> bytes:
     """A file with a right checksum."""
-    total = len(_prelude(0, 0, "0" * 64)) + len(header) + len(body)
-    return _prelude(len(header), total, hashlib.sha256(header + body).hexdigest()) + header + body
+    content = header + b"\n" + body
+    return _first_line(hashlib.sha256(content).hexdigest()) + content
 
 
 def test_no_pickle_is_executed(tmp_path):
@@ -346,13 +383,13 @@ def test_no_pickle_is_executed(tmp_path):
     "header",
     [
         b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"holds": "Problem", "value": 0, "arrays": []}',
-        b'{"holds": "Fit", "value": ["part", "os.system", {}], "arrays": []}',
-        b'{"holds": "Fit", "value": ["part", "Fit", {}], "arrays": []}',
+        b'{"holds": "Fit", "value": ["object", "os", "system", {}], "arrays": []}',
+        b'{"holds": "Fit", "value": ["object", "laplode", "Fit", {}], "arrays": []}',
         b'{"holds": "Fit", "value": ["array", 0], "arrays": [["numpy", "float64", [1000000000]]]}',
         b'{"holds": "Fit", "value": ["array", 0], "arrays": [["numpy", "O", []]]}',
         b'{"holds": "Fit", "value": ["array", 0], "arrays": [["numpy", "float64", [-1]]]}',
-        b'{"holds": "Fit", "value": ["numpyro", "os", "system", [], []], "arrays": []}',
-        b'{"holds": "Fit", "value": ["numpyro", "numpyro.distributions.util", "partial", [], []], "arrays": []}',
+        b'{"holds": "Fit", "value": ["object", "laplode", "Problem.__init__", {}], "arrays": []}',
+        b'{"holds": "Fit", "value": ["object", "numpyro.distributions.util", "partial", {}], "arrays": []}',
         b'{"holds": "Fit", "value": ["code", "system"], "arrays": []}', b'{"holds": "Fit", "value": [], "arrays": []}',
         b'{"holds": ["Fit"], "value": null, "arrays": []}', b'{"holds": "Fit", "value": ["?"], "arrays": []}',
         b'{"holds": "Fit", "value": null, "arrays": []}',
@@ -441,7 +478,7 @@ def test_a_checkpoint_is_of_its_arguments(growth, tmp_path):
 def test_a_damaged_checkpoint_is_refused(growth, stored, tmp_path):
     path = tmp_path / "c"
     path.write_bytes(stored.read_bytes()[:-3])
-    with pytest.raises(lp.LaplodeError, match="bytes and should have"):
+    with pytest.raises(lp.LaplodeError, match="cut short or damaged"):
         fit(growth, path)
     with pytest.raises(lp.LaplodeError, match=r"holds Posterior. Take another path"):
         fit(growth, stored)
@@ -501,7 +538,7 @@ def test_a_hessian_by_local_pieces_goes_on(neural, tmp_path, monkeypatch):
     monkeypatch.setattr("laplode._curvature.hessian._FEW_PARAMETERS", 0)
     monkeypatch.setattr("laplode._curvature.hessian._CHUNK", 8)
     around = lp.curvature_products(*neural).flow
-    checkpoint = Checkpoint(tmp_path / "c", "laplace", {}, {})
+    checkpoint = Checkpoint(tmp_path / "c", "laplace", {})
     work = Work(progress=False, checkpoint=checkpoint)
     whole = hessian(around, neural.problem, batch_size=8)
     calls = []
@@ -515,7 +552,7 @@ def test_a_hessian_by_local_pieces_goes_on(neural, tmp_path, monkeypatch):
     monkeypatch.setattr("laplode._curvature.hessian.over_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
         hessian(around, neural.problem, batch_size=8, work=work)
-    checkpoint = Checkpoint(tmp_path / "c", "laplace", {}, {})
+    checkpoint = Checkpoint(tmp_path / "c", "laplace", {})
     # As it was begun, whatever memory is free now.
     monkeypatch.setattr("laplode._curvature.hessian._FEW_PARAMETERS", 10**9)
     found = hessian(around, neural.problem, batch_size=None, work=work._replace(checkpoint=checkpoint))
@@ -556,7 +593,7 @@ def test_a_checkpoint_of_a_hessian_is_of_its_arguments(growth, quiet, kills, sto
         lp.laplace(growth.model, by_function[1], checkpoint=tmp_path / "d", progress=False)
     assert path.read_bytes() == before
     path.write_bytes(before[:-3])
-    with pytest.raises(lp.LaplodeError, match="bytes and should have"):
+    with pytest.raises(lp.LaplodeError, match="cut short or damaged"):
         quiet(*growth, checkpoint=path)
 
 

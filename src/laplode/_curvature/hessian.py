@@ -1,9 +1,8 @@
 """The exact Hessian of the negative log-likelihood: whole, in blocks, its diagonal, its leading eigenpairs."""
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -94,34 +93,6 @@ class _Part(NamedTuple):
         return self.array[: min(max(row - self.start, 0), len(self.array))]
 
 
-class _Saving:
-    """Writes a checkpoint whenever the last one is long ago beside the time that it took."""
-
-    _EVERY = 20
-
-    def __init__(self, checkpoint: Checkpoint, state: dict[str, Any], parts: Sequence[_Part]):
-        self._checkpoint = checkpoint
-        self._state = state
-        self._parts = parts
-        self._due = -math.inf
-
-    def write(self, done: int, *, always: bool) -> None:
-        start = time.monotonic()
-        if start < self._due and not always:
-            return
-        self._checkpoint.write({**self._state, "done": done}, [part.until(done) for part in self._parts])
-        end = time.monotonic()
-        self._due = end + self._EVERY * (end - start)
-
-    @classmethod
-    def read(cls, checkpoint: Checkpoint, parts: Sequence[_Part]) -> dict[str, Any]:
-        """The state, with the rows done put back into the parts."""
-        header, arrays = checkpoint.read(lambda s: [(p.until(s["done"]).shape, p.array.dtype) for p in parts])
-        for part, array in zip(parts, arrays, strict=True):
-            part.array[: len(array)] = array
-        return {name: header[name] for name in ("local", "batch_size", "done")}
-
-
 def _assemble(
     flow: AbstractFlow,
     problem: Problem,
@@ -139,10 +110,13 @@ def _assemble(
     through it.
     """
     theta, mesh = flow.parameters.vector, work.mesh
-    # What the bits depend on and the free memory decides is that of the first call.
     state = {"local": local, "batch_size": batch_size, "done": 0}
-    if work.checkpoint is not None and work.checkpoint.exists:
-        state = _Saving.read(work.checkpoint, parts)
+    found = None if work.checkpoint is None else work.checkpoint.read()
+    if found is not None:
+        # Keep the first call's way and batch size: free memory chose them, and they affect rounding.
+        state, arrays = found
+        for part, array in zip(parts, arrays, strict=True):
+            part.array[: len(array)] = array
     done = state["done"]
     if done == theta.size:
         return
@@ -156,16 +130,20 @@ def _assemble(
         budget = min(free_bytes() // sharing_memory(mesh) // 4, 2**29)
     if state["batch_size"] is None:
         state["batch_size"] = agreed(mesh, _batch_size(function, theta, budget))
-    saving = None if work.checkpoint is None else _Saving(work.checkpoint, state, parts)
+
+    def keep(always: bool) -> None:
+        if work.checkpoint is not None:
+            rows = [part.until(done) for part in parts]
+            work.checkpoint.write({**state, "done": done}, rows, always=always)
+
     try:
         for start, rows in _row_chunks(function, theta, state["batch_size"], work.progress, mesh, done):
             put(start, rows if rest is None else rows + np.asarray(rest[start : start + len(rows)]))
             done = start + len(rows)
-            if saving is not None:
-                saving.write(done, always=done == theta.size)
+            keep(always=done == theta.size)
     except KeyboardInterrupt as interrupt:
-        if saving is not None:
-            saving.write(done, always=True)
+        keep(always=True)
+        if work.checkpoint is not None:
             interrupt.add_note(f"{done} of {theta.size} rows are saved: the same call goes on from there.")
         raise
 

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .._checks import check_count, check_key
 from .._errors import FitError, LaplodeError, LaplodeWarning
-from .._files import Checkpoint, Path, fingerprint, text_of
+from .._files import Checkpoint, Path, text_of
 from .._model.neural_ode import starts
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
@@ -157,12 +157,11 @@ def fit(
     losses: list[np.ndarray] = []
     interrupted = False
     at = _Stage(None, 0, 0)
-    saved: _Saved | None = None
+    saved: Checkpoint | None = None
     if checkpoint is not None:
-        arguments = _arguments(view, problem, optimizer, state, (lengths, share))
-        saved = _Saved(Checkpoint(checkpoint, "fit", arguments, _ARGUMENTS), state)
-        if saved.exists:
-            state, losses, at = saved.read()
+        saved = _checkpoint(checkpoint, view, problem, optimizer, state, (lengths, share))
+        state, losses, at = _read(saved, state) or (state, losses, at)
+    ran = written = sum(part.shape[1] for part in losses)
 
     def best_of(best: PyTree, best_loss: Array, losses: list[np.ndarray]) -> Fit | None:
         every = np.asarray(best_loss)
@@ -188,7 +187,7 @@ def fit(
         return found if found is not None or at.before is None else best_of(*at.before, losses)
 
     with tqdm(total=steps, desc="Fit", unit="step", disable=not progress) as bar:
-        bar.update(sum(part.shape[1] for part in losses))
+        bar.update(ran)
         try:
             for index in range(at.index, len(lengths)):
                 if at.index < index or not at.done:
@@ -201,13 +200,14 @@ def fit(
                     num = min(_CHUNK, share[index] - done)
                     state = _advance(view, stage, optimizer, state, jnp.asarray(num))
                     losses.append(np.asarray(state.losses)[:, :num])
-                    at = at._replace(done=done + num)
+                    at, ran = at._replace(done=done + num), ran + num
                     if not np.any(state.alive):
                         raise _diverged(losses, steps, np.asarray(state.gradient_failed), result())
                     bar.update(num)
                     bar.set_postfix(loss=f"{float(np.min(state.best_loss)):.4g}", times=lengths[index])
-                    if saved is not None and saved.is_due(losses, checkpoint_every, steps):
-                        saved.write(state, losses, at)
+                    if saved is not None and (ran - written >= checkpoint_every or ran == steps):
+                        _write(saved, state, losses, at)
+                        written = ran
         except KeyboardInterrupt:
             interrupted = True
             if result() is None:
@@ -218,64 +218,32 @@ def fit(
     return best
 
 
-# What a checkpoint is compared by → the arguments that it comes from.
-_ARGUMENTS = {
-    "model": "`model`, `where`, `initialize`, `key` or `restarts`",
-    "problem": "`problem`",
-    "optimizer": "`optimizer` (or the version of JAX or Optax)",
-    "steps": "`steps` or `horizons`",
-}
-
-
-def _arguments(view: Parameters, problem: Problem, optimizer, state: _State, steps: Any) -> dict[str, str]:
-    """Digests of all that a fit depends on. Code is told by its names, that of the optimizer by what it computes."""
+def _checkpoint(path: Path, view: Parameters, problem: Problem, optimizer, state: _State, steps: Any) -> Checkpoint:
+    """The optimizer is told by what it computes."""
     update = jax.make_jaxpr(jax.vmap(optimizer.update))(state.trainable, state.optimizer_state, state.trainable)
-    return {
-        "model": fingerprint(
-            (state.trainable, view.rest, text_of(view.transforms), str(jax.tree.structure(view.where)))
-        ),
-        "problem": fingerprint((problem, text_of(jax.tree.structure(problem)))),
-        "optimizer": fingerprint((state.optimizer_state, text_of(update), update.consts)),
-        "steps": fingerprint(steps),
+    arguments = {
+        "`model`, `where`, `initialize`, `key` or `restarts`": (state.trainable, view),
+        "`problem`": problem,
+        "`optimizer` (or the version of JAX or Optax)": (state.optimizer_state, text_of(update), update.consts),
+        "`steps` or `horizons`": steps,
     }
+    return Checkpoint(path, "fit", arguments)
 
 
-class _Saved:
-    """The checkpoints of a fit whose state is of the form of `like`."""
+def _write(saved: Checkpoint, state: _State, losses: list[np.ndarray], at: _Stage) -> None:
+    arrays = [*jax.tree.leaves((state, at.before)), np.concatenate(losses, axis=1)]
+    saved.write({"index": at.index, "done": at.done}, arrays)
 
-    def __init__(self, checkpoint: Checkpoint, like: _State):
-        self._checkpoint = checkpoint
-        self._like = like
-        self._written = 0
 
-    @property
-    def exists(self) -> bool:
-        return self._checkpoint.exists
-
-    def is_due(self, losses: list[np.ndarray], every: int, steps: int) -> bool:
-        ran = sum(part.shape[1] for part in losses)
-        return ran - self._written >= every or ran == steps
-
-    def write(self, state: _State, losses: list[np.ndarray], at: _Stage) -> None:
-        self._written = sum(part.shape[1] for part in losses)
-        arrays = [*jax.tree.leaves(state), *jax.tree.leaves(at.before), np.concatenate(losses, axis=1)]
-        self._checkpoint.write({"index": at.index, "done": at.done, "ran": self._written}, arrays)
-
-    def read(self) -> tuple[_State, list[np.ndarray], _Stage]:
-        """What `write` wrote."""
-        leaves, structure = jax.tree.flatten(self._like)
-        pair, pair_structure = jax.tree.flatten((self._like.best, self._like.best_loss))
-
-        def expected(header: dict[str, Any]):
-            of_state = [(x.shape, x.dtype) for x in [*leaves, *(pair if header["index"] else [])]]
-            return [*of_state, ((len(self._like.losses), header["ran"]), self._like.losses.dtype)]
-
-        header, arrays = self._checkpoint.read(expected)
-        state = jax.tree.unflatten(structure, arrays[: len(leaves)])
-        before = jax.tree.unflatten(pair_structure, arrays[len(leaves) : -1]) if header["index"] else None
-        losses = np.asarray(arrays[-1])
-        self._written = losses.shape[1]
-        return state, [losses], _Stage(before, header["index"], header["done"])
+def _read(saved: Checkpoint, like: _State) -> tuple[_State, list[np.ndarray], _Stage] | None:
+    """What `_write` wrote of a state of the form of `like`; None where there is no file."""
+    found = saved.read()
+    if found is None:
+        return None
+    header, (*arrays, losses) = found
+    before = (like.best, like.best_loss) if header["index"] else None
+    state, before = jax.tree.unflatten(jax.tree.structure((like, before)), arrays)
+    return state, [np.asarray(losses)], _Stage(before, header["index"], header["done"])
 
 
 def _stage_lengths(horizons: Sequence[float], num_times: int) -> list[int]:

@@ -17,7 +17,7 @@ from .._algebra.structure import AbstractStructure, LowRankPrecision
 from .._curvature.hessian import Work
 from .._devices import check_mesh, num_devices
 from .._errors import LaplodeError, LaplodeWarning, choose
-from .._files import Checkpoint, Path, check_path, fingerprint, text_of
+from .._files import Checkpoint, Path, check_path
 from .._model.parameters import Parameters, Where
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
@@ -191,22 +191,16 @@ def _check_rows(method: Method, devices: Mesh | None, checkpoint: Path | None) -
         )
 
 
-# What a checkpoint is compared by → the arguments that it comes from.
-_ARGUMENTS = {
-    "model": "`model` or `where` (or the machine, or a version of JAX or Diffrax)",
-    "problem": "code of the model or the likelihood, or `problem`",
-    "method": "`structure`, `batch_size` or `mesh`",
-}
-
-
 def _checkpoint(
     path: Path, around: AbstractFlow, problem: Problem, nll: Array, method: Method, devices: int
 ) -> Checkpoint:
     # Code is told by its names, and by the value that it gives.
-    digest = lambda value: fingerprint((value, text_of(jax.tree.structure(value))))
-    rows = (method.structure, str(method.batch_size), devices)
-    arguments = {"model": digest(around), "problem": digest((problem, nll)), "method": fingerprint(rows)}
-    return Checkpoint(path, "laplace", arguments, _ARGUMENTS)
+    arguments = {
+        "`model` or `where` (or the machine, or a version of JAX or Diffrax)": around,
+        "code of the model or the likelihood, or `problem`": (problem, nll),
+        "`structure`, `batch_size` or `mesh`": (method.structure, method.batch_size, devices),
+    }
+    return Checkpoint(path, "laplace", arguments)
 
 
 # ---- Checks on what was found
