@@ -1,5 +1,7 @@
 """Laplace approximations for Neural ODEs in JAX: honest error bars for a model that is already fitted."""
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from ._curvature.products import CurvatureProducts as CurvatureProducts, curvature_products as curvature_products
 from ._diagnose.design import (
     InformationGain as InformationGain,
@@ -38,12 +40,39 @@ from ._problem.data import Trajectories as Trajectories
 from ._problem.prior import GaussianPrior as GaussianPrior, NamedPriors as NamedPriors
 from ._problem.problem import Problem as Problem
 from ._problem.scale import Gaussian as Gaussian, LogNormal as LogNormal, StudentT as StudentT
-from ._report.datatree import to_datatree as to_datatree
-from ._report.nuts import nuts as nuts
-from ._report.plot.marginals import plot_marginals as plot_marginals
-from ._report.plot.phase import plot_phase as plot_phase
-from ._report.plot.profile import plot_profile as plot_profile
-from ._report.plot.spectrum import plot_spectrum as plot_spectrum
-from ._report.plot.time_correlation import plot_time_correlation as plot_time_correlation
-from ._report.plot.trajectories import plot_trajectories as plot_trajectories
 from ._report.save import load as load, save as save
+
+if _TYPE_CHECKING:
+    from ._report.datatree import to_datatree as to_datatree
+    from ._report.nuts import nuts as nuts
+    from ._report.plot.marginals import plot_marginals as plot_marginals
+    from ._report.plot.phase import plot_phase as plot_phase
+    from ._report.plot.profile import plot_profile as plot_profile
+    from ._report.plot.spectrum import plot_spectrum as plot_spectrum
+    from ._report.plot.time_correlation import plot_time_correlation as plot_time_correlation
+    from ._report.plot.trajectories import plot_trajectories as plot_trajectories
+
+# ArviZ, Matplotlib, xarray and NumPyro's samplers take most of a second to import: not before they are used.
+_LATE = {
+    "to_datatree": "._report.datatree",
+    "nuts": "._report.nuts",
+    "plot_marginals": "._report.plot.marginals",
+    "plot_phase": "._report.plot.phase",
+    "plot_profile": "._report.plot.profile",
+    "plot_spectrum": "._report.plot.spectrum",
+    "plot_time_correlation": "._report.plot.time_correlation",
+    "plot_trajectories": "._report.plot.trajectories",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(_LATE[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATE})

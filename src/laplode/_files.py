@@ -14,7 +14,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -116,7 +116,7 @@ def trusting_nothing(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _check_intact(name: str, file: BinaryIO) -> None:
+def _check_intact(name: str, file: Any) -> None:
     """Leaves `file` at its second line."""
     first = file.read(len(_first_line("0" * 64)))
     if not first.startswith(b"laplode file "):

@@ -3,6 +3,8 @@
 import ast
 import inspect
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -42,6 +44,7 @@ ORDER = [
     "_fit/from_loss",
     "_fit/fit",
     "_fit/refine",
+    "_posterior/summary",
     "_posterior/posterior",
     "_posterior/estimate",
     "_posterior/laplace",
@@ -133,7 +136,18 @@ def test_nothing_private_of_jax(name):
     assert not {other for other in outside if other.startswith("jax._")}
 
 
-PUBLIC = sorted(name for name in vars(lp) if not name.startswith("_"))
+LATE = ("matplotlib", "arviz_base", "arviz_stats", "arviz_plots", "xarray", "scipy.stats")
+
+
+def test_what_is_slow_to_import_waits_until_it_is_used():
+    code = f"import sys, laplode; print([name for name in {LATE} if name in sys.modules]); laplode.plot_spectrum"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+    with pytest.raises(AttributeError, match="no attribute 'plot_nothing'"):
+        _ = lp.plot_nothing
+
+
+PUBLIC = sorted(name for name in dir(lp) if not name.startswith("_"))
 
 
 @pytest.mark.parametrize("name", PUBLIC)

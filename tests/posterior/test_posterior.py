@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
 
@@ -98,3 +99,22 @@ def test_matrices_that_do_not_fit_are_refused(growth_posterior, monkeypatch, nam
     with pytest.raises(lp.LaplodeError, match=rf"`{name}\(\)`.*3 × 3.*marginal_std"):
         getattr(growth_posterior, name)()
     assert growth_posterior.marginal_std().shape == (3,)
+
+
+def test_a_summary_by_name_in_the_units_of_the_user(growth, growth_posterior):
+    table = growth_posterior.summary(prob=0.9)
+    assert list(table.index) == ["rate[0]", "rate[1]", "gain"]
+    assert list(table.columns) == ["mean", "sd", "eti_5%", "eti_95%"]
+    std = np.asarray(growth_posterior.marginal_std())
+    np.testing.assert_allclose(table["mean"], growth_posterior.mean, rtol=1e-12)
+    np.testing.assert_allclose(table["sd"], std, rtol=1e-10)
+    np.testing.assert_allclose(table["eti_95%"], growth_posterior.mean + 1.6448536269514722 * std, rtol=1e-12)
+
+
+def test_a_summary_of_a_positive_parameter_is_that_of_a_log_normal(growth, quiet):
+    prior = lp.NamedPriors({"gain": dist.LogNormal(0.0, 1.0)}, rest=1.0)
+    posterior = quiet(growth.model, lp.Problem(growth.problem.data, lp.LogNormal(0.1), prior))
+    row, std = posterior.summary().loc["gain"], float(posterior.marginal_std()[2])
+    exact = st.lognorm(std, scale=np.exp(float(posterior.mean[2])))
+    found = [row["mean"], row["sd"], row["eti_3%"], row["eti_97%"]]
+    np.testing.assert_allclose(found, [exact.mean(), exact.std(), *exact.ppf([0.03, 0.97])], rtol=1e-9)

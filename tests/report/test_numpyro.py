@@ -18,7 +18,7 @@ from numpyro.infer import SVI, Trace_ELBO
 import laplode as lp
 from laplode._model.parameters import parameters
 from laplode._predict.solves import log_joint
-from laplode._report.nuts import _advance, _Target
+from laplode._report.nuts import _advance, _largest, _rhat, _Target
 
 KEY = jax.random.key(0)
 LONG = {"key": KEY, "num_warmup": 200, "num_samples": 500, "progress": False}
@@ -202,6 +202,16 @@ def test_a_solve_that_fails_has_no_density_and_a_finite_force(pole):
     theta = 0.5 + 0.1 * std
     expected = st.norm.logpdf(theta, 0.5, np.sqrt(0.5)) + st.norm.logpdf(np.log(2), -np.log1p(-theta), 5) - np.log(2)
     np.testing.assert_allclose(-there, expected, rtol=1e-4)
+
+
+def test_chains_that_stand_still_do_not_agree(line, monkeypatch):
+    apart = np.broadcast_to(np.arange(4.0)[:, None, None], (4, 9, 2))
+    assert np.all(_rhat(apart) == np.inf) and _largest(_rhat(apart)) == np.inf
+    assert np.isnan(_largest(_rhat(np.ones((4, 9, 2)))))  # as a given initial state in every prediction
+    monkeypatch.setattr("laplode._report.nuts._rhat", lambda draws: np.full(draws.shape[2:], np.nan))
+    with pytest.warns(lp.LaplodeWarning, match=r"The chains do not agree: r̂ is inf for theta\[0\]"):
+        tree = lp.nuts(line[0], **LONG | {"num_samples": 4})
+    assert tree["posterior"].attrs["max_rhat"] == np.inf
 
 
 # ---- Several optima

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pandas as pd
 from jaxtyping import Array, Float
-from scipy.stats import chi2
+from scipy.special import chdtri
 from tqdm.auto import tqdm
 
 from .._checks import check_count, real_array
@@ -267,7 +267,7 @@ def _profile(posterior: Posterior, quantity: Any, level: float, num: int, prior:
     # Of the posterior, so that it is finite where the likelihood alone is flat.
     unit = math.sqrt(Picture.at(posterior.flow, aim._replace(prior=True)).variance)
     start = _centered(start, aim, unit)
-    threshold, center = 0.5 * float(chi2.ppf(level, 1)), start.value
+    threshold, center = 0.5 * float(chdtri(1, 1 - level)), start.value
     sides = []
     for sign in (-1, 1):
         sides.append(_walk(start, aim, threshold, num, sign * unit))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
+import pandas as pd
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._algebra.forms import AbstractCurvature
@@ -20,6 +21,7 @@ from .._model.parameters import Parameters
 from .._problem.prior import PosteriorPrior
 from .._problem.problem import Problem
 from .._solve.maps import AbstractFlow
+from .summary import summary_table
 
 
 class Diagnostics(eqx.Module):
@@ -237,6 +239,17 @@ class Posterior(AbstractPosterior):
     def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
         """log Normal(theta; mean, Λ⁻¹), in nats."""
         return _log_normal(theta - self.mean, self.structure)
+
+    def summary(self, prob: float = 0.94) -> pd.DataFrame:
+        """A table of the parameters by name, as the model knows them: mean, sd, and central interval.
+
+        ```python
+        print(posterior.summary())
+        ```
+
+        The interval holds `prob` of the marginal, Gaussian in unconstrained coordinates, between its quantiles.
+        """
+        return summary_table(self.parameters, self.mean, self.marginal_std(), prob)
 
     def as_prior(self) -> PosteriorPrior:
         """This posterior as the prior of further trajectories: θ ~ Normal(θ*, Λ⁻¹), in unconstrained coordinates.

@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import numpy as np
-from arviz_stats.base.array import array_stats
 from jaxtyping import Array, Float
 
 # Fewer draws than these have no tail to which a Pareto distribution could be fitted.
@@ -26,6 +25,8 @@ def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> 
         weights[finite] = -np.log(np.sum(finite))
         return jnp.asarray(weights), float("-inf")
     with np.errstate(all="ignore"):
+        from arviz_stats.base.array import array_stats  # takes a second
+
         smoothed, khat = array_stats.psislw(-ratios[finite])  # it takes the log-likelihoods of leave-one-out
     # Where all weight is on a few draws, what is left of the others is zero to rounding, and no tail can be fitted.
     if not np.all(np.isfinite(smoothed)) or np.isnan(khat):

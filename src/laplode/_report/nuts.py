@@ -175,6 +175,8 @@ def nuts(
         )
     f = np.asarray(predicted.f).reshape(num_chains, done, *data.ys.shape)
     rhat, rhat_f = _rhat(np.asarray(trace.theta)), _rhat(f)
+    if done >= 4:  # a parameter that no chain has moved is not explored
+        rhat = np.where(np.isnan(rhat), np.inf, rhat)
     attrs = {
         "inference_library": "numpyro",
         "inference_library_version": version("numpyro"),
@@ -376,14 +378,19 @@ def _of_one_problem(posterior: AbstractPosterior) -> bool:
 
 
 def _rhat(draws: Float[np.ndarray, "C S ..."]) -> Float[np.ndarray, "..."]:
-    """Rank-normalized split r̂ of each value; NaN where no draw differs, or there are fewer than four."""
+    """Rank-normalized split r̂ of each value; NaN where no draw differs, or there are fewer than four.
+
+    It is infinite where every chain stands still and not all at the same place.
+    """
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        return np.asarray(array_stats.rhat(draws, chain_axis=0, draw_axis=1), dtype=float)
+        found = np.asarray(array_stats.rhat(draws, chain_axis=0, draw_axis=1), dtype=float)
+    still = np.all(np.ptp(draws, axis=1) == 0, axis=0) & (np.ptp(draws, axis=(0, 1)) > 0)
+    return np.where(still & (draws.shape[1] >= 4), np.inf, found)
 
 
 def _largest(rhat: np.ndarray) -> float:
-    return float(np.nanmax(rhat)) if np.any(np.isfinite(rhat)) else float("nan")
+    return float("nan") if np.all(np.isnan(rhat)) else float(np.nanmax(rhat))
 
 
 def _warn(posterior: AbstractPosterior, trace: _Trace, settings: _Settings, rhat: np.ndarray, attrs: dict) -> None:

@@ -106,7 +106,9 @@ def _likes(like: Any) -> dict[str, Any]:
         raise LaplodeError(
             f"`like` must be a model, (model, problem), a posterior or a fit; got {type(model).__name__}."
         )
-    likes = {} if model is None else dict.fromkeys(("model", "selected", "rest", "restarts"), in_float(model))
+    likes: dict[str, Any] = (
+        {} if model is None else dict.fromkeys(("model", "selected", "rest", "restarts"), in_float(model))
+    )
     return likes if problem is None else {**likes, "problem": problem, "args": problem.data.args}
 
 
@@ -186,7 +188,8 @@ class _Decoder:
         there = known if like is _MISSING else fields_of(like)
         if odd := sorted(set(there) ^ set(nodes)):
             self._refuse(f"{path}.{odd[0]}", "there" if odd[0] in nodes else "no field", there.get(odd[0]))
-        made = (object if issubclass(kind, eqx.Module) else kind).__new__(kind)  # NumPyro compares some by identity
+        by: Any = object if issubclass(kind, eqx.Module) else kind  # NumPyro has constraints that are one object each
+        made = by.__new__(kind)
         for field, node in nodes.items():
             # An object of Equinox is made of its leaves like this: `__init__` would change them.
             object.__setattr__(made, field, self.decode(node, *self._place(path, like, field, node)))
