@@ -247,7 +247,9 @@ def posterior_attrs(posterior: AbstractPosterior) -> dict[str, Any]:
     diagnostics = [component.diagnostics for component in components]
     return {
         "curvature": _different(component.method.curvature for component in components),
-        "structure": _different(type(component.structure).__name__ for component in components),
+        "structure": _different(
+            type(component.structure).__name__.removesuffix("Precision") for component in components
+        ),
         "num_components": len(components),
         "regularization": _different("none" if d.regularized is None else d.regularized.kind for d in diagnostics),
         "newton_decrement": max(float(d.newton_decrement) for d in diagnostics),
