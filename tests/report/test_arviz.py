@@ -110,6 +110,23 @@ def test_array_parameters_of_a_neural_field_keep_their_shape(neural_posterior):
     assert set(tree.children) == {"posterior", "prior", "observed_data", "constant_data"}
 
 
+class Haiku(eqx.Module):
+    params: dict
+
+    def __call__(self, ts, y0):
+        return y0 * jnp.exp(self.params["linear/~/w"] * ts[:, None])
+
+
+def test_names_with_a_slash_come_through(growth, quiet, tmp_path):
+    posterior = quiet(Haiku({"linear/~/w": jnp.zeros(2)}), growth.problem, curvature="ggn")
+    tree = lp.to_datatree(posterior, draw(posterior, growth.problem.data.ts), key=KEY, num_samples=5)
+    (name,) = tree["posterior"].data_vars
+    assert name == "params['linear.~.w']" and tree["prior"][name].shape == (1, 5, 2)
+    tree.to_netcdf(tmp_path / "tree.nc")
+    with xr.open_datatree(tmp_path / "tree.nc") as opened:
+        np.testing.assert_array_equal(opened["posterior"][name], tree["posterior"][name])
+
+
 def test_prior_draws(growth, quiet):
     problem = lp.Problem(growth.problem.data, lp.LogNormal(0.1), lp.GaussianPrior(np.full(3, 25.0), mean=3.0))
     posterior = quiet(growth.model, problem, curvature="ggn")

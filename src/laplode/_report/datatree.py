@@ -270,6 +270,8 @@ def _key_attrs(key: PRNGKeyArray | None) -> dict[str, Any]:
 
 
 def _dataset(variables, coords, dims, attrs, sample_dims: Sequence[str] = _SAMPLE) -> xr.Dataset:
+    # A slash, as Haiku and Flax have in their names, is a path to xarray.
+    variables, dims = ({name.replace("/", "."): x for name, x in each.items()} for each in (variables, dims))
     used = {dim for name in variables for dim in dims.get(name, ())}
     return arviz_base.dict_to_dataset(
         {name: np.asarray(value) for name, value in variables.items()},
