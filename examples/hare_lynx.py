@@ -68,7 +68,7 @@ fit = laplode.fit(
 )
 # Adam hovers above the minimum, where a posterior means little; refine goes down to it.
 fit = laplode.refine(fit.model, fit.problem)
-print(f"refined: {fit.stats['reason']}, {fit.stats['loss']:.2f} nats")
+print(f"refined: {fit.reason}, {fit.loss:.2f} nats")
 
 # The likelihood's curvature is slightly negative in directions that the data leave open (down to about -1, where the
 # prior adds 1); clipped at zero, these are left to the prior.

@@ -13,9 +13,10 @@ from ._diagnose.identify import Identifiability as Identifiability, identifiabil
 from ._diagnose.profile import Profile as Profile, profile as profile, profile_table as profile_table
 from ._diagnose.tolerance import check_tolerance as check_tolerance
 from ._errors import FitError as FitError, LaplodeError as LaplodeError, LaplodeWarning as LaplodeWarning
-from ._fit.fit import Fit as Fit, fit as fit
+from ._fit.fit import fit as fit
 from ._fit.from_loss import MatchedLoss as MatchedLoss, problem_from_loss as problem_from_loss
 from ._fit.refine import refine as refine
+from ._fit.result import Fit as Fit
 from ._model.neural_ode import NeuralODE as NeuralODE
 from ._posterior.estimate import Estimate as Estimate, estimate as estimate
 from ._posterior.evidence import (

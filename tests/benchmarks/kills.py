@@ -73,8 +73,7 @@ def bits(result: lp.Fit | lp.Posterior) -> list[bytes]:
     """All numbers of a result."""
     if isinstance(result, lp.Posterior):
         return [np.asarray(x).tobytes() for x in jax.tree.leaves(result.curvature)]
-    parts = (result.model, result.restarts, result.losses, result.problem)
-    return [*(np.asarray(x).tobytes() for x in jax.tree.leaves(parts)), repr(result.stats).encode()]
+    return [repr(x).encode() if isinstance(x, str) else np.asarray(x).tobytes() for x in jax.tree.leaves(result)]
 
 
 JOBS = {"fit": job, "laplace": hessian_job}

@@ -105,11 +105,11 @@ def refine(seed):
     relative = found.eigenvalue_min / found.eigenvalue_max
     print(
         f"seed {seed}: Adam {fit_seconds:.1f} s, {fit.losses[0]:.2f} nats; refine {seconds:.1f} s "
-        f"({seconds / fit_seconds:.2f}), {fit.stats['loss']:.2f} nats, decrement {found.newton_decrement:.1e}, "
-        f"smallest eigenvalue {relative:.1e} of the largest, {fit.stats['reason']}",
+        f"({seconds / fit_seconds:.2f}), {fit.loss:.2f} nats, decrement {found.newton_decrement:.1e}, "
+        f"smallest eigenvalue {relative:.1e} of the largest, {fit.reason}",
         flush=True,
     )
-    return seconds / fit_seconds, fit.stats["loss"] <= fit.losses[0], found.eigenvalue_min > 0
+    return seconds / fit_seconds, fit.loss <= fit.losses[0], found.eigenvalue_min > 0
 
 
 def noise(seed):

@@ -105,12 +105,11 @@ def optima(target: Target, restarts: int) -> list[Any]:
     refine = lambda model: laplode.refine(model, target.problem, curvature="ggn", progress=False)
     refined = [refine(model) for model in fit.restarts or (fit.model,)]
     for each in refined:
-        found = each.stats
         print(
-            f"  optimum: {found['loss']:.3f} nats, decrement {found['newton_decrement']:.1e}, {found['reason']}",
+            f"  optimum: {each.loss:.3f} nats, decrement {each.newton_decrement:.1e}, {each.reason}",
             flush=True,
         )
-    return [each.model for each in sorted(refined, key=lambda each: each.stats["loss"])]
+    return [each.model for each in sorted(refined, key=lambda each: each.loss)]
 
 
 def gauss_newton(target: Target, models: list[Any]) -> list[laplode.Posterior]:

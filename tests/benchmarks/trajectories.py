@@ -77,7 +77,7 @@ def geodesic(seed, num=50):
     arrived = float(np.mean(draws.ok))
     good = arrived == 1 and 0.8 <= ratio <= 1.4 and np.nanmedian(nll) <= 0.5 * dof + 8 and seconds[1] <= 0.3
     print(
-        f"seed {seed}: {fit.stats['reason']}, {dof:.1f} parameters determined; finite {arrived:.1%}; spread "
+        f"seed {seed}: {fit.reason}, {dof:.1f} parameters determined; finite {arrived:.1%}; spread "
         f"{ratio:.2f} of {reference:.4f} linearized (plain draws {spread(sampled.f, sampled.ok):.3g}); "
         f"-log p(Y|θ) of the median draw {np.nanmedian(nll):+.1f} nats from the optimum's, allowed "
         f"{0.5 * dof + 8:+.1f} (plain {np.nanmedian(misfit(task, sampled.f) - optimum):+.3g}); "

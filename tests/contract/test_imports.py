@@ -41,6 +41,7 @@ ORDER = [
     "_curvature/hessian",
     "_curvature/gauss_newton",
     "_curvature/products",
+    "_fit/result",
     "_fit/from_loss",
     "_fit/fit",
     "_fit/refine",

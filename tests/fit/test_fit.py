@@ -65,7 +65,7 @@ def test_recovers_the_rate(fitted):
     np.testing.assert_allclose(fitted.model.rate, 1.0, rtol=2e-3)
     assert fitted.losses.shape == (120,)
     assert fitted.losses[-1] < fitted.losses[0] - 10
-    assert not fitted.stats["interrupted"]
+    assert fitted.reason == "budget" and not fitted.converged
 
 
 def test_a_neural_ode():
@@ -85,8 +85,8 @@ def test_losses_are_the_negative_log_joint_and_the_best_is_kept(fitted):
         return -problem.log_likelihood(predictions) - jax.scipy.stats.norm.logpdf(model.rate, scale=1e3)
 
     np.testing.assert_allclose(fitted.losses[0], loss(decay()), rtol=1e-12)
-    np.testing.assert_allclose(fitted.stats["loss"], loss(fitted.model), rtol=1e-12)
-    assert fitted.stats["loss"] == fitted.losses.min()
+    np.testing.assert_allclose(fitted.loss, loss(fitted.model), rtol=1e-12)
+    assert fitted.loss == fitted.losses.min()
 
 
 def test_the_fit_is_where_laplace_expects_it(fitted):
@@ -105,25 +105,25 @@ def test_the_same_call_gives_the_same_fit(fitted):
 
 def test_growing_horizon():
     fit = run(decay(), decay_problem(), horizons=(0.25, 0.5, 1.0), steps=92)
-    assert fit.stats["horizons"] == [(7, 30), (13, 30), (25, 32)]
+    assert fit.horizons == ((7, 30), (13, 30), (25, 32))
     assert fit.losses.shape == (92,)
     # The model that is returned was met on all of the data.
-    assert fit.stats["loss"] == fit.losses[60:].min()
+    assert fit.loss == fit.losses[60:].min()
     np.testing.assert_allclose(fit.model.rate, 1.0, rtol=0.05)
 
 
 def test_horizons_that_round_to_the_same_length_are_one():
     ts = np.linspace(0, 1, 3)
     problem = lp.Problem(lp.Trajectories(ts, np.exp(-ts)[:, None], [1.0]), lp.Gaussian(0.1), 1.0)
-    assert run(decay(), problem, horizons=(0.1, 0.2, 1.0), steps=5).stats["horizons"] == [(2, 2), (3, 3)]
+    assert run(decay(), problem, horizons=(0.1, 0.2, 1.0), steps=5).horizons == ((2, 2), (3, 3))
 
 
 def test_restarts_keep_the_best():
     starts = iter([5.0, 0.9])
     fit = run(decay(), decay_problem(), steps=3, restarts=3, initialize=lambda key: decay(next(starts)))
-    every = fit.stats["restart_losses"]
+    every = fit.restart_losses
     assert every.shape == (3,) and np.argmin(every) == 2
-    assert fit.stats["loss"] == every.min()
+    assert fit.loss == every.min()
     np.testing.assert_allclose(fit.model.rate, 0.9, atol=0.4)
     assert fit.losses.shape == (3,)
 
@@ -131,9 +131,9 @@ def test_restarts_keep_the_best():
 def test_a_restart_that_diverges_does_not_stop_the_others():
     starts = iter([-1000.0])
     fit = run(decay(), decay_problem(), steps=10, restarts=2, initialize=lambda key: decay(next(starts)))
-    every = fit.stats["restart_losses"]
+    every = fit.restart_losses
     assert np.isfinite(every[0]) and np.isnan(every[1])
-    assert np.isfinite(fit.stats["loss"])
+    assert np.isfinite(fit.loss)
 
 
 def test_default_restarts_shuffle_matrices_and_leave_the_first_start_alone():
@@ -147,7 +147,7 @@ def test_default_restarts_shuffle_matrices_and_leave_the_first_start_alone():
     assert np.any(other["weight"] < 0) and np.any(np.abs(other["weight"]) != tree["weight"])
     fit = run(decay(), decay_problem(), steps=2, restarts=2)
     np.testing.assert_allclose(
-        fit.stats["restart_losses"][0], run(decay(), decay_problem(), steps=2).stats["loss"], rtol=1e-12
+        fit.restart_losses[0], run(decay(), decay_problem(), steps=2).loss, rtol=1e-12
     )
 
 
@@ -187,7 +187,7 @@ def test_divergence_stops_with_step_loss_and_the_best_so_far():
     with pytest.raises(lp.FitError, match=r"The fit stopped at step \d+ of 500: the loss is (nan|inf) after") as caught:
         run(decay(2.0), decay_problem(), optax.sgd(30.0), steps=500)
     fit = caught.value.fit
-    assert np.isfinite(fit.stats["loss"]) and fit.stats["loss"] <= fit.losses[0]
+    assert np.isfinite(fit.loss) and fit.loss <= fit.losses[0]
     step = int(str(caught.value).split("at step ")[1].split()[0])
     assert np.all(np.isfinite(fit.losses[:step])) and not np.isfinite(fit.losses[step])
 
@@ -232,8 +232,8 @@ def test_interruption_returns_the_best_so_far(monkeypatch):
     monkeypatch.setattr("laplode._fit.fit._advance", interrupted)
     with pytest.warns(lp.LaplodeWarning, match="interrupted"):
         fit = run(decay(), decay_problem(), steps=120)
-    assert fit.stats["interrupted"] and fit.losses.shape == (50,)
-    assert fit.stats["loss"] == fit.losses.min()
+    assert fit.reason == "interrupted" and fit.losses.shape == (50,)
+    assert fit.loss == fit.losses.min()
 
 
 # ---- Bad input

@@ -58,18 +58,18 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_the_problem_has_the_gradient_of_the_loss(growth, data, name):
     loss, claim = CASES[name]
-    found = lp.problem_from_loss(growth.model, data, lambda m: loss(m, data), scale=0.2, **claim)
+    problem, found = lp.problem_from_loss(growth.model, data, lambda m: loss(m, data), scale=0.2, **claim)
     assert found.difference < 1e-12 and found.scale == 0.2
     expected = found.nats_per_loss * gradient_of_loss(growth.model, lambda m: loss(m, data))
     # What "part" leaves without a penalty has the tiny precision instead.
-    np.testing.assert_allclose(gradient_of_problem(growth.model, found.problem), expected, rtol=1e-7)
+    np.testing.assert_allclose(gradient_of_problem(growth.model, problem), expected, rtol=1e-7)
 
 
 def test_weight_decay_is_half_a_penalty(growth, data):
     loss = lambda m: squares(m, data) / data.ys.size
-    by_decay = lp.problem_from_loss(growth.model, data, loss, weight_decay=2 * L2, scale=0.2)
+    problem, by_decay = lp.problem_from_loss(growth.model, data, loss, weight_decay=2 * L2, scale=0.2)
     assert by_decay.difference < 1e-12
-    np.testing.assert_allclose(by_decay.problem.prior.precision, 2 * L2 * data.ys.size / (2 * 0.2**2), rtol=1e-14)
+    np.testing.assert_allclose(problem.prior.precision, 2 * L2 * data.ys.size / (2 * 0.2**2), rtol=1e-14)
 
 
 class Lines(eqx.Module):
@@ -85,9 +85,9 @@ def test_imbalance_is_zero_at_the_minimum_and_not_elsewhere(growth):
     data = growth.problem.data
     ts, rise = data.ts[..., None], data.ys - data.y0[:, None]
     minimum = np.sum(ts * rise, axis=(0, 1)) / (np.sum(ts**2, axis=(0, 1)) + 50.0)
-    at = lp.problem_from_loss(Lines(jnp.asarray(minimum)), data, squares="sum", l2=50.0)
+    _, at = lp.problem_from_loss(Lines(jnp.asarray(minimum)), data, squares="sum", l2=50.0)
     assert at.difference is None and at.imbalance < 1e-12
-    assert lp.problem_from_loss(Lines(jnp.asarray(1.2 * minimum)), data, squares="sum", l2=50.0).imbalance > 0.1
+    assert lp.problem_from_loss(Lines(jnp.asarray(1.2 * minimum)), data, squares="sum", l2=50.0)[1].imbalance > 0.1
 
 
 def test_noise_from_the_residuals_and_without_the_initial_state(growth, data):
@@ -96,10 +96,10 @@ def test_noise_from_the_residuals_and_without_the_initial_state(growth, data):
     ys[:, 0] = clean[:, 0]
     ys[1, 3, 0] = np.nan
     exact = lp.Trajectories(data.ts, ys, data.y0)
-    found = lp.problem_from_loss(growth.model, exact, precision=2.0)
+    problem, found = lp.problem_from_loss(growth.model, exact, precision=2.0)
     residuals = (ys - clean)[:, 1:]
     np.testing.assert_allclose(found.scale, np.sqrt(np.nanmean(residuals**2)), rtol=1e-12)
-    assert found.problem.prior.precision == 2.0 and found.imbalance is None
+    assert problem.prior.precision == 2.0 and found.imbalance is None
     np.testing.assert_allclose(found.nats_per_loss, (ys.size - 1) / (2 * found.scale**2), rtol=1e-12)
     with pytest.raises(lp.LaplodeError, match="`scale` is needed"):
         lp.problem_from_loss(growth.model, lp.Trajectories(data.ts, clean, data.y0), precision=2.0)
@@ -130,7 +130,7 @@ def test_a_small_penalty_on_too_many_parameters_is_caught_from_float32(growth, d
     """Data kept in float32 disagree by their rounding, which must not hide a penalty or look like one."""
     rounded = eqx.tree_at(lambda d: (d.ts, d.ys), data, (data.ts.astype(np.float32), data.ys.astype(np.float32)))
     loss = lambda m: squares(m, rounded) / rounded.ys.size + 1e-4 * penalty(m)
-    found = lp.problem_from_loss(growth.model, data, loss, l2=1e-4)
+    _, found = lp.problem_from_loss(growth.model, data, loss, l2=1e-4)
     assert 1e-9 < found.difference < 1e-5
     with pytest.raises(lp.LaplodeError, match=r"rate \(0.0001 in place of 0\)"):
         lp.problem_from_loss(growth.model, data, loss, l2=1e-4, penalized=lambda m: m.gain, precision=1.0)
@@ -146,7 +146,7 @@ def test_a_loss_in_float32_meets_a_model_in_float32(growth, data):
         ts, y0, ys = (jnp.asarray(x, dtype=jnp.float32) for x in (data.ts, data.y0, data.ys))
         return jnp.mean((jax.vmap(m)(ts, y0) - ys) ** 2) + L2 * penalty(m)
 
-    found = lp.problem_from_loss(model, data, loss, l2=L2)
+    _, found = lp.problem_from_loss(model, data, loss, l2=L2)
     assert set(dtypes) == {jnp.dtype("float32")}
     assert found.difference < 1e-5
     with pytest.raises(lp.LaplodeError, match="times what was said"):

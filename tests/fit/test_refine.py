@@ -58,22 +58,22 @@ def test_a_linear_model_takes_one_step(linear):
     away = eqx.tree_at(lambda m: m.vector_field.w, linear.model, jnp.ones((2, 3)))
     fit = refined(away, linear.problem)
     np.testing.assert_allclose(fit.model.vector_field.w.ravel(), linear.mean, atol=1e-6)
-    assert fit.stats["reason"] == "converged" and fit.stats["num_negative"] == 0
-    assert fit.stats["newton_decrement"] < 1e-8
+    assert fit.reason == "converged" and fit.num_negative == 0
+    assert fit.newton_decrement < 1e-8
     assert fit.losses[-1] < fit.losses[0]
 
 
 def test_a_neural_field_ends_at_a_minimum(neural, neural_fit, recwarn):
-    assert neural_fit.stats["reason"] == "converged"
+    assert neural_fit.reason == "converged"
     posterior = lp.laplace(neural_fit.model, neural.problem, regularization="none", progress=False)
     assert posterior.diagnostics.newton_decrement < 1e-4
     assert posterior.diagnostics.eigenvalue_min > 0
     assert not recwarn.list
-    np.testing.assert_allclose(neural_fit.stats["newton_decrement"], posterior.diagnostics.newton_decrement, rtol=0.1)
+    np.testing.assert_allclose(neural_fit.newton_decrement, posterior.diagnostics.newton_decrement, rtol=0.1)
 
 
 def test_the_loss_is_the_negative_log_joint(neural, neural_fit):
-    np.testing.assert_allclose(neural_fit.stats["loss"], joint(neural_fit.model, neural.problem), rtol=1e-8)
+    np.testing.assert_allclose(neural_fit.loss, joint(neural_fit.model, neural.problem), rtol=1e-8)
     np.testing.assert_allclose(neural_fit.losses[0], joint(*neural), rtol=1e-8)
 
 
@@ -82,11 +82,11 @@ def test_the_loss_is_the_negative_log_joint(neural, neural_fit):
 def test_any_likelihood_is_stationary(growth, curve, likelihood, curvature):
     problem = lp.Problem(growth.problem.data, likelihood, 1.0)
     fit = refined(curve(growth), problem, curvature=curvature, decrement=1e-10)
-    assert fit.stats["reason"] == "converged"
+    assert fit.reason == "converged"
     step = 1e-4
     for leaf in (lambda m: m.rate, lambda m: m.gain):
         moved = lambda sign, leaf=leaf: joint(eqx.tree_at(leaf, fit.model, leaf(fit.model) + sign * step), problem)
-        assert moved(1) > fit.stats["loss"] and moved(-1) > fit.stats["loss"]
+        assert moved(1) > fit.loss and moved(-1) > fit.loss
 
 
 def test_counts():
@@ -111,9 +111,9 @@ def test_it_leaves_a_saddle_without_a_gradient(bump):
     model = Bump(jnp.array(0.0), jnp.array(0.0))
     stationary = refined(model, bump, curvature="ggn", where=lambda m: m.y)  # x stays at its saddle
     fit = refined(stationary.model, bump)
-    assert fit.stats["reason"] == "converged" and fit.stats["num_negative"] == 0
+    assert fit.reason == "converged" and fit.num_negative == 0
     assert abs(float(fit.model.x)) > 1
-    assert fit.stats["loss"] < stationary.stats["loss"] - 1
+    assert fit.loss < stationary.loss - 1
 
 
 def test_parameters_outside_of_where_stay(growth, curve):
@@ -130,14 +130,14 @@ def test_never_worse(neural, seed, steps, newton_steps):
     model = eqx.tree_at(lambda m: m.vector_field, neural.model, jax.tree.map(noisy, neural.model.vector_field))
     with pytest.warns(lp.LaplodeWarning, match="budget"):
         fit = refined(model, neural.problem, steps=steps, newton_steps=newton_steps)
-    assert fit.stats["reason"] == "budget"
+    assert fit.reason == "budget"
     assert joint(fit.model, neural.problem) <= joint(model, neural.problem) + 1e-9
-    assert fit.stats["steps"] == steps and fit.stats["newton_steps"] == newton_steps
+    assert fit.steps == steps and fit.newton_steps == newton_steps
 
 
 def test_a_minimum_stays_where_it_is(neural, neural_fit):
     again = refined(neural_fit.model, neural.problem, steps=0)
-    assert again.stats["reason"] == "converged" and again.stats["newton_steps"] == 0
+    assert again.reason == "converged" and again.newton_steps == 0
     np.testing.assert_array_equal(again.model.vector_field.mlp.layers[0].weight, _first_weight(neural_fit.model))
 
 
@@ -187,10 +187,10 @@ def test_a_model_without_second_derivatives(wave):
 @pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")
 def test_ripples_of_a_loose_solve_do_not_stop_it(wave):
     smooth, rippled = (refined(Own(ripples), wave, curvature="ggn", steps=200) for ripples in (0.0, 1e-2))
-    assert smooth.stats["newton_decrement"] < 0.1
-    assert rippled.stats["newton_decrement"] < 1
-    assert abs(rippled.stats["loss"] - smooth.stats["loss"]) < 1
-    assert rippled.stats["loss"] <= rippled.losses.min() + 1e-9
+    assert smooth.newton_decrement < 0.1
+    assert rippled.newton_decrement < 1
+    assert abs(rippled.loss - smooth.loss) < 1
+    assert rippled.loss <= rippled.losses.min() + 1e-9
 
 
 def test_ctrl_c_returns_what_was_reached(growth, curve, monkeypatch):
@@ -205,8 +205,8 @@ def test_ctrl_c_returns_what_was_reached(growth, curve, monkeypatch):
     monkeypatch.setattr("laplode._fit.refine._levenberg_marquardt", interrupted)
     with pytest.warns(lp.LaplodeWarning, match="interrupted"):
         fit = refined(curve(growth), growth.problem)
-    assert fit.stats["reason"] == "interrupted" and fit.stats["steps"] == 2
-    assert fit.stats["loss"] == fit.losses[-1] < fit.losses[0]
+    assert fit.reason == "interrupted" and fit.steps == 2
+    assert fit.loss == fit.losses[-1] < fit.losses[0]
 
 
 def test_laplace_names_the_remedy(growth, curve):

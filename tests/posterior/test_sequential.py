@@ -115,7 +115,7 @@ def test_refinement_finds_the_mode_of_all_data(linear, second, curvature):
     before, after = second
     fit = lp.refine(before.parameters.model, after.problem, curvature=curvature, decrement=1e-12, progress=False)
     np.testing.assert_allclose(fit.model.vector_field.w.ravel(), linear.mean, rtol=1e-6, atol=1e-7)
-    assert fit.stats["reason"] == "converged"
+    assert fit.reason == "converged"
 
 
 def test_files_keep_it(second, tmp_path):

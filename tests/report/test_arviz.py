@@ -47,10 +47,10 @@ def sampled(growth_posterior):
 @pytest.fixture(scope="module")
 def history(growth):
     """As `fit` and `refine` return it."""
-    stats = {"loss": -1.5, "restart_losses": np.array([-1.5, np.nan]), "horizons": [(3, 2), (9, 3)]}
-    first = lp.Fit(growth.model, np.arange(4.0), growth.problem, {**stats, "interrupted": True})
-    stats = {"loss": -2.0, "newton_decrement": 1e-9, "num_negative": None, "reason": "converged"}
-    return [first, lp.Fit(growth.model, np.array([-1.5, -2.0]), growth.problem, stats)]
+    restarts = dict(horizons=((3, 2), (9, 3)), restart_losses=np.array([-1.5, np.nan]))
+    first = lp.Fit(growth.model, np.arange(4.0), growth.problem, -1.5, "interrupted", 4, **restarts)
+    refined = lp.Fit(growth.model, np.array([-1.5, -2.0]), growth.problem, -2.0, "converged", 2, newton_decrement=1e-9)
+    return [first, refined]
 
 
 @pytest.fixture(scope="module")

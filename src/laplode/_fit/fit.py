@@ -23,29 +23,10 @@ from .._problem.problem import Problem, check_problem
 from .._problem.scale import AbstractScaleLikelihood
 from .._solve.maps import ForeignFlow
 from .._solve.objective import NegativeLogJoint
+from .result import Fit
 
 # Optimization steps between two looks at the loss.
 _CHUNK = 25
-
-
-class Fit(eqx.Module):
-    """A fitted model.
-
-    - `model`: the best model found.
-    - `losses`: −log p(Y | θ) − log p(θ) in nats before each step, (steps,). While the horizon grows, Y is the prefix of
-        the data that was fitted at the time.
-    - `problem`: the problem, with the noise scale found where it was learned.
-    - `restarts`: the best model of each restart that did not fail, the best first; empty without restarts.
-    - `stats`: "loss" (of `model`, on all data unless interrupted before), "restart_losses" (the best of each restart,
-        NaN where it failed),
-        "horizons" (number of times, and of steps, of each stage) and "interrupted".
-    """
-
-    model: Any
-    losses: Float[np.ndarray, " steps"]
-    problem: Problem
-    stats: dict[str, Any]
-    restarts: tuple[Any, ...] = ()
 
 
 class _State(eqx.Module):
@@ -169,17 +150,21 @@ def fit(
             return None
         first = int(np.nanargmin(np.where(np.isfinite(every), every, np.inf)))
         selected, found = _split(problem, jax.tree.map(lambda x: x[first], best))
-        stats = {
-            "loss": float(every[first]),
-            "restart_losses": np.where(np.isfinite(every), every, np.nan),
-            "horizons": list(zip(lengths, share, strict=True)),
-            "interrupted": interrupted,
-        }
         history = np.concatenate(losses, axis=1)[first] if losses else np.zeros(0)
         order = [int(i) for i in np.argsort(every) if restarts > 1 and np.isfinite(every[i])]
         others = (_split(problem, jax.tree.map(lambda x, i=i: x[i], best))[0] for i in order)
         models = tuple(view.build(other) for other in others)
-        return Fit(view.build(selected), history, found, stats, models)
+        return Fit(
+            view.build(selected),
+            history,
+            _found(found),
+            loss=float(every[first]),
+            reason="interrupted" if interrupted else "budget",
+            steps=len(history),
+            horizons=tuple(zip(lengths, share, strict=True)),
+            restarts=models,
+            restart_losses=np.where(np.isfinite(every), every, np.nan),
+        )
 
     def result() -> Fit | None:
         """The best so far: on this horizon, or else on the one before."""
@@ -298,6 +283,14 @@ def _split(problem: Problem, trainable: PyTree) -> tuple[PyTree, Problem]:
         return trainable, problem
     selected, log_scale = trainable
     return selected, eqx.tree_at(lambda p: p.likelihood.scale, problem, jnp.exp(log_scale))
+
+
+def _found(problem: Problem) -> Problem:
+    """The problem with the noise scale no longer to be learned."""
+    if _learned_scale(problem) is None:
+        return problem
+    likelihood = problem.likelihood.found(np.asarray(problem.likelihood.scale))  # pyright: ignore[reportAttributeAccessIssue]
+    return eqx.tree_at(lambda p: p.likelihood, problem, likelihood)
 
 
 @eqx.filter_jit

@@ -29,9 +29,8 @@ _AWAY = 0.02
 
 
 class MatchedLoss(eqx.Module):
-    """What a loss amounts to as a problem. Made by `problem_from_loss`.
+    """What a loss amounts to as a problem. Made by `problem_from_loss`; `print` shows it in a line.
 
-    - `problem`: the `Problem` with the same minimum.
     - `scale`: the noise scale of its likelihood, given or estimated.
     - `nats_per_loss`: the factor from differences of the loss, weight decay included, to those of
         −log p(Y | θ) − log p(θ).
@@ -42,7 +41,6 @@ class MatchedLoss(eqx.Module):
         early or the penalty was not the one named. None without a penalty.
     """
 
-    problem: Problem
     scale: float
     nats_per_loss: float
     difference: float | None
@@ -76,7 +74,7 @@ def problem_from_loss(
     penalized: Where = None,
     precision: float | None = None,
     scale: float | None = None,
-) -> MatchedLoss:
+) -> tuple[Problem, MatchedLoss]:
     """The problem that a training loop of your own has solved: noise scale and prior precision from its loss.
 
     Minimizing squares · Σ (f − y)² + l2 · ‖θ‖² + weight_decay/2 · ‖θ‖² is maximum a posteriori under
@@ -87,7 +85,7 @@ def problem_from_loss(
     def loss(model):  # what the training loop minimized
         return jnp.mean((jax.vmap(model, (None, 0))(ts, y0) - ys) ** 2)
 
-    problem = laplode.problem_from_loss(model, data, loss, squares="mean", precision=1.0).problem
+    problem, match = laplode.problem_from_loss(model, data, loss, squares="mean", precision=1.0)
     ```
 
     **Arguments:**
@@ -113,7 +111,8 @@ def problem_from_loss(
         square of the residuals, without those that are exactly zero (an initial state taken from the data). That is too
         small by about √(1 − effective_dof / M), for which `maximize_evidence` makes up.
 
-    **Returns:** a `MatchedLoss` with `.problem`.
+    **Returns:** `(problem, match)`: the `Problem` with the same minimum, and the `MatchedLoss` that says what the loss
+    amounts to.
 
     **Raises:** `LaplodeError` when an argument does not fit, parameters are left without a prior, or the gradient of
     `loss` is not the one claimed, with what it is instead.
@@ -155,7 +154,7 @@ def problem_from_loss(
     if loss is not None:
         claim = _Claim(squares, factor, in_loss)
         difference = _compare(_OfLoss(view, model, loss), of_squares, claim)
-    return MatchedLoss(problem, float(scale), float(nats), difference, imbalance)
+    return problem, MatchedLoss(float(scale), float(nats), difference, imbalance)
 
 
 def _is_number(value: Any) -> bool:

@@ -18,10 +18,10 @@ from .._curvature.hessian import hessian, hessian_batch_size
 from .._errors import LaplodeError, LaplodeWarning, choose
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
-from .._problem.problem import Problem, check_problem
+from .._problem.problem import Problem, check_problem, check_scale
 from .._solve.maps import AbstractFlow, flow, linearize
 from .._solve.objective import NegativeLogJoint
-from .fit import Fit
+from .result import Fit
 
 # A step that gains less than this, in nats, keeps the grid; so many of them at most.
 _SMALL_GAIN = 0.1
@@ -78,11 +78,9 @@ def refine(
     - `where`: the parameters to move, as in `laplace`.
     - `progress`: whether to show a progress bar with the loss and the decrement, in nats.
 
-    **Returns:** a `Fit` at least as good as `model`, with the loss before each step in `.losses`. Its `.stats` hold
-    "loss", "newton_decrement", "num_negative" (eigenvalues of the exact Λ; None where it was not looked at), "steps",
-    "newton_steps" and "reason": "converged", "budget", "no progress" or "interrupted". Warns (`LaplodeWarning`) unless
-    converged, or stopped where 0.1 nats or less are left: the loss of a model that chooses the steps of its solve anew
-    at every call has ripples, and it can come no nearer than those allow.
+    **Returns:** a `Fit` at least as good as `model`, with the loss before each step in `.losses`. Warns
+    (`LaplodeWarning`) unless converged, or stopped where 0.1 nats or less are left: the loss of a model that chooses
+    the steps of its solve anew at every call has ripples, and it can come no nearer than those allow.
 
     **Raises:** `LaplodeError` when 64-bit JAX is off, model and data disagree, or the solve fails at `model`.
 
@@ -92,6 +90,7 @@ def refine(
     check_x64()
     exact = choose("curvature", curvature, {"hessian": True, "ggn": False})
     check_problem(problem)
+    check_scale(problem)
     if not isinstance(decrement, int | float) or not 0 < decrement < math.inf:
         raise LaplodeError(f"`decrement` must be a positive number of nats, got {decrement!r}.")
     for name, value in (("steps", steps), ("newton_steps", newton_steps)):
@@ -178,14 +177,6 @@ def refine(
         reason = "no progress" if reason == "converged" else reason
     if ended is None:
         ended = (float(_linearized(settled.flow, problem, route).decrement), None)
-    stats = {
-        "loss": settled.loss,
-        "newton_decrement": ended[0],
-        "num_negative": ended[1],
-        "steps": counts[0],
-        "newton_steps": counts[1],
-        "reason": reason,
-    }
     near = reason == "no progress" and ended[0] < _NEAR and not ended[1]
     if reason != "converged" and not near:
         remedy = {
@@ -199,7 +190,17 @@ def refine(
             LaplodeWarning,
             stacklevel=2,
         )
-    return Fit(settled.flow.parameters.model, np.asarray(losses), problem, stats)
+    return Fit(
+        settled.flow.parameters.model,
+        np.asarray(losses),
+        problem,
+        loss=settled.loss,
+        reason=reason,
+        steps=counts[0],
+        newton_steps=counts[1],
+        newton_decrement=ended[0],
+        num_negative=ended[1],
+    )
 
 
 class _Point(NamedTuple):

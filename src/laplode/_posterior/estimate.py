@@ -27,7 +27,7 @@ from .._devices import free_bytes
 from .._errors import LaplodeError, choose
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
-from .._problem.problem import Problem, check_problem
+from .._problem.problem import Problem, check_problem, check_scale
 from .._solve.maps import AbstractFlow, flow
 from .._solve.objective import value_and_gradient
 from .posterior import Method
@@ -124,6 +124,7 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
     factored = choose("curvature", curvature, _CURVATURES)
     chosen: _Structure = choose("structure", structure, {s.name: s for s in _STRUCTURES})
     check_problem(problem)
+    check_scale(problem)
     for name in ("rank", "num_probes", "batch_size"):
         value = getattr(method, name)
         if value is not None:

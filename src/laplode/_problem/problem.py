@@ -133,3 +133,13 @@ def check_problem(problem: Any) -> None:
     """Raise `LaplodeError` unless `problem` is a `Problem`."""
     if not isinstance(problem, Problem):
         raise LaplodeError(f"`problem` must be laplode.Problem(data, likelihood, prior), got {type(problem).__name__}.")
+
+
+def check_scale(problem: Problem) -> None:
+    """Raise `LaplodeError` where the noise scale is the guess from which `fit` is still to learn it."""
+    if isinstance(problem.likelihood, AbstractScaleLikelihood) and problem.likelihood.learned:
+        raise LaplodeError(
+            "`problem` has a noise scale that is still to be learned (learned=True): its value is a first guess. Take "
+            "the problem that `fit` returns, which holds the scale found: fit = laplode.fit(model, problem, ...), then "
+            "fit.problem. For the value as it is, leave `learned=True` out."
+        )

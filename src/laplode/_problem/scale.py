@@ -1,6 +1,7 @@
 """Likelihoods of a location and a noise scale."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,10 @@ class AbstractScaleLikelihood(AbstractLikelihood):
     def scalable(self) -> bool:
         """Whether there is a scale, and the Fisher information falls as scale⁻²."""
         return self.scale is not None
+
+    def found(self, scale: Float[np.ndarray, " K"]) -> "AbstractScaleLikelihood":
+        """The likelihood with a learned scale, which is given from here on."""
+        return dataclasses.replace(self, scale=scale, learned=False)
 
     @abc.abstractmethod
     def family(self, location: Float[Array, "... K"], scale: Float[Array, "... K"]) -> dist.Distribution:
@@ -190,8 +195,8 @@ class Gaussian(AbstractNormal):
     - `scale`: standard deviation of the noise in the units of `ys`, a scalar or one per channel (K,). None when the
         model predicts it: then its predictions are (T, 2K), the means and the logarithms of the standard deviations.
         `NeuralODE(..., scale=...)` does so with a standard deviation for each channel that is a parameter.
-    - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`. The posterior then
-        conditions on the value found.
+    - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`; `fit.problem` holds what it
+        found, and `refine` and `laplace` take that one.
     - `lower`, `upper`: limits of detection in the units of `ys`, a scalar or one per channel (K,): an observation at
         one or beyond it is known to lie there, no more.
 
@@ -225,8 +230,8 @@ class LogNormal(AbstractNormal):
 
     - `scale`: standard deviation of log y (0.1 is about 10% relative noise), a scalar or one per channel (K,), or None
         when the model predicts it, as in `Gaussian`.
-    - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`. The posterior then
-        conditions on the value found.
+    - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`; `fit.problem` holds what it
+        found, and `refine` and `laplace` take that one.
     - `lower`, `upper`: limits of detection in the units of `ys`, as in `Gaussian`. What lies below may be given as 0.
 
     **Raises:** `LaplodeError` when `scale` is not positive and finite, or limits do not fit.
@@ -269,7 +274,7 @@ class StudentT(AbstractScaleLikelihood):
     - `df`: degrees of freedom, positive.
     - `scale`: scale of the noise in the units of `ys`, a scalar or one per channel (K,), or None when the model
         predicts it, as in `Gaussian`.
-    - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`.
+    - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`, as in `Gaussian`.
 
     The Fisher information is (df + 1) / ((df + 3) scale²), and 2 df / (df + 3) in log scale (Lange, Little and Taylor,
     1989).

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_count, check_key
 from .._errors import LaplodeError, LaplodeWarning, choose
-from .._fit.fit import Fit
+from .._fit.result import Fit
 from .._model.neural_ode import NeuralODE
 from .._model.parameters import Parameters
 from .._posterior.posterior import AbstractPosterior
@@ -493,11 +493,11 @@ def _history(fits: Sequence[Fit], data: Trajectories, attrs: dict[str, Any]) -> 
         steps = len(fit.losses)
         losses.append(fit.losses)
         number.append(np.full(steps, i))
-        stages = fit.stats.get("horizons", [(data.ts.shape[1], steps)])
+        stages = fit.horizons or ((data.ts.shape[1], steps),)
         num_times.append(np.repeat([length for length, _ in stages], [share for _, share in stages])[:steps])
     variables = {"loss": losses, "fit": number, "num_times": num_times}
-    stats = {f"fit_{name}": value for name, value in fits[-1].stats.items() if isinstance(value, str | int | float)}
-    stats = {name: int(value) if isinstance(value, bool) else value for name, value in stats.items()}
+    told = ("loss", "reason", "steps", "newton_steps", "newton_decrement", "num_negative")
+    stats = {f"fit_{name}": value for name in told if (value := getattr(fits[-1], name)) is not None}
     dataset = _dataset(
         {name: np.concatenate(parts) for name, parts in variables.items()},
         {},
@@ -505,5 +505,5 @@ def _history(fits: Sequence[Fit], data: Trajectories, attrs: dict[str, Any]) -> 
         {**attrs, **stats},
         sample_dims=[],
     )
-    restarts = [fit.stats["restart_losses"] for fit in fits if "restart_losses" in fit.stats]
+    restarts = [fit.restart_losses for fit in fits if fit.restart_losses is not None]
     return dataset.assign(restart_loss=("restart", restarts[-1])) if restarts else dataset

@@ -23,7 +23,7 @@ from .._files import (
     trusting_nothing,
     write,
 )
-from .._fit.fit import Fit
+from .._fit.result import Fit
 from .._posterior.posterior import AbstractPosterior
 from .._problem.problem import Problem
 
