@@ -46,17 +46,17 @@ class Wave(eqx.Module):
         return y0 + jnp.tanh(jnp.sin(phases) @ self.weights.T)
 
 
-def problem_of(noise: float, channels: int) -> lp.Problem:
+def problem_of(noise: float, channels: int, learned: bool) -> lp.Problem:
     ts = np.linspace(0, 2, 20)
     ys = np.exp(-ts)[None, :, None] + noise * np.random.default_rng(0).normal(size=(1, 20, channels))
-    return lp.Problem(lp.Trajectories(ts, ys, np.ones((1, channels))), lp.Gaussian(0.1, learned=True), 1.0)
+    return lp.Problem(lp.Trajectories(ts, ys, np.ones((1, channels))), lp.Gaussian(0.1, learned=learned), 1.0)
 
 
 def job(checkpoint: str | None = None) -> lp.Fit:
     """A fit of several restarts and horizons: the same bits in every process."""
     model = Decay(jnp.array([0.2]), jnp.array([[1.5]]))
     options: dict[str, Any] = dict(steps=4000, key=jax.random.key(0), restarts=2, horizons=(0.5, 1.0), progress=False)
-    return lp.fit(model, problem_of(0.1, 1), ADAM, checkpoint=checkpoint, checkpoint_every=25, **options)
+    return lp.fit(model, problem_of(0.1, 1, learned=True), ADAM, checkpoint=checkpoint, checkpoint_every=25, **options)
 
 
 def hessian_job(checkpoint: str | None = None, structure: str = "full") -> lp.Posterior:
@@ -66,7 +66,7 @@ def hessian_job(checkpoint: str | None = None, structure: str = "full") -> lp.Po
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lp.LaplodeWarning)  # the model is not fitted
         options = dict(structure=structure, batch_size=4, progress=False)
-        return lp.laplace(model, problem_of(0.1, 2), checkpoint=checkpoint, **options)
+        return lp.laplace(model, problem_of(0.1, 2, learned=False), checkpoint=checkpoint, **options)
 
 
 def bits(result: lp.Fit | lp.Posterior) -> list[bytes]:

@@ -146,9 +146,7 @@ def test_default_restarts_shuffle_matrices_and_leave_the_first_start_alone():
     np.testing.assert_array_equal(np.sort(np.abs(other["weight"]).ravel()), np.arange(1.0, 13.0))
     assert np.any(other["weight"] < 0) and np.any(np.abs(other["weight"]) != tree["weight"])
     fit = run(decay(), decay_problem(), steps=2, restarts=2)
-    np.testing.assert_allclose(
-        fit.restart_losses[0], run(decay(), decay_problem(), steps=2).loss, rtol=1e-12
-    )
+    np.testing.assert_allclose(fit.restart_losses[0], run(decay(), decay_problem(), steps=2).loss, rtol=1e-12)
 
 
 def test_where_leaves_the_rest_fixed():
