@@ -129,7 +129,7 @@ def _check_intact(name: str, file: Any) -> None:
         )
     if found is None:
         raise LaplodeError(f"`path`: {name} is damaged in its first line. {damaged}")
-    if hashlib.file_digest(file, "sha256").hexdigest() != found.group(2).decode():
+    if hashlib.file_digest(file, "sha256").hexdigest() != found.group(2).decode():  # pyright: ignore[reportArgumentType]
         raise LaplodeError(f"`path`: {name} does not have the checksum that it was written with. {damaged}")
     file.seek(len(first))
 

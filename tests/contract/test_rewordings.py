@@ -532,7 +532,7 @@ def test_a_trajectory_split_where_its_state_is_known(stage):
     assert_same(STAGES[stage](second), STAGES[stage](first))
 
 
-@rows([("gaussian", "hessian"), ("chain", "ggn")], questions=("gaussian", "normals", "chain", "stiff", "neural", "forced"),
+@rows([("gaussian", "hessian"), ("chain", "ggn")], questions=("gaussian", "normals", "chain", "stiff", "neural", "forced"),  # noqa: E501
       stages=tuple(s for s in STAGES if s not in ("evidence", "fisher")))  # fmt: skip
 def test_every_value_given_twice(question, stage):
     """Two values of one noise say as much as one whose standard deviation is smaller by √2."""
@@ -577,7 +577,7 @@ class Broken(eqx.Module):
             mean, log_scale = jnp.split(f, 2, axis=1)
             return jnp.concatenate([mean, log_scale + jnp.log(jnp.where(beyond, 0.0, 1.0))], axis=1)
         factor = {"0": jnp.where(beyond, 0.0, 1.0), "inf": 1 / jnp.where(beyond, 0.0, 1.0),
-                  "nan": jnp.sqrt(jnp.where(beyond, -1.0, 1.0)), "negative": jnp.where(beyond, -1.0, 1.0)}[self.how]  # fmt: skip
+                  "nan": jnp.sqrt(jnp.where(beyond, -1.0, 1.0)), "negative": jnp.where(beyond, -1.0, 1.0)}[self.how]  # fmt: skip  # noqa: E501
         return f * factor
 
 
@@ -609,7 +609,7 @@ class Held(eqx.Module):
 HELD_STAGES = tuple(s for s in STAGES if s not in ("save",))
 
 
-@pytest.mark.parametrize("stage", [s if s in ("hessian", "refine ggn", "low_rank") else pytest.param(s, marks=pytest.mark.whole)
+@pytest.mark.parametrize("stage", [s if s in ("hessian", "refine ggn", "low_rank") else pytest.param(s, marks=pytest.mark.whole)  # noqa: E501
                                    for s in HELD_STAGES])  # fmt: skip
 @pytest.mark.parametrize("how", ["constant", "stop_gradient"])
 def test_a_parameter_that_is_held(how, stage):

@@ -246,7 +246,7 @@ class ReplayedFlow(AbstractFlow):
                 f"{view.model.max_steps} the solve does not arrive. Allow more steps."
             )
         room = int(np.max(np.asarray(found.number)))
-        return ReplayedFlow(view, found.steps(room, self.ts, self.y0, self.args))
+        return ReplayedFlow(view, found.steps(room, self.ts, self.y0, self.args))  # pyright: ignore[reportCallIssue]
 
     # What is replayed has all derivatives that its vector field has.
 
@@ -317,7 +317,8 @@ def flow(
     room = 0 if like is None else like.num_steps
     if num_steps > room:
         room = num_steps + int(spare * num_steps)
-    return ReplayedFlow(view, found.steps(min(padded_size(room), model.max_steps), ts, y0, args))
+    room = min(padded_size(room), model.max_steps)
+    return ReplayedFlow(view, found.steps(room, ts, y0, args))  # pyright: ignore[reportCallIssue]
 
 
 def replayed(
@@ -340,7 +341,7 @@ def replayed(
     model, *inputs = frozen
     found = accepted_steps(model, ts[:, 0], ts[:, -1], *inputs)
     ok = jnp.all(found.arrived & (found.number <= num_steps))
-    return ReplayedFlow(view, found.steps(num_steps, ts, y0, args)), ok
+    return ReplayedFlow(view, found.steps(num_steps, ts, y0, args)), ok  # pyright: ignore[reportCallIssue]
 
 
 def _check_arrived(found: Accepted, end: Float[Array, " N"], max_steps: int) -> None:

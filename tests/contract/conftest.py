@@ -1,0 +1,44 @@
+"""Rows of the table of rewordings whose answers still differ, by what is to be mended: mend it, and remove the rows."""
+
+import pytest
+
+DIFFERS = {
+    "depends on the unit": [
+        "test_the_unit_of_time[gaussian-evidence]",
+        "test_the_unit_of_states[gaussian-hessian]",
+        "test_the_unit_of_states[gaussian-jitter]",
+        "test_the_unit_of_states[gaussian-hessian low_rank]",
+        "test_the_unit_of_a_parameter[gaussian-abs]",
+        "test_the_unit_of_a_parameter[gaussian-refine hessian]",
+    ],
+    "what nobody observed still enters derivatives": [
+        "test_predictions_of_what_nobody_observed[counts-ggn-inf]",
+        "test_predictions_of_what_nobody_observed[counts-ggn-nan]",
+        "test_predictions_of_what_nobody_observed[counts-hessian-inf]",
+        "test_predictions_of_what_nobody_observed[counts-hessian-nan]",
+        "test_predictions_of_what_nobody_observed[predicted_noise-ggn-inf]",
+        "test_predictions_of_what_nobody_observed[predicted_noise-ggn-nan]",
+        "test_predictions_of_what_nobody_observed[predicted_noise-ggn-scale of 0]",
+        "test_predictions_of_what_nobody_observed[predicted_noise-hessian-inf]",
+        "test_predictions_of_what_nobody_observed[predicted_noise-hessian-nan]",
+        "test_predictions_of_what_nobody_observed[predicted_noise-hessian-scale of 0]",
+        "test_predictions_of_what_nobody_observed[counts-refine ggn-inf]",
+        "test_predictions_of_what_nobody_observed[counts-refine ggn-nan]",
+    ],
+    "a layer cut off by stop_gradient is still moved by its prior": [
+        "test_a_parameter_that_is_held[stop_gradient-hessian]",
+        "test_a_parameter_that_is_held[stop_gradient-low_rank]",
+        "test_a_parameter_that_is_held[stop_gradient-refine ggn]",
+    ],
+    "a scale for every value is not taken yet": [
+        "test_a_known_noise_in_several_forms[gaussian-hessian-value]",
+        "test_a_known_noise_in_several_forms[chain-ggn-value]",
+    ],
+}
+REASONS = {name: reason for reason, names in DIFFERS.items() for name in names}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name == "test_rewordings.py" and item.name in REASONS:
+            item.add_marker(pytest.mark.xfail(strict=True, reason=REASONS[item.name]))
