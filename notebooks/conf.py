@@ -1,7 +1,7 @@
 """Sphinx configuration: `sphinx-build -W notebooks site` builds the documentation."""
 
-import re
 import importlib.metadata
+import re
 
 import laplode
 

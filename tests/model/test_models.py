@@ -19,7 +19,7 @@ from laplode._model.own import check_model, predict_trajectory
 from laplode._model.parameters import parameters
 from laplode._solve.maps import flow
 
-PAGE = (Path(__file__).parents[2] / "notebooks" / "models.md").read_text()
+PAGE = (Path(__file__).parents[2] / "notebooks" / "how_to" / "models.md").read_text()
 HEADINGS = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
 
 
