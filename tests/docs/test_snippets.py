@@ -34,11 +34,13 @@ def test_snippets_run(path, growth, growth_posterior, tmp_path, monkeypatch):
     before = {name: getattr(jax.config, name) for name in kept}
     names = dict(laplode=lp, jax=jax, jnp=jnp, np=np, eqx=eqx, pandas=pandas, xarray=xarray)
     names |= dict(model=growth.model, problem=growth.problem, posterior=growth_posterior, ts=growth.problem.data.ts[0])
+    names |= dict(ys=growth.problem.data.ys, y0=growth.problem.data.y0)
     names |= dict(fit=lp.refine(*growth, progress=False), examples=ROOT / "examples")
     names["az"] = importlib.import_module("arviz.preview" if sys.version_info < (3, 12) else "arviz")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", lp.LaplodeWarning)
+            warnings.simplefilter("ignore", UserWarning)  # laplode's and ArviZ's, about draws of a toy
+            warnings.simplefilter("ignore", FutureWarning)  # between ArviZ and xarray
             run(path.read_text(), names)
     finally:
         for name, value in before.items():
