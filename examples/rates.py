@@ -65,8 +65,7 @@ print(posterior.diagnostics)
 draws = laplode.predict(
     posterior,
     years,
-    method="sampled",
-    proposal="student_t",
+    method=laplode.Sampled(df=5),
     resample=True,
     num_samples=400 if options.quick else 4000,
     key=jax.random.key(options.seed),

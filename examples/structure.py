@@ -203,7 +203,7 @@ def analyze(case, seed, quick):
     variance = np.diagonal(np.asarray(found.covariance()), axis1=1, axis2=2).reshape(found.mean.shape)
     x, y = np.meshgrid(np.linspace(*case.box[:2], 25), np.linspace(*case.box[2:], 25))
     states = np.stack([x.ravel(), y.ravel()], axis=1)
-    field = laplode.predict_field(posterior, states, num_samples=1, key=keys[2], progress=False)
+    field = laplode.predict_function(posterior, laplode.field_at(states), num_samples=1, key=keys[2], progress=False)
     truth, std = solve(case.truth, ts, case.y0), np.sqrt(np.maximum(variance, 0))
     noise = np.asarray(posterior.problem.likelihood.scale)
     decrement = posterior.diagnostics.newton_decrement

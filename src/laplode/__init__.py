@@ -30,12 +30,16 @@ from ._posterior.maximize import maximize_evidence as maximize_evidence
 from ._posterior.posterior import Diagnostics as Diagnostics, Posterior as Posterior
 from ._predict.function import (
     FunctionPredictions as FunctionPredictions,
-    predict_field as predict_field,
+    field_at as field_at,
     predict_function as predict_function,
+    trajectory_at as trajectory_at,
 )
-from ._predict.mix import MixturePosterior as MixturePosterior, mixture as mixture
+from ._predict.geodesic import Geodesic as Geodesic
+from ._predict.linearized import Linearized as Linearized
+from ._predict.mix import mix as mix
 from ._predict.predict import predict as predict
 from ._predict.predictions import Predictions as Predictions
+from ._predict.sampled import Sampled as Sampled
 from ._problem.counts import NegativeBinomial as NegativeBinomial, Poisson as Poisson
 from ._problem.data import Trajectories as Trajectories
 from ._problem.prior import GaussianPrior as GaussianPrior, NamedPriors as NamedPriors

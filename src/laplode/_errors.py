@@ -1,5 +1,6 @@
 """What laplode raises and warns with."""
 
+from collections.abc import Callable
 from typing import Any
 
 
@@ -28,3 +29,14 @@ def choose(name: str, option: str, options: dict[str, Any]) -> Any:
         valid = ", ".join(f'"{known}"' for known in options)
         raise LaplodeError(f"`{name}` must be one of {valid}; got {option!r}.")
     return options[option]
+
+
+def strategy(name: str, given: Any, kind: type, options: dict[str, Callable[[], Any]]) -> Any:
+    """A strategy that was given as an object of its `kind`, or as the string that stands for it with its defaults."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, str) or given not in options:
+        valid = ", ".join(f'"{known}"' for known in options)
+        objects = ", ".join(f"{make.__name__}()" for make in options.values())
+        raise LaplodeError(f"`{name}` must be one of {valid}, or of the objects {objects}; got {given!r}.")
+    return options[given]()

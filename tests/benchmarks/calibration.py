@@ -241,11 +241,12 @@ def one(name, seed, draws, restarts, steps):
     model, data, truth, new = simulate(name, seed)
     posteriors, models = posteriors_of(name, model, data, seed, restarts, steps, clock)
     best = posteriors[0]
-    mixed = laplode.mixture(posteriors)
+    table = laplode.compare_evidence({str(i): posterior for i, posterior in enumerate(posteriors)})
+    table = table[table["weight"] > 0]
     noise = scale_of(best)
     found = {
         "linearized": timed(clock, "linearized", lambda: closed_form([best], [1.0])),
-        "mixture": closed_form(mixed.components, mixed.weights),
+        "mixture": closed_form([posteriors[int(name)] for name in table.index], np.asarray(table["weight"])),
     }
     khat = {}
     if draws:
@@ -269,7 +270,7 @@ def one(name, seed, draws, restarts, steps):
         "dof": best.diagnostics.effective_dof,
         "decrement": best.diagnostics.newton_decrement,
         "log_evidence": [float(p.log_evidence) for p in posteriors],
-        "components": len(mixed.components),
+        "components": len(table),
         "khat": khat,
         "draws": draws,
         "seconds": clock,

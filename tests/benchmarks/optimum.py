@@ -152,16 +152,17 @@ def mixture(seed):
     fit = laplode.fit(model, problem, ADAM, steps=1500, key=jax.random.key(seed), restarts=4, progress=False)
     optima = [laplode.refine(m, problem, curvature="ggn", progress=False).model for m in fit.restarts]
     posteriors = [laplode.laplace(m, problem, curvature="ggn", progress=False) for m in optima]
-    together = laplode.mixture(posteriors)
+    table = laplode.compare_evidence({str(i): posterior for i, posterior in enumerate(posteriors)})
+    table = table[table["weight"] > 0]
     scores = []
-    for component in together.components:
-        forecast = laplode.predict(component, ts, key=jax.random.key(0), num_samples=2, progress=False)
+    for name in table.index:
+        forecast = laplode.predict(posteriors[int(name)], ts, key=jax.random.key(0), num_samples=2, progress=False)
         variance = jnp.diagonal(forecast.covariance()[0]).reshape(ts.size, 2) + 0.1**2
         scores.append(st.norm.logpdf(ys, forecast.mean[0], np.sqrt(variance))[later])
-    scores = np.stack(scores)  # of each component, at each time and channel
-    mixed = np.logaddexp.reduce(scores + np.asarray(together.log_weights)[:, None, None])
+    scores = np.stack(scores)  # of each optimum, at each time and channel
+    mixed = np.logaddexp.reduce(scores + np.asarray(table["log_weight"])[:, None, None])
     best, all_of_them = scores[0].mean(), mixed.mean()
-    weights = ", ".join(f"{w:.3f}" for w in together.weights)
+    weights = ", ".join(f"{w:.3f}" for w in table["weight"])
     print(f"seed {seed}: best {best:.3f}, mixture {all_of_them:.3f} nats a value; weights {weights}", flush=True)
     return all_of_them - best
 

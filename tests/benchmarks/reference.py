@@ -124,19 +124,32 @@ def predictions(target: Target, models: list[Any], num_geodesics: int):
     for name, posterior, options in (
         ("linearized, Gauss-Newton", ggn[0], dict(num_samples=4000)),
         ("linearized, exact Hessian", exact, dict(num_samples=4000)),
-        ("linearized, mixture of restarts", laplode.mixture(ggn), dict(num_samples=4000)),
+        ("linearized, mixture of restarts", ggn, dict(num_samples=4000)),
         ("sampled", ggn[0], dict(method="sampled", num_samples=1000)),
         ("geodesic", ggn[0], geodesic),
-        ("geodesic, Student-t, resampled", ggn[0], geodesic | dict(resample=True, proposal="student_t")),
+        (
+            "geodesic, Student-t, resampled",
+            ggn[0],
+            dict(method=laplode.Geodesic(df=5), num_samples=num_geodesics, resample=True),
+        ),
     ):
         began = time.process_time()
         try:
-            found = laplode.predict(posterior, target.ts, key=jax.random.key(1), progress=False, **options)
+            found = mixed(posterior, target.ts, key=jax.random.key(1), progress=False, **options)
         except laplode.LaplodeError as error:
             print(f"| {name} | {error} |", flush=True)
             continue
         seconds = time.process_time() - began
         yield name, np.asarray(found.f)[np.asarray(found.ok), 0], found.khat, 1 - np.mean(found.ok), seconds
+
+
+def mixed(posterior, ts, *, key, **options):
+    """Predictions of one posterior, or of several by their evidence."""
+    if not isinstance(posterior, list):
+        return laplode.predict(posterior, ts, key=key, **options)
+    parts = [laplode.predict(each, ts, key=jax.random.fold_in(key, i), **options) for i, each in enumerate(posterior)]
+    table = laplode.compare_evidence({str(i): each for i, each in enumerate(posterior)})
+    return laplode.mix(parts, [table["log_weight"][str(i)] for i in range(len(parts))])
 
 
 def bands(draws):
@@ -147,8 +160,10 @@ def bands(draws):
 
 def reference(target: Target, models: list[Any], num_samples: int):
     """NUTS draws of f at the target's times, and what says whether to believe them."""
-    posterior = laplode.mixture(gauss_newton(target, models))
-    print(f"{len(posterior.components)} optima, weights {np.round(np.asarray(posterior.weights), 3)}", flush=True)
+    posteriors = {str(i): posterior for i, posterior in enumerate(gauss_newton(target, models))}
+    table = laplode.compare_evidence(posteriors)
+    print(f"{(table['weight'] > 0).sum()} optima, weights {np.round(table['weight'], 3).tolist()}", flush=True)
+    posterior = posteriors[table.index[0]]
     began = time.process_time()
     tree = laplode.nuts(
         posterior,
@@ -192,13 +207,12 @@ def hare_lynx(num_samples: int):
         flush=True,
     )
     reference = parameters(nuts)
-    for proposal in ("gaussian", "student_t"):
+    for df in (None, 5.0):
         for resample in (False, True):
             draws = laplode.predict(
                 posterior,
                 years,
-                method="sampled",
-                proposal=proposal,
+                method=laplode.Sampled(df),
                 resample=resample,
                 num_samples=4000,
                 key=jax.random.key(3),
@@ -207,8 +221,9 @@ def hare_lynx(num_samples: int):
             found = parameters(laplode.to_datatree(posterior, draws))
             shift = np.max(np.abs(found.mean(axis=0) - reference.mean(axis=0)) / reference.std(axis=0))
             widths = found.std(axis=0) / reference.std(axis=0)
+            proposal = f"{'Gaussian' if df is None else 'Student-t'}{', resampled' if resample else ''}"
             print(
-                f"{proposal}{', resampled' if resample else ''}: k\u0302 {draws.khat:.2f}; means differ by at most "
+                f"{proposal}: k\u0302 {draws.khat:.2f}; means differ by at most "
                 f"{shift:.3f} standard deviations, which are {widths.min():.3f} to {widths.max():.3f} of those of NUTS"
             )
 

@@ -64,8 +64,7 @@ KINDS = {
 # Of each function its arguments and their kind; beside a kind, or instead of it, values of its own.
 OPTIONS = dict(curvature="option", structure="option", where="where", rank="count or None", num_probes="count or None")
 SAMPLING = dict(
-    posterior="posterior", method="option", num_samples="count", key="key", proposal="option", df="positive",
-    tolerance="positive", resample="flag", weigh="flag",
+    posterior="posterior", method="option", num_samples="count", key="key", resample="flag", weigh="flag",
 )  # fmt: skip
 ARGUMENTS = {
     "Trajectories": dict(ts="times", ys=[NOTHING, "seen", None, [1.0], [[INF, 1.0]] * 9, [[NAN, NAN]] * 9, TS, [[1j]]],
@@ -100,14 +99,18 @@ ARGUMENTS = {
                    newton_steps="at least 0", where="where"),
     "predict": dict(**SAMPLING, ts="times", y0="new states", args=[3.0, [1.0, 2.0]], mesh=[NOTHING, 4, "all"]),
     "predict_function": dict(**SAMPLING, function=[NOTHING, None, 3]),
-    "predict_field": dict(posterior="posterior", method="option", num_samples="count", df="positive"),
+    "Sampled": dict(df="positive or None"),
+    "Geodesic": dict(tolerance="positive", df="positive or None"),
+    "field_at": dict(states=[NOTHING, "here", [1.0], [[NAN, 1.0]], [[[1.0]]], 1j], ts=[NOTHING, [0.0, 1.0], NAN],
+                     args=[3.0, {"a": 1.0}, np.zeros(3)]),
+    "trajectory_at": dict(t=[NOTHING, "now", NAN, [], [1.0, 0.0], [[1.0]]], channel="at least 0",
+                          trajectory="at least 0"),
     "evidence_function": dict(posterior="posterior", precision="option", noise=["nonsense", 3, NOTHING]),
     "maximize_evidence": dict(posterior="posterior", precision="option", noise=["nonsense", 3, NOTHING],
                               precision_bounds="bounds", scale_bounds="bounds", steps="count", rounds="count",
                               online="flag"),
     "compare_evidence": dict(posteriors=[NOTHING, None, {}, [], {"a": 1}]),
-    "mixture": dict(posteriors=[NOTHING, None, [], [None], 3],
-                    weights=[NOTHING, [1.0, 2.0], [-1.0], [NAN], "all", [0.0]]),
+    "mix": dict(predictions=[NOTHING, None, [], [None], 3], log_weights=[NOTHING, [1.0, 2.0], [INF], [NAN], "all"]),
     "profile": dict(posterior="posterior", of=[NOTHING, None, 3, "nonsense", [3]], level="probability",
                     num=[0, 2, -1, 2.5, "many"]),
     "profile_table": dict(profiles=[NOTHING, None, [3]]),
@@ -134,7 +137,6 @@ ARGUMENTS = {
 
 # Left out: what a bad value of one argument has to do with another.
 NEEDS = {
-    ("predict", "df"): dict(method="sampled", proposal="student_t"),
     ("to_datatree", "key"): dict(prior_predictive=True),
     ("Gaussian", "lower"): dict(upper=4.0),
     ("laplace", "rank"): dict(structure="low_rank"),
@@ -182,10 +184,13 @@ def good(growth, growth_posterior):
         "fit": dict(**fitted, optimizer=optimizer, steps=3, key=KEY),
         "predict": dict(**sampling, ts=TS),
         "predict_function": dict(**sampling, function=lambda m: m.rate),
-        "predict_field": dict(**sampling, states=[[1.0, 1.0]]),
+        "Sampled": {},
+        "Geodesic": {},
+        "field_at": dict(states=[[1.0, 1.0]]),
+        "trajectory_at": dict(t=1.0, channel=0),
         **{name: dict(posterior=posterior) for name in OF_A_POSTERIOR},
         "compare_evidence": dict(posteriors={"a": posterior}),
-        "mixture": dict(posteriors=[posterior]),
+        "mix": dict(predictions=[draws], log_weights=[0.0]),
         "profile": dict(posterior=posterior, of="rate"),
         "profile_table": dict(profiles=[]),
         "plot_profile": dict(profiles=[]),
@@ -206,11 +211,11 @@ def test_there_are_enough_and_no_function_is_left_out():
     assert len(list(cases())) >= 200
     made_by_laplode = {
         "CurvatureProducts", "Diagnostics", "Estimate", "Evidence", "Fit", "FunctionPredictions", "Hyperparameters",
-        "Identifiability", "InformationGain", "MatchedLoss", "Measurements", "MixturePosterior", "Posterior",
-        "Profile", "Predictions", "FitError", "LaplodeError", "LaplodeWarning",
+        "Identifiability", "InformationGain", "MatchedLoss", "Measurements", "Posterior",
+        "Predictions", "Profile", "FitError", "LaplodeError", "LaplodeWarning",
     }  # fmt: skip
     public = {name for name, value in vars(lp).items() if not name.startswith("_") and callable(value)}
-    assert public - made_by_laplode == set(ARGUMENTS) | {"Poisson"}  # which takes nothing
+    assert public - made_by_laplode == set(ARGUMENTS) | {"Poisson", "Linearized"}  # which take nothing
     for name, arguments in ARGUMENTS.items():
         assert set(arguments) <= set(inspect.signature(getattr(lp, name)).parameters), name
 

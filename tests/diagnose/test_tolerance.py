@@ -46,8 +46,6 @@ def test_the_change_is_that_of_the_matrices(quiet, curvature):
 def test_what_has_no_tolerance_is_refused(quiet, growth_posterior):
     with pytest.raises(lp.LaplodeError, match="`posterior` is of a Growth, whose solver laplode does not know"):
         lp.check_tolerance(growth_posterior)
-    with pytest.raises(lp.LaplodeError, match=r"must come from laplode.laplace, got MixturePosterior"):
-        lp.check_tolerance(lp.mixture([growth_posterior]))
     loose = posterior_of(diffrax.PIDController(1e-3, 1e-4), quiet, curvature="ggn")
     rest = lambda p: p.flow.parameters.rest.stepsize_controller
     with pytest.raises(lp.LaplodeError, match=r"have no tolerance \(ConstantStepSize\)"):

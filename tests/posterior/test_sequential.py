@@ -218,8 +218,6 @@ def test_what_it_is_not_for(second, linear_posterior):
         lp.identifiability(after)
     with pytest.raises(lp.LaplodeError, match="no one line"):
         lp.plot_spectrum(after)
-    with pytest.raises(lp.LaplodeError, match="mixture can't be the prior"):
-        lp.mixture([linear_posterior]).as_prior()
 
 
 def test_a_posterior_of_other_parameters_is_refused(linear, growth, growth_posterior):

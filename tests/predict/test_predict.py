@@ -411,9 +411,7 @@ def test_bad_input_is_refused_by_name(growth_posterior, arguments, match):
 
 
 def test_bad_posterior(growth):
-    with pytest.raises(
-        lp.LaplodeError, match=r"`posterior` must come from laplode.laplace or laplode.mixture, got Growth"
-    ):
+    with pytest.raises(lp.LaplodeError, match=r"`posterior` must come from laplode.laplace, got Growth"):
         draw(growth.model, [0.0, 1.0])
 
 

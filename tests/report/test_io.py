@@ -124,15 +124,6 @@ def test_named_priors_and_their_transformations(growth, growth_posterior, tmp_pa
         np.testing.assert_array_equal(same.log_prob(0.7), prior.log_prob(0.7))
 
 
-def test_a_mixture(growth, growth_posterior, quiet, tmp_path):
-    other = quiet(eqx.tree_at(lambda m: m.gain, growth.model, jnp.array(1.3)), growth.problem)
-    mixture = lp.mixture([growth_posterior, other], weights=[0.3, 0.7])
-    lp.save(tmp_path / "m", mixture)
-    loaded = lp.load(tmp_path / "m", like=growth_posterior)
-    assert_same(loaded, mixture)
-    assert isinstance(loaded, lp.MixturePosterior)
-
-
 PRIORS = [
     dist.Normal(0.5, 2.0), dist.LogNormal(-0.5, 0.5), dist.HalfNormal(2.0), dist.Gamma(2.0, 3.0), dist.Beta(2.1, 3.2),
     dist.Uniform(0.1, 2.0), dist.TruncatedNormal(0.2, 1.0, low=-1.0), dist.TruncatedCauchy(0.2, 1.0, high=3.0),
@@ -170,12 +161,14 @@ def test_priors_are_the_same_in_every_process(tmp_path):
 
 def test_predictions_need_no_model(growth, growth_posterior, tmp_path):
     predictions = lp.predict(growth_posterior, growth.problem.data.ts, key=KEY, num_samples=4, progress=False)
-    lp.save(tmp_path / "a", predictions)
-    assert_same(lp.load(tmp_path / "a"), predictions)
     gain = lp.predict_function(growth_posterior, lambda m: m.gain, key=KEY, num_samples=4, progress=False)
-    lp.save(tmp_path / "b", gain)
-    assert_same(lp.load(tmp_path / "b"), gain)
-    np.testing.assert_array_equal(lp.load(tmp_path / "b").covariance(), gain.covariance())
+    for name, value in (("a", predictions), ("b", gain)):
+        lp.save(tmp_path / name, value)
+        loaded = lp.load(tmp_path / name)
+        without = lambda x: dataclasses.replace(x, _closed_form=None)
+        assert_same(without(loaded), without(value))
+        with pytest.raises(lp.LaplodeError, match=r"`covariance\(\)`.*predict again"):
+            loaded.covariance()
 
 
 @pytest.fixture(scope="module")

@@ -226,19 +226,15 @@ class Even(eqx.Module):
         return (self.x**2 * ts)[:, None]
 
 
-def test_chains_of_a_mixture_start_at_its_components_and_say_that_they_disagree():
+def test_chains_that_start_at_several_optima_say_that_they_disagree():
     ts = np.linspace(0.5, 2, 4)
     problem = lp.Problem(lp.Trajectories(ts, 1.7 * ts[None, :, None]), lp.Gaussian(0.1), 1.0)
-    posteriors = [lp.laplace(Even(jnp.array(x)), problem, curvature="ggn", progress=False) for x in (1.3, -1.3)]
-    mixed = lp.mixture(posteriors, weights=[3.0, 1.0])
+    posterior = lp.laplace(Even(jnp.array(1.3)), problem, curvature="ggn", progress=False)
+    starts = np.array([[1.3], [1.31], [1.29], [-1.3]])
     with pytest.warns(lp.LaplodeWarning, match=r"r̂ is .* for x, the worst parameter, and at most (1|0.99)"):
-        tree = lp.nuts(mixed, **LONG | {"num_samples": 100})
+        tree = lp.nuts(posterior, starts=starts, **LONG | {"num_samples": 100})
     assert np.sum(tree["posterior"]["x"].values.mean(axis=1) > 0) == 3
     assert tree["posterior"].attrs["max_rhat"] > 1.5 and tree["posterior"].attrs["max_rhat_f"] < 1.1
-    louder = lp.Problem(problem.data, lp.Gaussian(0.2), 1.0)
-    other = lp.laplace(Even(jnp.array(1.3)), louder, curvature="ggn", progress=False)
-    with pytest.warns(lp.LaplodeWarning, match="differ in noise or prior"):
-        lp.nuts(lp.mixture([posteriors[0], other], weights=[3, 1]), **LONG | {"num_samples": 4})
 
 
 # ---- Bad input, and an impatient user
@@ -343,22 +339,6 @@ def test_a_distribution_of_every_structure(by_structure, structure):
     assert_means(np.asarray(draws), posterior.mean)
     offset = np.asarray(draws) - posterior.mean
     assert_means(offset[..., :, None] * offset[..., None, :], posterior.covariance())
-
-
-def test_a_distribution_of_a_mixture(by_structure):
-    selected = lambda p: p.parameters.selected
-    moved = eqx.tree_at(
-        selected, by_structure["diagonal"], replace_fn=lambda chosen: jax.tree.map(lambda x: x + 0.3, chosen)
-    )
-    away = lp.mixture([by_structure["full"], moved], weights=[0.3, 0.7])
-    found = away.to_numpyro()
-    thetas = away.sample(KEY, 4)
-    np.testing.assert_allclose(found.log_prob(thetas), away.log_prob(thetas), rtol=1e-12)
-    np.testing.assert_allclose(found.mean, away.mean)
-    np.testing.assert_allclose(found.variance, away.marginal_std() ** 2, rtol=1e-10)
-    draws = np.asarray(jax.jit(lambda d: d.sample(KEY, (40, 50)))(found))
-    offset = draws - away.mean
-    assert_means(offset[..., :, None] * offset[..., None, :], away.covariance())
 
 
 def test_as_a_guide_its_bound_is_the_evidence(linear, linear_ggn):

@@ -14,10 +14,10 @@ from .._checks import check_x64
 from .._devices import free_bytes
 from .._errors import LaplodeError, choose
 from .._posterior.posterior import Posterior
-from .._predict.function import value_at_mean
+from .._predict.function import of_posterior, value_at_mean
 from .._predict.grid import Grid
 from .._problem.likelihood import AbstractLikelihood, FromDistribution
-from .._solve.maps import OfModel, flow, linearize
+from .._solve.maps import flow, linearize
 
 # Observations drawn for the expected information of a distribution that names no closed form.
 _DRAWS = 1000
@@ -249,17 +249,12 @@ def _candidates(posterior: Any, ts, y0, args, criterion: str, target: Any) -> tu
     check_x64()
     make = choose("criterion", criterion, {"information": _information, "variance": _variance})
     if not isinstance(posterior, Posterior):
-        raise LaplodeError(
-            f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}: of a mixture, take one "
-            "of its `.components`."
-        )
-    if target is not None and not callable(target):
-        raise LaplodeError(f"`target` must be callable as target(model), got {type(target).__name__}.")
+        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     grid = Grid.of(posterior, ts, y0, args)
     _check_memory(posterior, grid)
     wanted = None
     if target is not None:
-        of_target = OfModel(posterior.parameters, target)  # pyright: ignore[reportArgumentType]
+        of_target = of_posterior("target", target, posterior)
         value_at_mean(of_target, "target")
         wanted = linearize(of_target)[1]
     predictions, jacobian = linearize(flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args))

@@ -89,10 +89,7 @@ def identifiability(posterior: Posterior, *, threshold: float = 0.1) -> Identifi
     x / (1 + x); Kaiser (1958), "The varimax criterion for analytic rotation in factor analysis".
     """
     if not isinstance(posterior, Posterior):
-        raise LaplodeError(
-            f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}: of a mixture, take one of "
-            "its `.components`."
-        )
+        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     if not isinstance(threshold, int | float | np.number) or not 0 < threshold < 1:
         raise LaplodeError(f"`threshold` must lie between 0 and 1, got {threshold!r}.")
     view = posterior.parameters

@@ -40,10 +40,7 @@ def check_tolerance(posterior: Posterior, *, num_probes: int = 4, key: PRNGKeyAr
     """
     check_x64()
     if not isinstance(posterior, Posterior):
-        raise LaplodeError(
-            f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}: of a mixture, take one of "
-            "its `.components`."
-        )
+        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     check_count("num_probes", num_probes)
     key = jax.random.key(0) if key is None else check_key("key", key)
     loose = posterior.flow

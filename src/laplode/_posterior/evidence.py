@@ -1,6 +1,7 @@
 """The evidence as a function of hyperparameters, without a solve for each of their values."""
 
 import abc
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -381,10 +382,10 @@ def compare_evidence(posteriors: Mapping[str, Posterior]) -> pd.DataFrame:
     - `posteriors`: name → posterior, all of the same data, of any architectures and structures of the ODE.
 
     **Returns:** a `pandas.DataFrame`, a row each: "rank"; "log_evidence" (nats); "p", the effective number of
-    parameters; "diff", how far the log evidence is below the best; "weight", the posterior probability of the
-    model among these, all
-    equally probable before; "warning", where the evidence is not that of an optimum: a Newton decrement above 0.1
-    nats, or regularized curvature.
+    parameters; "diff", how far the log evidence is below the best; "log_weight" and
+    "weight", the posterior probability of the model among these, all equally probable before, which `mix` takes, 0 for
+    an optimum (or its mirror image, hidden units exchanged) that is in the table above it; "warning", where the
+    evidence is not that of an optimum: a Newton decrement above 0.1 nats, or regularized curvature.
 
     **Raises:** `LaplodeError` when the data differ.
 
@@ -409,14 +410,33 @@ def compare_evidence(posteriors: Mapping[str, Posterior]) -> pd.DataFrame:
     order = np.argsort(-values)
     found = [list(posteriors.values())[i] for i in order]
     values = values[order]
+    twins = {j for i, j in itertools.combinations(range(len(found)), 2) if _same_optimum(found[i], found[j])}
+    apart = np.where(np.isin(np.arange(len(found)), list(twins)), -np.inf, values)
+    log_weights = apart - np.logaddexp.reduce(apart)
     return pd.DataFrame(
         {
             "rank": np.arange(len(found)),
             "log_evidence": values,
             "p": [p.diagnostics.effective_dof for p in found],
             "diff": values[0] - values,
-            "weight": np.exp(values - np.logaddexp.reduce(values)),
+            "log_weight": log_weights,
+            "weight": np.exp(log_weights),
             "warning": [p.diagnostics.newton_decrement > 0.1 or p.diagnostics.regularized is not None for p in found],
         },
         index=pd.Index([list(posteriors)[i] for i in order]),
     )
+
+
+# Two posteriors are of the same optimum when they agree to this, in nats and in the noise of an observation.
+_SAME = 1e-2
+
+
+def _same_optimum(one: Posterior, other: Posterior) -> bool:
+    """Whether two posteriors are of the same optimum of one model, up to its symmetries."""
+    apart = lambda a, b: abs(float(a) - float(b)) > _SAME
+    if [leaf[:2] for leaf in one.parameters.leaves] != [leaf[:2] for leaf in other.parameters.leaves]:
+        return False
+    if apart(one.log_evidence, other.log_evidence) or apart(one.log_joint, other.log_joint):
+        return False
+    f, g = (evaluate(p.flow, p.mean) for p in (one, other))
+    return not np.any(np.sqrt(one.problem.information(f)) * np.abs(f - g) > _SAME)

@@ -1,16 +1,14 @@
 """The Gaussian posterior over parameters."""
 
-import abc
 import math
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 import numpyro.distributions as dist
 import pandas as pd
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._algebra.forms import AbstractCurvature
 from .._algebra.regularization import Regularized
@@ -81,59 +79,6 @@ class Method(eqx.Module):
     key: PRNGKeyArray | None = None
 
 
-class AbstractPosterior(eqx.Module):
-    """A distribution over the parameters θ of a model, given a `Problem`: one Gaussian, or several with weights."""
-
-    parameters: eqx.AbstractVar[Parameters]
-    problem: eqx.AbstractVar[Problem]
-    components: eqx.AbstractVar["tuple[Posterior, ...]"]
-    log_weights: eqx.AbstractVar[Float[Array, " C"]]
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return self.parameters.size
-
-    @property
-    def weights(self) -> Float[Array, " C"]:
-        """The probability of each component."""
-        return jnp.exp(self.log_weights)
-
-    def choose(self, key: PRNGKeyArray, n: int) -> Int[np.ndarray, " n"]:
-        """The component of each of `n` draws, (n,)."""
-        if len(self.components) == 1:
-            return np.zeros(n, int)
-        return np.asarray(jax.random.categorical(key, self.log_weights, shape=(n,)))
-
-    @property
-    @abc.abstractmethod
-    def mean(self) -> Float[Array, " P"]:
-        """The posterior mean of θ."""
-
-    @abc.abstractmethod
-    def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
-        """Draw `n` parameter vectors."""
-
-    @abc.abstractmethod
-    def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
-        """The log density at `theta`, in nats."""
-
-    def unravel(self, theta: Float[Array, " P"]) -> Any:
-        """The model with parameters `theta`."""
-        return self.parameters.unravel(theta)
-
-    def to_numpyro(self) -> dist.Distribution:
-        """The distribution of θ for a NumPyro model or guide, with event shape (P,).
-
-        ```python
-        theta = numpyro.sample("theta", posterior.to_numpyro())
-        model = posterior.unravel(theta)
-        ```
-        """
-        means = jnp.stack([component.mean for component in self.components])
-        return _GaussianMixture(means, tuple(c.structure for c in self.components), self.log_weights)
-
-
 # Bytes of normal random numbers made at once: several times as much goes into their making.
 _NORMAL_BYTES = 2**24
 
@@ -157,44 +102,33 @@ def _log_normal(offset: Float[Array, "... P"], structure: AbstractStructure) -> 
     return 0.5 * (structure.log_det - offset.shape[-1] * math.log(2 * math.pi) - quadratic)
 
 
-class _GaussianMixture(dist.Distribution):
-    """Σ_c weight_c Normal(mean_c, Λ_c⁻¹), for NumPyro."""
+class _Gaussian(dist.Distribution):
+    """Normal(mean, Λ⁻¹), for NumPyro."""
 
     _support = dist.constraints.real_vector
-    pytree_data_fields = ("means", "structures", "log_weights")
+    pytree_data_fields = ("mean_vector", "structure")
 
     def __init__(
-        self,
-        means: Float[Array, "C P"],
-        structures: tuple[AbstractStructure, ...],
-        log_weights: Float[Array, " C"],
-        *,
-        validate_args: bool | None = None,
+        self, mean_vector: Float[Array, " P"], structure: AbstractStructure, *, validate_args: bool | None = None
     ):
-        self.means, self.structures, self.log_weights = means, structures, log_weights
-        super().__init__(event_shape=means.shape[-1:], validate_args=validate_args)
+        self.mean_vector, self.structure = mean_vector, structure
+        super().__init__(event_shape=mean_vector.shape, validate_args=validate_args)
 
     def sample(self, key: Any, sample_shape: tuple[int, ...] = ()):
-        key_choice, key_normal = jax.random.split(key)
+        key_normal = jax.random.split(key)[1]
         normals = jax.random.normal(key_normal, (*sample_shape, *self.event_shape))
-        draws = [mean + s.root_product(normals) for mean, s in zip(self.means, self.structures, strict=True)]
-        if len(draws) == 1:
-            return draws[0]
-        component = jax.random.categorical(key_choice, self.log_weights, shape=tuple(sample_shape))
-        return jax.lax.select_n(jnp.broadcast_to(component[..., None], normals.shape), *draws)
+        return self.mean_vector + self.structure.root_product(normals)
 
     def log_prob(self, value, intermediates=None):
-        each = [_log_normal(value - mean, s) for mean, s in zip(self.means, self.structures, strict=True)]
-        return jax.scipy.special.logsumexp(jnp.stack(each, axis=-1) + self.log_weights, axis=-1)
+        return _log_normal(value - self.mean_vector, self.structure)
 
     @property
     def mean(self):
-        return jnp.exp(self.log_weights) @ self.means
+        return self.mean_vector
 
     @property
     def variance(self):
-        within = jnp.stack([structure.variance() for structure in self.structures])
-        return jnp.exp(self.log_weights) @ (within + (self.means - self.mean) ** 2)
+        return self.structure.variance()
 
 
 @eqx.filter_jit
@@ -202,7 +136,7 @@ def _draw(mean: Float[Array, " P"], structure: AbstractStructure, keys: PRNGKeyA
     return mean + structure.root_product(_normals(keys, mean.size))
 
 
-class Posterior(AbstractPosterior):
+class Posterior(eqx.Module):
     """θ ~ Normal(mean, Λ⁻¹): the Laplace approximation around the model's parameters.
 
     Made by `laplace`. Immutable; may be passed through `jit` and `vmap`.
@@ -218,14 +152,9 @@ class Posterior(AbstractPosterior):
     method: Method
 
     @property
-    def components(self) -> "tuple[Posterior, ...]":  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Itself alone."""
-        return (self,)
-
-    @property
-    def log_weights(self) -> Float[Array, " 1"]:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The logarithm of 1."""
-        return jnp.zeros(1)
+    def size(self) -> int:
+        """P."""
+        return self.parameters.size
 
     @property
     def mean(self) -> Float[Array, " P"]:
@@ -250,6 +179,20 @@ class Posterior(AbstractPosterior):
         The interval holds `prob` of the marginal, Gaussian in unconstrained coordinates, between its quantiles.
         """
         return summary_table(self.parameters, self.mean, self.marginal_std(), prob)
+
+    def unravel(self, theta: Float[Array, " P"]) -> Any:
+        """The model with parameters `theta`."""
+        return self.parameters.unravel(theta)
+
+    def to_numpyro(self) -> dist.Distribution:
+        """The distribution of θ for a NumPyro model or guide, with event shape (P,).
+
+        ```python
+        theta = numpyro.sample("theta", posterior.to_numpyro())
+        model = posterior.unravel(theta)
+        ```
+        """
+        return _Gaussian(self.mean, self.structure)
 
     def as_prior(self) -> PosteriorPrior:
         """This posterior as the prior of further trajectories: θ ~ Normal(θ*, Λ⁻¹), in unconstrained coordinates.

@@ -10,14 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from .._errors import LaplodeError, LaplodeWarning
-from .._model.neural_ode import NeuralODE
-from .._posterior.posterior import AbstractPosterior, Posterior
-from .._problem.data import check_args, check_initial_state
-from .._solve.maps import OfModel, linearize
-from .draws import Sampling, draw, mixed_mean, mixed_root, over_components
-from .geodesic import TOLERANCE
-from .solves import in_batches
+from .._checks import check_count, real_array
+from .._errors import LaplodeError, LaplodeWarning, strategy
+from .._model.neural_ode import NeuralODE, starts
+from .._model.own import predict_trajectories
+from .._posterior.posterior import Posterior
+from .._problem.data import Trajectories, check_args
+from .._solve.maps import OfModel, evaluate
+from .linearized import LinearFunction
+from .method import AbstractMethod, check_draws, draw
+from .predict import METHODS
+from .predictions import AbstractClosedForm
 
 
 class FunctionPredictions(eqx.Module):
@@ -39,23 +42,23 @@ class FunctionPredictions(eqx.Module):
     log_weights: Float[Array, " S"] | None
     khat: float | None
     method: str = eqx.field(static=True)
-    _root: Float[Array, "M R"]
+    _closed_form: AbstractClosedForm | None
 
     def covariance(self) -> Float[Array, "M M"]:
         """The joint covariance of all values, raveled, (M, M): J Λ⁻¹ Jᵀ if linearized, otherwise that of the draws."""
-        return self._root @ self._root.T
+        if self._closed_form is not None:
+            return self._closed_form.covariance()
+        draws = self.draws[self.ok].reshape(int(jnp.sum(self.ok)), -1)
+        return jnp.atleast_2d(jnp.cov(draws, rowvar=False))
 
 
 def predict_function(
-    posterior: AbstractPosterior,
+    posterior: Posterior,
     function: Callable[[Any], Any],
     *,
-    method: str = "linearized",
+    method: str | AbstractMethod = "linearized",
     num_samples: int = 1000,
     key: PRNGKeyArray,
-    proposal: str = "gaussian",
-    df: float = 5.0,
-    tolerance: float = TOLERANCE,
     weigh: bool | None = None,
     resample: bool = False,
     progress: bool = True,
@@ -64,12 +67,13 @@ def predict_function(
 
     **Arguments:**
 
-    - `posterior`: from `laplace` or `mixture`.
+    - `posterior`: from `laplace`.
     - `function`: called as `function(model)`, where `model` has the structure of the fitted one; returns an array of
-        floating point numbers of any shape, always the same, by JAX operations.
-    - `method`: where the draws come from, as in `predict`: "linearized": function(θ*) + J (θ − θ*) with J its Jacobian;
-        "geodesic", "sampled": the function at draws of θ.
-    - `num_samples`, `key`, `proposal`, `df`, `tolerance`, `weigh`, `resample`, `progress`: as in `predict`.
+        floating point numbers of any shape, always the same, by JAX operations. `field_at` and `trajectory_at` make
+        the usual ones.
+    - `method`: where the draws come from, as in `predict`: `Linearized()`: function(θ*) + J (θ − θ*) with J its
+        Jacobian; `Geodesic()`, `Sampled()`: the function at draws of θ.
+    - `num_samples`, `key`, `weigh`, `resample`, `progress`: as in `predict`.
 
     **Returns:** `FunctionPredictions`.
 
@@ -78,108 +82,27 @@ def predict_function(
 
     The linearized covariance J Λ⁻¹ Jᵀ is known as the delta method.
     """
-    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, weigh, resample, progress, key)
-    if not callable(function):
-        raise LaplodeError(f"`function` must be callable as function(model), got {type(function).__name__}.")
-    return _predict(function, posterior, sampling, key)
-
-
-def predict_field(
-    posterior: AbstractPosterior,
-    states: Any,
-    ts: Any = 0.0,
-    args: PyTree = None,
-    *,
-    method: str = "linearized",
-    num_samples: int = 1000,
-    key: PRNGKeyArray,
-    proposal: str = "gaussian",
-    df: float = 5.0,
-    tolerance: float = TOLERANCE,
-    weigh: bool | None = None,
-    resample: bool = False,
-    progress: bool = True,
-) -> FunctionPredictions:
-    """The vector field of a `NeuralODE` under the posterior, at states and times of your choice.
-
-    **Arguments:**
-
-    - `posterior`: from `laplace` or `mixture`, of a `NeuralODE`.
-    - `states`: (G, D), such as the points of a grid in the phase plane.
-    - `ts`: times, one for all states or one each, (G,).
-    - `args`: as in `Trajectories`, with leading axis G.
-    - `method`, `num_samples`, `key`, `proposal`, `df`, `tolerance`, `weigh`, `resample`, `progress`: as in `predict`.
-
-    **Returns:** `FunctionPredictions` of dy/dt, shape (G, D), in units of the state per unit of time.
-
-    **Raises:** `LaplodeError` and warns as `predict_function` does; and raises it when the model is no `NeuralODE`.
-    """
-    sampling = Sampling.of(posterior, method, num_samples, proposal, df, tolerance, weigh, resample, progress, key)
-    model = posterior.parameters.model
-    if not isinstance(model, NeuralODE):
-        raise LaplodeError(
-            f"`posterior` is of a {type(model).__name__}, whose vector field laplode does not know: only a NeuralODE "
-            "has one. For a function of your model there is laplode.predict_function."
-        )
-    states = check_initial_state("states", states, np.shape(states)[0] if np.ndim(states) > 1 else 1)
-    ts = np.asarray(ts, dtype=float)
-    if ts.shape not in ((), (len(states),)) or not np.all(np.isfinite(ts)):
-        raise LaplodeError(
-            f"`ts` must be one finite time, or one for each of the G = {len(states)} states; got shape {ts.shape}."
-        )
-    args = check_args("args", args, len(states))
-    data = posterior.problem.data
-    if args is None and data.args is not None:
-        raise LaplodeError("`args` is missing: the data came with args, so the vector field needs them.")
-    ts = np.broadcast_to(ts, len(states)).copy()
-    return _predict(_Field(ts, states, args), posterior, sampling, key)
-
-
-class _Field(eqx.Module):
-    """model ↦ its vector field at states."""
-
-    ts: Float[np.ndarray, " G"]
-    states: Float[np.ndarray, "G D"]
-    args: PyTree
-
-    def __call__(self, model: NeuralODE) -> Float[Array, "G D"]:
-        return jax.vmap(model.vector_field)(self.ts, self.states, self.args)
-
-
-def _predict(
-    function: Callable[[Any], Any], posterior: AbstractPosterior, sampling: Sampling, key: PRNGKeyArray
-) -> FunctionPredictions:
-    maps = [OfModel(component.parameters, function) for component in posterior.components]
-    at_means = [value_at_mean(each, "function") for each in maps]
-    drawn = draw(posterior, sampling, key)
-    if sampling.method.linear:
-        jacobians = [linearize(each)[1] for each in maps]
-        change = lambda i, thetas: (thetas - posterior.components[i].mean) @ jacobians[i].T
-        at_draws = lambda i, thetas: at_means[i] + change(i, thetas).reshape(-1, *at_means[i].shape)
-    else:
-        jacobians = []
-        label = "Evaluating at draws" if sampling.progress else None
-        at_draws = lambda i, thetas: in_batches(lambda some: _at(maps[i], some), thetas, label)
-    draws = over_components(at_draws, drawn.component, drawn.thetas)
-    ok = drawn.ok & jnp.all(jnp.isfinite(draws.reshape(len(draws), -1)), axis=1)
-    num_ok, failed = int(jnp.sum(ok)), int(jnp.sum(drawn.ok & ~ok))
+    how: AbstractMethod = strategy("method", method, AbstractMethod, METHODS)
+    num_samples, weigh = check_draws(posterior, how, num_samples, key, weigh, resample)
+    of = of_posterior("function", function, posterior)
+    mean = value_at_mean(of, "function")
+    drawn = draw(posterior, how, key, num_samples, weigh=weigh, resample=resample, progress=progress)
+    draws, closed_form = how.values(posterior, of, drawn.thetas, progress=progress)
+    ok = drawn.ok & jnp.all(jnp.isfinite(draws.reshape(num_samples, -1)), axis=1)
     draws = jnp.where(ok.reshape(-1, *[1] * (draws.ndim - 1)), draws, jnp.nan)
-    if sampling.method.linear:
-        mean = mixed_mean(posterior.weights, at_means)
-        roots = [_root(c, jacobian) for c, jacobian in zip(posterior.components, jacobians, strict=True)]
-        root = mixed_root(posterior.weights, at_means, roots)
+    if isinstance(closed_form, LinearFunction):
+        std = closed_form.std
     else:
+        num_ok = int(jnp.sum(ok))
         if num_ok < 2:
-            raise LaplodeError(f"`function` is finite at {num_ok} of {len(ok)} draws: too few for a covariance.")
-        mean = jnp.mean(draws[ok], axis=0)
-        root = (draws[ok] - mean).reshape(num_ok, -1).T / np.sqrt(num_ok - 1)
-    if failed:
+            raise LaplodeError(f"`function` is finite at {num_ok} of {num_samples} draws: too few for a covariance.")
+        mean, std = jnp.mean(draws[ok], axis=0), jnp.std(draws[ok], axis=0, ddof=1)
+    if failed := int(jnp.sum(drawn.ok & ~ok)):
         warnings.warn(
-            f"`function` is not finite at {failed} of {len(ok)} draws (`.ok` says which; they are NaN).",
+            f"`function` is not finite at {failed} of {num_samples} draws (`.ok` says which; they are NaN).",
             LaplodeWarning,
-            stacklevel=3,
+            stacklevel=2,
         )
-    std = jnp.sqrt(jnp.sum(root**2, axis=1)).reshape(mean.shape)
     return FunctionPredictions(
         mean=mean,
         std=std,
@@ -188,15 +111,15 @@ def _predict(
         ok=ok,
         log_weights=drawn.log_weights,
         khat=drawn.khat,
-        method=sampling.name,
-        _root=root,
+        method=how.name,
+        _closed_form=closed_form,
     )
 
 
 def value_at_mean(function: OfModel, name: str) -> Float[Array, "..."]:
     """The function of the fitted model, or a `LaplodeError` about the argument `name`."""
     try:
-        value = jnp.asarray(_at(function, function.parameters.vector[None])[0])
+        value = jnp.asarray(evaluate(function, function.parameters.vector))
     except LaplodeError:
         raise
     except Exception as error:
@@ -208,13 +131,122 @@ def value_at_mean(function: OfModel, name: str) -> Float[Array, "..."]:
     return value
 
 
-def _root(posterior: Posterior, jacobian: Float[Array, "M P"]) -> Float[Array, "M M"]:
-    """A root of J Λ⁻¹ Jᵀ."""
-    covariance = posterior.structure.predictive_covariance(jacobian)
-    eigenvalues, vectors = jnp.linalg.eigh((covariance + covariance.T) / 2)
-    return vectors * jnp.sqrt(jnp.maximum(eigenvalues, 0))
+# ---- Functions of the model that are often wanted
 
 
-@eqx.filter_jit
-def _at(function: OfModel, thetas: Float[Array, "B P"]) -> Float[Array, "B ..."]:
-    return jax.vmap(function)(thetas)
+class field_at(eqx.Module):
+    """The vector field of a `NeuralODE` at states and times of your choice, as a function of the model.
+
+    ```python
+    predict_function(posterior, field_at(states), key=key)
+    ```
+
+    **Arguments:**
+
+    - `states`: (G, D), such as the points of a grid in the phase plane.
+    - `ts`: times, one for all states or one each, (G,).
+    - `args`: as in `Trajectories`, with leading axis G.
+
+    **Returns:** what a `NeuralODE` is called with for dy/dt, (G, D), in units of the state per unit of time.
+
+    **Raises:** `LaplodeError` when shapes do not fit, or, called, when the model is no `NeuralODE`.
+    """
+
+    states: Float[np.ndarray, "G D"]
+    ts: Float[np.ndarray, " G"]
+    args: PyTree
+
+    def __init__(self, states: Any, ts: Any = 0.0, args: PyTree = None):
+        self.states = real_array("states", states)
+        if self.states.ndim != 2 or not np.all(np.isfinite(self.states)):
+            raise LaplodeError(f"`states` must be finite and of shape (G, D), got shape {self.states.shape}.")
+        num = len(self.states)
+        ts = real_array("ts", ts, "times")
+        if ts.shape not in ((), (num,)) or not np.all(np.isfinite(ts)):
+            raise LaplodeError(
+                f"`ts` must be one finite time, or one for each of the G = {num} states; got shape {ts.shape}."
+            )
+        self.ts, self.args = np.broadcast_to(ts, num).copy(), check_args("args", args, num)
+
+    def __call__(self, model: Any) -> Float[Array, "G D"]:
+        if not isinstance(model, NeuralODE):
+            raise LaplodeError(
+                f"`field_at`: the model is a {type(model).__name__}, whose vector field laplode does not know: only a "
+                "NeuralODE has one. Give a function of your own model instead."
+            )
+        return jax.vmap(model.vector_field)(self.ts, self.states, self.args)
+
+
+class trajectory_at(eqx.Module):
+    """What the model predicts of one of the data's trajectories, as a function of the model: a forecast, say.
+
+    ```python
+    predict_function(posterior, trajectory_at(25.0, channel=1), key=key)
+    ```
+
+    **Arguments:**
+
+    - `t`: a time, or several, (T,), increasing; not before the trajectory's first.
+    - `channel`: its number.
+    - `trajectory`: its number.
+
+    **Returns:** a function for `predict_function` and others of a posterior: a number, or (T,), noise-free.
+
+    **Raises:** `LaplodeError` when an argument is of the wrong kind, or, with the data at hand, does not fit.
+    """
+
+    t: Float[np.ndarray, "..."]
+    channel: int = eqx.field(static=True)
+    trajectory: int = eqx.field(static=True)
+
+    def __init__(self, t: Any, channel: int, trajectory: int = 0):
+        self.t = real_array("t", t, "times")
+        if self.t.ndim > 1 or self.t.size == 0 or not np.all(np.isfinite(self.t)) or np.any(np.diff(self.t) <= 0):
+            raise LaplodeError(f"`t` must be a finite time, or increasing times of shape (T,); got {t!r}.")
+        self.channel = check_count("channel", channel, 0)
+        self.trajectory = check_count("trajectory", trajectory, 0)
+
+    def of_data(self, data: Trajectories) -> "_TrajectoryOf":
+        """The same, with the initial state and the args of its trajectory."""
+        num, _, channels = data.ys.shape
+        for name, value, limit in (("channel", self.channel, channels), ("trajectory", self.trajectory, num)):
+            if value >= limit:
+                raise LaplodeError(f"`{name}` = {value}, but the data have {limit}, numbered from 0.")
+        some = slice(self.trajectory, self.trajectory + 1)
+        start, times = data.ts[some, :1], np.atleast_1d(self.t)[None]
+        if times[0, 0] < start[0, 0]:
+            raise LaplodeError(f"`t` = {times[0, 0]:g} is before the trajectory's first time, {start[0, 0]:g}.")
+        ts = times if times[0, 0] == start[0, 0] and times.size > 1 else np.concatenate([start, times], axis=1)
+        if ts[0, 0] == ts[0, 1]:
+            raise LaplodeError(f"`t` = {times[0, 0]:g} is the time of the initial state: give a later one.")
+        y0 = None if data.y0 is None else data.y0[some]
+        args = jax.tree.map(lambda x: x[some], data.args)
+        return _TrajectoryOf(ts, y0, args, len(data.ts), self)
+
+
+class _TrajectoryOf(eqx.Module):
+    ts: Float[np.ndarray, "1 T"]
+    y0: Float[np.ndarray, "1 D"] | None
+    args: PyTree
+    num: int = eqx.field(static=True)
+    wanted: trajectory_at
+
+    def __call__(self, model: Any) -> Float[Array, "..."]:
+        one = self.wanted.trajectory
+        y0 = starts(model, self.y0, self.num)
+        y0 = y0 if y0 is self.y0 else y0[one : one + 1]
+        inputs = jax.tree.map(jnp.asarray, (self.ts, y0, self.args))
+        values = predict_trajectories(model, *inputs)[0, :, self.wanted.channel]
+        return values[-self.wanted.t.size :].reshape(self.wanted.t.shape)
+
+
+def of_posterior(name: str, function: Any, posterior: Posterior) -> OfModel:
+    """A function of the model as one of θ; one that is about the posterior's data is handed them.
+
+    **Raises:** `LaplodeError` about the argument `name` when it is none.
+    """
+    if isinstance(function, trajectory_at):
+        return OfModel(posterior.parameters, function.of_data(posterior.problem.data))
+    if not callable(function):
+        raise LaplodeError(f"`{name}` must be callable as {name}(model), got {type(function).__name__}.")
+    return OfModel(posterior.parameters, function)

@@ -15,7 +15,8 @@ import math
 import os
 import re
 import threading
-from typing import NamedTuple
+import warnings
+from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -26,10 +27,60 @@ from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
 from .._devices import everywhere, num_devices, over_rows
-from .surface import Surface, _damped_solve, _num_predictions, _Origin, _solved
+from .._errors import LaplodeWarning
+from .method import Proposal, check_df, check_number, straight, straight_log_density
+from .sampled import AbstractSolved
+from .surface import Surface, _damped_solve, _num_predictions, _Origin, _solved, log_volume
 
-# How near to the nearest point is near enough, in posterior standard deviations.
-TOLERANCE = 0.3
+
+class Geodesic(AbstractSolved):
+    """The ODE solved at draws of θ that keep to the data.
+
+    Each follows, to second order, the geodesic that leaves θ* with a velocity drawn from the posterior. For a neural
+    field a draw takes about a hundred Jacobians.
+
+    **Arguments:**
+
+    - `tolerance`: in posterior standard deviations: the search for a draw ends where its next step would be shorter, or
+        the last has gained less than this squared, in nats.
+    - `df`: None for velocities from the posterior; or the degrees of freedom of the multivariate t distribution with
+        scale matrix Λ⁻¹ to draw them from instead, whose tails cover more: for draws that are weighed.
+
+    **Raises:** `LaplodeError` when a number is not positive.
+
+    The metric G = Λ0 + Jᵀ R J is that of the surface X(θ) = (Λ0^½ θ, R^½ g(θ)), where g is the prediction of the data
+    in the coordinate in which its Fisher information R is constant, J = ∂g/∂θ, and Λ0 the prior's precision. For a
+    user's own distribution, which names no such coordinate, R is that at θ*. With v from the posterior, a geodesic draw
+    is the point of the surface nearest to X(θ*) + X'(θ*) v: a projective retraction, which has the geodesic's velocity
+    and acceleration at θ*. It is found by Levenberg-Marquardt steps while the target moves along this line. The density
+    is
+    log q(θ) = log q(v) + log |det (X'ᵀ X' + Σ r_i X_i'')| − log |det X'(θ)ᵀ X'(θ*)|, r = X(θ) − X(θ*) − X'(θ*) v,
+    from which the sum is left out where there are more than 32 parameters.
+
+    Yu et al. (2024), "Riemannian Laplace approximation with the Fisher metric"; Absil and Malick (2012),
+    "Projection-like retractions on matrix manifolds".
+    """
+
+    tolerance: float = 0.3
+    df: float | None = None
+
+    name: ClassVar[str] = "geodesic"
+
+    def __check_init__(self):
+        check_number("tolerance", self.tolerance)
+        check_df(self.df)
+
+    def propose(self, posterior, key, num, *, mesh, progress):
+        ends = straight(posterior, self.df, key, num)
+        surface, mean = Surface.of(posterior), posterior.mean
+        found = follow(surface, mean, ends - mean, self.tolerance, progress=progress, mesh=mesh)
+        thetas = jnp.asarray(found.thetas)
+        _warn_of_failures(found)
+
+        def log_density():
+            return straight_log_density(posterior, self.df, ends) + log_volume(surface, mean, ends - mean, thetas)
+
+        return Proposal(thetas, jnp.asarray(found.ok), log_density)
 
 
 # Draws that a worker looks for together at most, and the bytes of Jacobians that all of them may take.
@@ -262,3 +313,14 @@ def _num_workers(surface: Surface, num: int, mesh: Mesh | None) -> int:
         return 1
     solve = jax.make_jaxpr(surface.flow.solved)(surface.flow.parameters.vector)
     return 1 if _FACTORS.search(str(solve)) else most
+
+
+def _warn_of_failures(ends: Ends) -> None:
+    if np.all(ends.ok):
+        return
+    warnings.warn(
+        f"{np.sum(~ends.ok)} of {len(ends.ok)} geodesic draws did not arrive (`.ok` says which): they were given up "
+        f"after {np.max(ends.attempts)} attempted steps, as at the edge of what the model or the likelihood allows.",
+        LaplodeWarning,
+        stacklevel=5,
+    )

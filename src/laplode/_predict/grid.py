@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._errors import LaplodeError
 from .._model.own import predicted_shape
-from .._posterior.posterior import AbstractPosterior
+from .._posterior.posterior import Posterior
 from .._problem.data import check_args, check_initial_state, check_solvable, check_times
 from .start import UncertainStart
 
@@ -33,7 +33,7 @@ class Grid(eqx.Module):
         return jnp.zeros((num, 0)) if self.start is None else self.start.sample(key, num)
 
     @classmethod
-    def of(cls, posterior: AbstractPosterior, ts: Any, y0: Any, args: PyTree) -> "Grid":
+    def of(cls, posterior: Posterior, ts: Any, y0: Any, args: PyTree) -> "Grid":
         data = posterior.problem.data
         ts = check_times("ts", ts)
         if y0 is not None:

@@ -1,8 +1,9 @@
 """Importance weights, and how far to trust them."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
 # Fewer draws than these have no tail to which a Pareto distribution could be fitted.
 _FEWEST_TO_SMOOTH = 25
@@ -44,3 +45,14 @@ def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> 
 def khat_threshold(num_samples: int) -> float:
     """The k̂ above which S importance weights cannot be trusted: min(1 − 1/log10(S), 0.7)."""
     return min(1 - 1 / np.log10(max(num_samples, 2)), 0.7)
+
+
+def resampled(log_weights: Float[Array, " S"], key: PRNGKeyArray) -> Array:
+    """Indices of as many draws, by systematic resampling: each as often as its weight says, give or take one.
+
+    Copies stand beside each other, so that an effective sample size sees them.
+    """
+    num = len(log_weights)
+    total = jnp.cumsum(jnp.exp(log_weights))
+    marks = (jnp.arange(num) + jax.random.uniform(key)) / num * total[-1]
+    return jnp.searchsorted(total, marks, side="right")

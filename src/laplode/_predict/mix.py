@@ -1,163 +1,129 @@
-"""Several optima as one posterior."""
+"""Predictions from several posteriors as one."""
 
-import itertools
-from collections.abc import Sequence
-from typing import NoReturn
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from .._checks import real_array
 from .._errors import LaplodeError
-from .._model.parameters import Parameters
-from .._posterior.posterior import AbstractPosterior, Diagnostics, Posterior
-from .._problem.problem import Problem
-from .._solve.maps import evaluate
-
-# Two posteriors are of the same optimum when they agree to this, in nats and in the noise of an observation.
-_SAME = 1e-2
+from .predictions import AbstractClosedForm, Predictions
 
 
-class MixturePosterior(AbstractPosterior):
-    """θ ~ Σ_c weight_c Normal(mean_c, Λ_c⁻¹): the Laplace approximations around several optima.
+class Mixed(AbstractClosedForm):
+    """The closed form of predictions that were mixed."""
 
-    Made by `mixture`. `components` are the posteriors, the heaviest first, `log_weights` the logarithms of their
-    weights (C,). What belongs to one model (`parameters`, `problem`, `diagnostics`) is that of the heaviest.
-    """
+    parts: tuple[AbstractClosedForm, ...]
+    weights: Float[np.ndarray, " C"]
+    means: Float[Array, "C N T K"]
 
-    components: tuple[Posterior, ...]
-    log_weights: Float[Array, " C"]
-
-    @property
-    def parameters(self) -> Parameters:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Those of the heaviest component."""
-        return self.components[0].parameters
-
-    @property
-    def problem(self) -> Problem:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """That of the heaviest component."""
-        return self.components[0].problem
-
-    @property
-    def diagnostics(self) -> Diagnostics:
-        """Those of the heaviest component."""
-        return self.components[0].diagnostics
-
-    @property
-    def mean(self) -> Float[Array, " P"]:
-        """The mean of θ, shape (P,): between the optima, where no model need be."""
-        return self.weights @ jnp.stack([c.mean for c in self.components])
-
-    @property
-    def log_evidence(self) -> Float[Array, ""]:
-        """log Σ p(Y, near optimum c), in nats."""
-        return jax.scipy.special.logsumexp(jnp.stack([c.log_evidence for c in self.components]))
-
-    def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
-        """Draw `n` parameter vectors, shape (n, P)."""
-        key_choice, *keys = jax.random.split(key, len(self.components) + 1)
-        chosen = self.choose(key_choice, n)
-        draws = np.empty((n, self.size))
-        for c, (component, key) in enumerate(zip(self.components, keys, strict=True)):
-            places = np.flatnonzero(chosen == c)
-            if places.size:
-                draws[places] = component.sample(key, places.size)
-        return jnp.asarray(draws)
-
-    def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
-        """The log density at `theta`, in nats."""
-        each = jnp.stack([c.log_prob(theta) for c in self.components], axis=-1)
-        return jax.scipy.special.logsumexp(each + self.log_weights, axis=-1)
-
-    def as_prior(self) -> NoReturn:
-        """Refused: a prior is one Gaussian.
-
-        **Raises:** `LaplodeError`, with what to do instead.
-        """
-        raise LaplodeError(
-            "A mixture can't be the prior of further data, which is one Gaussian: take one of its `.components`, "
-            "`posterior.components[0].as_prior()`, or update each and mix them again."
-        )
-
-    def covariance(self) -> Float[Array, "P P"]:
-        """The covariance within the components and between them."""
-        offsets = jnp.stack([c.mean for c in self.components]) - self.mean
-        within = [w * c.covariance() for w, c in zip(self.weights, self.components, strict=True)]
-        return sum(within, (offsets.T * self.weights) @ offsets)
-
-    def precision(self) -> Float[Array, "P P"]:
-        """The inverse of the covariance."""
-        return jnp.linalg.inv(self.covariance())
-
-    def marginal_std(self) -> Float[Array, " P"]:
-        """The standard deviation of each parameter, shape (P,)."""
-        offsets = jnp.stack([c.mean for c in self.components]) - self.mean
-        within = jnp.stack([c.structure.variance() for c in self.components])
-        return jnp.sqrt(self.weights @ (within + offsets**2))
+    def covariance(self) -> Float[Array, "N TK TK"]:
+        """The covariance within the parts and between them."""
+        mean, total = jnp.tensordot(self.weights, self.means, 1), jnp.zeros(())
+        for weight, part, own in zip(self.weights, self.parts, self.means, strict=True):
+            offset = (own - mean).reshape(len(mean), -1)
+            total += weight * (part.covariance() + offset[:, :, None] * offset[:, None, :])
+        return total
 
 
-def mixture(posteriors: Sequence[Posterior], weights: Sequence[float] | None = None) -> MixturePosterior:
-    """Laplace approximations around several optima of one model, from restarts of its fit, as one posterior.
+def mix(predictions: Sequence[Predictions] | Mapping[str, Predictions], log_weights: Any) -> Predictions:
+    """Predictions of several posteriors, as of restarts of a fit or of several models, as one.
 
     ```python
-    fit = laplode.fit(model, problem, optimizer, steps=2000, key=key, restarts=5)
-    optima = [laplode.refine(model, fit.problem).model for model in fit.restarts]
-    posterior = laplode.mixture([laplode.laplace(model, fit.problem) for model in optima])
+    posteriors = {f"restart {i}": laplode.laplace(model, problem) for i, model in enumerate(optima)}
+    parts = {name: laplode.predict(posterior, ts, key=key) for name, posterior in posteriors.items()}
+    mixed = laplode.mix(parts, laplode.compare_evidence(posteriors)["log_weight"])
     ```
 
     **Arguments:**
 
-    - `posteriors`: of the same data and the same parameters. Those of an optimum that is there already (or of its
-        mirror image, hidden units exchanged) are left out: found twice, it is no more probable.
-    - `weights`: their probabilities, up to a factor; by default their evidence.
+    - `predictions`: of the same times and the same number of draws, as a list or by name.
+    - `log_weights`: the logarithms of their probabilities, up to a constant, (C,), −∞ for none; or by name, such as the
+        column "log_weight" of `compare_evidence`, where an optimum that was found twice counts once.
 
-    **Returns:** a `MixturePosterior`, which `predict` takes too.
+    **Returns:** `Predictions` with as many draws as each of them, each part with a share of them by its weight. The
+    choice depends on the weights alone, so that a forecast mixed by the same ones has the same draws. `mean` is the
+    weighted mean, `khat` the worst of those with a weight, and importance weights are those of a part times its share.
 
-    **Raises:** `LaplodeError` when the posteriors are not of the same data and parameters, or weights are negative.
+    **Raises:** `LaplodeError` when predictions differ in times, channels, parameters or draws, or weights do not fit.
     """
-    if not isinstance(posteriors, Sequence) or not posteriors:
-        raise LaplodeError("`posteriors` must be a list of posteriors from laplode.laplace, and not empty.")
-    for i, posterior in enumerate(posteriors):
-        if not isinstance(posterior, Posterior):
-            got = type(posterior).__name__
-            raise LaplodeError(f"`posteriors`[{i}] must come from laplode.laplace, got {got}.")
-        first = posteriors[0]
-        data, other = first.problem.data, posterior.problem.data
-        if not eqx.tree_equal((data.ts, data.ys, data.y0), (other.ts, other.ys, other.y0)):
-            # NaN marks what is missing on both sides, and equals nothing.
-            same = data.ys.shape == other.ys.shape and np.array_equal(data.ys, other.ys, equal_nan=True)
-            if not same or not np.array_equal(data.ts, other.ts):
-                raise LaplodeError(f"`posteriors`[{i}] is of other data than the first.")
-        if [leaf[:2] for leaf in posterior.parameters.leaves] != [leaf[:2] for leaf in first.parameters.leaves]:
-            raise LaplodeError(
-                f"`posteriors`[{i}] has other parameters than the first: a mixture is over optima of one model. "
-                "Compare different models by laplode.compare_evidence."
-            )
-    if weights is None:
-        log_weights = np.array([float(p.log_evidence) for p in posteriors])
-    else:
-        given = real_array("weights", weights)
-        if given.shape != (len(posteriors),) or not np.all(given >= 0) or not 0 < np.sum(given) < np.inf:
-            raise LaplodeError(
-                f"`weights` must be {len(posteriors)} numbers of at least 0, one for each posterior; got {weights!r}."
-            )
-        with np.errstate(divide="ignore"):
-            log_weights = np.log(given)
-    kept = [int(i) for i in np.argsort(-log_weights, kind="stable") if np.isfinite(log_weights[i])]
-    twins = {j for i, j in itertools.combinations(kept, 2) if weights is None and _same(posteriors[i], posteriors[j])}
-    kept = [i for i in kept if i not in twins]
-    found = log_weights[kept] - np.logaddexp.reduce(log_weights[kept])
-    components = tuple(posteriors[i] for i in kept)
-    return MixturePosterior(components, jnp.asarray(found))  # pyright: ignore[reportCallIssue]
+    if isinstance(predictions, Mapping):
+        try:
+            log_weights = [float(log_weights[name]) for name in predictions]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise LaplodeError("`log_weights` must have a number for each name in `predictions`.") from None
+        predictions = list(predictions.values())
+    if not isinstance(predictions, Sequence) or not predictions:
+        raise LaplodeError("`predictions` must be a list of predictions from laplode.predict, and not empty.")
+    for i, part in enumerate(predictions):
+        _check_alike(predictions[0], part, i)
+    logs = real_array("log_weights", log_weights)
+    if logs.shape != (len(predictions),) or np.any(np.isnan(logs) | (logs == np.inf)) or np.all(np.isneginf(logs)):
+        raise LaplodeError(
+            f"`log_weights` must be {len(predictions)} logarithms of weights, one for each of the predictions, not all "
+            f"of them −∞; got {log_weights!r}."
+        )
+    shares = np.exp(logs - np.logaddexp.reduce(logs))
+    weights, parts = shares[shares > 0], [part for part, share in zip(predictions, shares, strict=True) if share > 0]
+    which = _allotted(weights, len(parts[0].ok))
+    every = np.arange(len(which))
+
+    def chosen(name: str) -> Array | None:
+        """Of each draw what its own part has at its place, so that no two come from the same random numbers."""
+        leaves = [getattr(part, name) for part in parts]
+        return None if any(leaf is None for leaf in leaves) else jnp.stack(leaves)[which, every]
+
+    closed_forms, means = [part._closed_form for part in parts], jnp.stack([part.mean for part in parts])
+    log_weights, khats = chosen("log_weights"), [part.khat for part in parts if part.khat is not None]
+    return dataclasses.replace(
+        parts[0],
+        mean=jnp.tensordot(weights, means, 1),
+        **{name: chosen(name) for name in _OF_DRAWS},
+        log_weights=None if log_weights is None else _shared(log_weights, which, weights),
+        khat=max(khats) if len(khats) == len(parts) else None,
+        method=", ".join(dict.fromkeys(part.method for part in parts)),
+        key=None,
+        _closed_form=None if None in closed_forms else Mixed(tuple(closed_forms), weights, means),
+    )
 
 
-def _same(one: Posterior, other: Posterior) -> bool:
-    """Whether two posteriors are of the same optimum, up to its symmetries."""
-    apart = lambda a, b: abs(float(a) - float(b)) > _SAME
-    if apart(one.log_evidence, other.log_evidence) or apart(one.log_joint, other.log_joint):
-        return False
-    f, g = (evaluate(p.flow, p.mean) for p in (one, other))
-    return not np.any(np.sqrt(one.problem.information(f)) * np.abs(f - g) > _SAME)
+# Fields with an entry for each draw, beside importance weights.
+_OF_DRAWS = ("f", "y", "scale", "thetas", "ok", "log_p", "log_q", "log_likelihood", "y0")
+
+
+def _check_alike(first: Any, part: Any, i: int) -> None:
+    if not isinstance(part, Predictions):
+        raise LaplodeError(f"`predictions`[{i}] must come from laplode.predict, got {type(part).__name__}.")
+    if part.ts.shape != first.ts.shape or not np.array_equal(part.ts, first.ts):
+        raise LaplodeError(f"`predictions`[{i}] is at other times than the first.")
+    forms = [(each.f.shape[1:], each.thetas.shape[1], each.observed_grid) for each in (part, first)]
+    if forms[0] != forms[1]:
+        raise LaplodeError(
+            f"`predictions`[{i}] is of other channels, parameters or initial states than the first: mixed are "
+            "predictions of one model, from posteriors around several optima."
+        )
+    if len(part.ok) != len(first.ok):
+        raise LaplodeError(
+            f"`predictions`[{i}] has {len(part.ok)} draws, but the first has {len(first.ok)}: take one `num_samples`."
+        )
+
+
+def _allotted(weights: Float[np.ndarray, " C"], num: int) -> Int[np.ndarray, " num"]:
+    """Which part each draw is from: each has its share, give or take one draw, evenly spread over all draws."""
+    counts = np.diff(np.round(num * np.cumsum(weights)), prepend=0).astype(int)
+    places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count])
+    return np.repeat(np.arange(len(weights)), counts)[np.argsort(places, kind="stable")]
+
+
+def _shared(log_weights: Float[Array, " S"], which: Int[np.ndarray, " S"], weights: Float[np.ndarray, " C"]):
+    """Normalized within each part, and scaled by its share."""
+    logs = np.asarray(log_weights).copy()
+    for c, weight in enumerate(weights):
+        own = which == c
+        total = np.logaddexp.reduce(logs[own], initial=-np.inf)
+        if np.isfinite(total):
+            logs[own] += np.log(weight) - total
+    return jnp.asarray(logs - np.logaddexp.reduce(logs))

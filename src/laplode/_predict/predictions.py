@@ -1,27 +1,46 @@
 """What predictions are."""
 
-from typing import Any
+import abc
+from typing import Any, NoReturn
 
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._checks import real_array
 from .._errors import LaplodeError
 from .._problem.likelihood import AbstractLikelihood
 
 
+class AbstractClosedForm(eqx.Module):
+    """What linearized predictions know of their distribution beside draws."""
+
+    @abc.abstractmethod
+    def covariance(self) -> Float[Array, "... M M"]:
+        """The covariance of the noise-free predictions, computed now."""
+
+
+class NotSaved(AbstractClosedForm):
+    """The closed form of predictions that were read from a file, which doesn't hold it."""
+
+    def covariance(self) -> NoReturn:
+        """**Raises:** `LaplodeError`, always."""
+        raise LaplodeError(
+            "`covariance()` comes from the posterior, which is not in a file of predictions: predict again, or save "
+            "the covariance as an array of its own."
+        )
+
+
 class Predictions(eqx.Module):
     """Trajectories drawn from a posterior.
 
     - `ts`: times, (N, T).
-    - `mean`: the prediction at the posterior mean θ*, (N, T, K); of a mixture the weighted mean of its components'.
+    - `mean`: the prediction at the posterior mean θ*, (N, T, K).
     - `f`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
     - `y`: the same with observation noise, (S, N, T, K).
     - `scale`: where the model predicts the noise scale (or concentration), draws of it, (S, N, T, K); else None.
     - `thetas`: the parameter vectors of the draws, (S, P); of a geodesic draw that did not arrive, the last it reached.
-    - `component`: which component of a mixture each draw is from, (S,); zeros without one.
     - `ok`: False for draws that did not arrive or whose solve failed, or that the likelihood can't have (negative under
         LogNormal), (S,).
     - `log_p`, `log_q`: of each draw, the log joint density log p(Y, θ) and the log density it was drawn from, (S,);
@@ -29,6 +48,9 @@ class Predictions(eqx.Module):
     - `log_weights`, `khat`: Pareto smoothed log importance weights (S,), normalized, and their Pareto k̂ (Vehtari et
         al., 2024): above min(1 − 1/log10(S), 0.7) the draws do not represent the posterior; None unless asked for.
         After resampling the weights are equal, and k̂ is that of the draws before it.
+    - `log_likelihood`: of each draw, log p(y | f) of each observation (S, N, T, K), in nats, NaN where it is missing;
+        None unless the times and initial states are those of the data.
+    - `method`: "linearized", "geodesic", "sampled", or "nuts".
     - `observed_grid`: whether the times and initial states are those of the data.
     - `key`: the random key that was given.
     - `y0`: the initial states of the draws, (S, N, D), where they are uncertain; else None.
@@ -40,24 +62,38 @@ class Predictions(eqx.Module):
     y: Float[Array, "S N T K"]
     scale: Float[Array, "S N T K"] | None
     thetas: Float[Array, "S P"]
-    component: Int[np.ndarray, " S"]
     ok: Bool[Array, " S"]
     log_p: Float[Array, " S"] | None
     log_q: Float[Array, " S"] | None
     log_weights: Float[Array, " S"] | None
     khat: float | None
+    log_likelihood: Float[Array, "S N T K"] | None
     method: str = eqx.field(static=True)
     observed_grid: bool = eqx.field(static=True)
-    _root: Float[Array, "N TK R"] | None
+    _closed_form: AbstractClosedForm | None
     key: PRNGKeyArray | None = None
     y0: Float[Array, "S N D"] | None = None
 
-    @property
-    def predictions(self) -> Float[Array, "S N T F"]:
-        """`f`, with the logarithms of `scale` after it where there are any: what the likelihood takes."""
-        if self.scale is None:
-            return self.f
-        return jnp.concatenate([self.f, jnp.log(self.scale)], axis=-1)
+    def interval(self, prob: float = 0.9, *, noise: bool = True) -> tuple[Float[np.ndarray, "N T K"], ...]:
+        """The central interval of the draws at each time, each value for itself.
+
+        **Arguments:**
+
+        - `prob`: the probability inside; half of the rest lies below, half above.
+        - `noise`: whether it is of observations, `y`, or of the noise-free prediction, `f`.
+
+        **Returns:** its ends `(lower, upper)`, (N, T, K) each, by the quantiles of the draws that are `ok`, equally
+        weighted: predict with `resample=True` where they are to be weighted.
+
+        **Raises:** `LaplodeError` when `prob` is not between 0 and 1, or no draw is `ok`.
+        """
+        if not isinstance(prob, float | np.floating) or not 0 < prob < 1:
+            raise LaplodeError(f"`prob` must lie between 0 and 1, got {prob!r}.")
+        draws = np.asarray(self.y if noise else self.f)[np.asarray(self.ok)]
+        if not len(draws):
+            raise LaplodeError("`interval()`: none of the draws has a finite trajectory.")
+        lower, upper = np.quantile(draws, [(1 - prob) / 2, (1 + prob) / 2], axis=0)
+        return lower, upper
 
     def interval(
         self, prob: float = 0.9, *, noise: bool = False
@@ -81,24 +117,25 @@ class Predictions(eqx.Module):
         """The joint covariance J Λ⁻¹ Jᵀ over times and channels of each trajectory, (N, T·K, T·K), times outermost.
 
         In the units of the prediction and to first order in θ − θ*, exact for a linear model. Observation noise is not
-        included. Of a mixture that within its components and that between them. Of an uncertain initial state there
-        is (∂f/∂y0) Cov[y0] (∂f/∂y0)ᵀ more.
+        included. Of mixed predictions it is that within each of them and that between them. Of an uncertain initial
+        state there is (∂f/∂y0) Cov[y0] (∂f/∂y0)ᵀ more. It is computed at each call, from a Jacobian of its own.
 
         **Raises:** `LaplodeError` unless the predictions were linearized.
         """
-        if self._root is None:
+        if self._closed_form is None:
             raise LaplodeError(
                 f'`covariance()` is the closed form of method="linearized"; these are draws of method="{self.method}", '
                 "whose covariance is that of `.f` over its first axis."
             )
-        return jnp.einsum("nar,nbr->nab", self._root, self._root)
+        return self._closed_form.covariance()
 
 
-def _parts(predictions: Float[Array, "S N T F"], predictive: Float[Array, "S N T K"]) -> dict[str, Any]:
-    channels = predictive.shape[-1]
+def parts(predictions: Float[Array, "S N T F"], y: Float[Array, "S N T K"]) -> dict[str, Any]:
+    """`f`, `y` and `scale`, of what the likelihood takes and of what it makes of that."""
+    channels = y.shape[-1]
     log_scale = predictions[..., channels:]
     scale = jnp.exp(log_scale) if log_scale.shape[-1] else None
-    return {"f": predictions[..., :channels], "y": predictive, "scale": scale}
+    return {"f": predictions[..., :channels], "y": y, "scale": scale}
 
 
 @eqx.filter_jit
@@ -111,3 +148,9 @@ def with_noise(
     ok = ok & jnp.all(allowed, axis=(1, 2, 3))
     keep = lambda x: jnp.where(ok[:, None, None, None], x, jnp.nan)
     return ok, keep(predictions), keep(likelihood.sample(key, predictions))
+
+
+@eqx.filter_jit
+def pointwise(likelihood: AbstractLikelihood, predictions: Float[Array, "S N T F"], ys: Float[Array, "N T K"]):
+    """log p(y | f) of each draw and observation, (S, N, T, K), in nats; NaN where the observation is missing."""
+    return likelihood.log_prob(predictions, ys)

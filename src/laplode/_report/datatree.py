@@ -4,7 +4,7 @@ ArviZ 0.23 (`arviz.preview`, Python 3.11) and ArviZ 1.x are both made of arviz-b
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -20,8 +20,7 @@ from .._errors import LaplodeError, LaplodeWarning, choose
 from .._fit.result import Fit
 from .._model.neural_ode import NeuralODE
 from .._model.parameters import Parameters
-from .._posterior.posterior import AbstractPosterior
-from .._predict.draws import over_components
+from .._posterior.posterior import Posterior
 from .._predict.predictions import Predictions, with_noise
 from .._predict.solves import in_batches, solve_at
 from .._problem.data import Trajectories
@@ -45,7 +44,7 @@ _BLOCK = 2**24
 
 
 def to_datatree(
-    posterior: AbstractPosterior,
+    posterior: Posterior,
     *predictions: Predictions,
     fit: Fit | Sequence[Fit] | None = None,
     key: PRNGKeyArray | None = None,
@@ -61,8 +60,7 @@ def to_datatree(
     - `posterior`: draws of the parameters, one variable a leaf, named by its path in the model.
     - `posterior_predictive` and `log_likelihood`: of predictions at the observed times.
     - `predictions` and `predictions_constant_data`: of predictions elsewhere.
-    - `sample_stats`: solver success and, where they were computed, `log_p`, `log_q` and `log_weights`; of a mixture
-        also `component`.
+    - `sample_stats`: solver success and, where they were computed, `log_p`, `log_q` and `log_weights`.
     - `prior`: draws of the prior, when `key` is given, and `prior_predictive`: their trajectories at the observed
         times.
     - `observed_data`, `constant_data`.
@@ -80,7 +78,7 @@ def to_datatree(
 
     **Arguments:**
 
-    - `posterior`: from `laplace` or `mixture`.
+    - `posterior`: from `laplace`.
     - `predictions`: from `predict`; at most one on the observed times and one elsewhere, of the same draws.
     - `fit`: from `fit` or `refine`, or several in the order in which they were run.
     - `key`: a JAX random key, for draws of the prior, and of the posterior when no predictions are given.
@@ -100,10 +98,8 @@ def to_datatree(
     **Raises:** `LaplodeError` when several predictions compete for a group, or names do not fit. Warns
     (`LaplodeWarning`) when draws without a solution are left out.
     """
-    if not isinstance(posterior, AbstractPosterior):
-        raise LaplodeError(
-            f"`posterior` must come from laplode.laplace or laplode.mixture, got {type(posterior).__name__}."
-        )
+    if not isinstance(posterior, Posterior):
+        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     sets = {name: (given,) if isinstance(given, Predictions) else given for name, given in named.items()}
     for name, given in (("predictions", predictions), *sets.items()):
         _check_predictions(name, given)
@@ -195,7 +191,7 @@ class Layout(NamedTuple):
     attrs: dict[str, Any]
 
     @classmethod
-    def of(cls, posterior: AbstractPosterior, parameters: str, coords: dict[str, Any]) -> "Layout":
+    def of(cls, posterior: Posterior, parameters: str, coords: dict[str, Any]) -> "Layout":
         """`parameters` is "all" or "layers"; `coords` holds trajectory and channel, and state where there is one."""
         attrs = {"inference_library": "laplode", "inference_library_version": version("laplode")}
         model = posterior.parameters.model
@@ -210,7 +206,7 @@ class Layout(NamedTuple):
         return cls(parameters, dims, {**coords, "statistic": ["mean", "std", "norm"]}, attrs)
 
 
-def check_coords(coords: Mapping[str, Sequence[Any]], posterior: AbstractPosterior) -> dict[str, Any]:
+def check_coords(coords: Mapping[str, Sequence[Any]], posterior: Posterior) -> dict[str, Any]:
     """Names, given or numbered, of trajectories, channels and states.
 
     **Raises:** `LaplodeError` when they do not fit.
@@ -241,25 +237,17 @@ def _time_coords(ts: Float[np.ndarray, "N T"]) -> dict[str, Any]:
     return {"time": ts[0] if shared else np.arange(ts.shape[1])}
 
 
-def posterior_attrs(posterior: AbstractPosterior) -> dict[str, Any]:
+def posterior_attrs(posterior: Posterior) -> dict[str, Any]:
     """What a posterior is and how it was found, as attributes that any file format takes."""
-    components = posterior.components
-    diagnostics = [component.diagnostics for component in components]
+    diagnostics = posterior.diagnostics
     return {
-        "curvature": _different(component.method.curvature for component in components),
-        "structure": _different(
-            type(component.structure).__name__.removesuffix("Precision") for component in components
-        ),
-        "num_components": len(components),
-        "regularization": _different("none" if d.regularized is None else d.regularized.kind for d in diagnostics),
-        "newton_decrement": max(float(d.newton_decrement) for d in diagnostics),
-        "effective_dof": float(diagnostics[0].effective_dof),
+        "curvature": posterior.method.curvature,
+        "structure": type(posterior.structure).__name__.removesuffix("Precision"),
+        "regularization": "none" if diagnostics.regularized is None else diagnostics.regularized.kind,
+        "newton_decrement": float(diagnostics.newton_decrement),
+        "effective_dof": float(diagnostics.effective_dof),
         "num_parameters": posterior.size,
     }
-
-
-def _different(names: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(names))
 
 
 def _key_attrs(key: PRNGKeyArray | None) -> dict[str, Any]:
@@ -349,7 +337,7 @@ def _constant(ts: Float[np.ndarray, "N T"], y0: Any, layout: Layout) -> xr.Datas
 
 
 def _predicted(
-    posterior: AbstractPosterior, predictions: Sequence[Predictions], layout: Layout, basis: dict[str, Any]
+    posterior: Posterior, predictions: Sequence[Predictions], layout: Layout, basis: dict[str, Any]
 ) -> dict[str, xr.Dataset]:
     """The groups that predictions of the same draws make."""
     first = predictions[0]
@@ -372,8 +360,6 @@ def _predicted(
     stats = {"success": kept(first.ok)}
     if weighed is not None:
         stats |= {name: kept(getattr(weighed, name)) for name in ("log_p", "log_q", "log_weights")}
-    if len(posterior.components) > 1:
-        stats["component"] = kept(first.component)
     values = summarize(posterior.parameters, kept(first.thetas), layout)
     groups = {
         "posterior": parameter_group(values, layout, attrs),
@@ -385,7 +371,7 @@ def _predicted(
 
 
 def _of(
-    posterior: AbstractPosterior,
+    posterior: Posterior,
     item: Predictions,
     chained: Callable[[Any], Any],
     layout: Layout,
@@ -398,7 +384,7 @@ def _of(
     if item.observed_grid:
         return {
             "posterior_predictive": predictive_group(draws, item.ts, layout, attrs),
-            "log_likelihood": log_likelihood_group(chained(_log_prob(posterior, item)), data, layout, attrs),
+            "log_likelihood": log_likelihood_group(chained(np.asarray(item.log_likelihood)), data, layout, attrs),
         }
     same = item.ts.shape[0] == data.ts.shape[0]
     coords = {name: of for name, of in layout.coords.items() if same or name != "trajectory"}
@@ -410,7 +396,7 @@ def _of(
 
 
 def chains_to_datatree(
-    posterior: AbstractPosterior,
+    posterior: Posterior,
     predictions: Sequence[Predictions],
     stats: Mapping[str, np.ndarray],
     attrs: dict[str, Any],
@@ -438,13 +424,6 @@ def chains_to_datatree(
     return xr.DataTree.from_dict(groups)
 
 
-def _log_prob(posterior: AbstractPosterior, item: Predictions) -> Float[np.ndarray, "S N T K"]:
-    likelihoods = [component.problem.likelihood for component in posterior.components]
-    ys = jnp.asarray(posterior.problem.data.ys)
-    log_prob = lambda i, predictions: likelihoods[i].log_prob(predictions, ys)
-    return np.asarray(over_components(log_prob, item.component, item.predictions))
-
-
 def _blocks(
     draw: Callable[[PRNGKeyArray, int], Array], key: PRNGKeyArray, num: int, size: int
 ) -> Iterator[tuple[Float[Array, "B P"], PRNGKeyArray]]:
@@ -467,7 +446,7 @@ def _prior(posterior, layout, attrs, key, num, push, progress) -> dict[str, xr.D
     for thetas, key_noise in _blocks(draw, jax.random.fold_in(key, 0), num, view.size):
         parts.append(summarize(view, thetas[None], layout))
         if push:
-            solve = lambda some: solve_at(posterior.components[0], data.ts, data.y0, data.args, some)
+            solve = lambda some: solve_at(posterior, data.ts, data.y0, data.args, some)
             f = in_batches(solve, thetas, "Solving at draws of the prior" if progress else None)
             trajectories.append(with_noise(problem.likelihood, f, jnp.ones(len(f), bool), key_noise))
     groups = {"prior": parameter_group(_joined(parts), layout, attrs)}

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .._checks import check_count, check_flag, check_key, check_x64, real_array
 from .._errors import LaplodeError, LaplodeWarning, choose
-from .._posterior.posterior import AbstractPosterior, Posterior
+from .._posterior.posterior import Posterior
 from .._predict.grid import Grid
 from .._predict.predict import predict_at
 from .._predict.solves import advice, log_joint_at
@@ -55,7 +55,7 @@ _WALL, _OUTSIDE = 1e200, 1e100
 
 
 def nuts(
-    posterior: AbstractPosterior,
+    posterior: Posterior,
     ts: Any = None,
     y0: Any = None,
     args: PyTree = None,
@@ -76,20 +76,19 @@ def nuts(
     """Draws from the exact posterior p(θ | Y) by NumPyro's NUTS, to hold a Laplace approximation against.
 
     The density is log p(Y | θ) + log p(θ) with the model's own adaptive solve in it, differentiated in reverse; where
-    the solve fails it is −∞. Chains move in z, θ = start + C z with C Cᵀ = Λ⁻¹ of the Laplace posterior (the heaviest
-    component of a mixture), in which it is a standard normal if the approximation is right.
+    the solve fails it is −∞. Chains move in z, θ = start + C z with C Cᵀ = Λ⁻¹ of the Laplace posterior, in
+    which it is a standard normal if the approximation is right.
 
     **Arguments:**
 
-    - `posterior`: from `laplace` or `mixture`. Of a mixture whose components differ in noise or prior, those of the
-        heaviest hold.
+    - `posterior`: from `laplace`.
     - `ts`, `y0`, `args`: as in `predict`, for a group `predictions`; None for none.
     - `key`: a JAX random key.
     - `num_warmup`, `num_samples`, `num_chains`: transitions of each chain to adapt in, and to keep; how many chains.
     - `target_accept_prob`, `max_tree_depth`, `dense_mass`: as in `numpyro.infer.NUTS`. A transition takes up to
         2 ** max_tree_depth − 1 gradients. The mass matrix is that of z.
     - `starts`: where chains start, (num_chains, P); by default at draws 1.5 times as wide as the Laplace posterior,
-        around the modes of a mixture by weight, drawn toward the mode until their density is not much lower than there.
+        drawn toward its mode until their density is not much lower than there.
     - `chain_method`: "vectorized": all chains at once, each transition as long as the longest of them; "sequential".
     - `num_prior`: how many draws of the prior to add, as the group `prior`.
     - `coords`: names for "trajectory" and "channel", as in `to_datatree`.
@@ -109,10 +108,8 @@ def nuts(
     and localization: an improved R̂".
     """
     check_x64()
-    if not isinstance(posterior, AbstractPosterior):
-        raise LaplodeError(
-            f"`posterior` must come from laplode.laplace or laplode.mixture, got {type(posterior).__name__}."
-        )
+    if not isinstance(posterior, Posterior):
+        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     counts = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains}
     for name, value in (counts | {"max_tree_depth": max_tree_depth}).items():
         check_count(name, value)
@@ -128,17 +125,10 @@ def nuts(
     if ts is None and not (y0 is None and args is None):
         raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
     elsewhere = None if ts is None else Grid.of(posterior, ts, y0, args)
-    if not posterior.components[0].flow.has_reverse():
+    if not posterior.flow.has_reverse():
         raise LaplodeError(
             "`posterior` is of a model that can't be differentiated in reverse, which NUTS needs. Inside it, solve "
             "with Diffrax's default adjoint, or with adjoint=diffrax.DirectAdjoint()."
-        )
-    if len(posterior.components) > 1 and not _of_one_problem(posterior):
-        warnings.warn(
-            "The components of the mixture differ in noise or prior, so that there is no one exact posterior: NUTS "
-            "takes those of the heaviest.",
-            LaplodeWarning,
-            stacklevel=2,
         )
 
     key_starts, key_chains, key_here, key_elsewhere, key_prior = jax.random.split(key, 5)
@@ -161,11 +151,10 @@ def nuts(
         )
     trace: _Trace = jax.tree.map(lambda *x: np.concatenate([a[:done] for a in x], axis=1).swapaxes(0, 1), *parts)
 
-    component = target.posterior
     thetas = jnp.asarray(trace.theta).reshape(-1, posterior.size)
     options = {"method": "nuts", "progress": progress}
-    predicted = predict_at(component, here, thetas, key=key_here, **options)
-    others = [] if elsewhere is None else [predict_at(component, elsewhere, thetas, key=key_elsewhere, **options)]
+    predicted = predict_at(posterior, here, thetas, key=key_here, **options)
+    others = [] if elsewhere is None else [predict_at(posterior, elsewhere, thetas, key=key_elsewhere, **options)]
     if others and not np.all(others[0].ok):
         warnings.warn(
             f"{int(np.sum(~others[0].ok))} of {len(thetas)} draws have no finite trajectory at `ts`, though they have "
@@ -244,10 +233,10 @@ def _evaluate(target: _Target, starts: Float[Array, "C P"]):
     return jax.vmap(at)(starts)
 
 
-def _begin(posterior: AbstractPosterior, starts: Any, num_chains: int, key: PRNGKeyArray) -> tuple[_Target, _Start]:
+def _begin(posterior: Posterior, starts: Any, num_chains: int, key: PRNGKeyArray) -> tuple[_Target, _Start]:
     """**Raises:** `LaplodeError` when `starts` do not fit, or have no density."""
-    size, components = posterior.size, posterior.components
-    unlimited = _Target(components[0], jnp.array(jnp.inf))
+    size = posterior.size
+    unlimited = _Target(posterior, jnp.array(jnp.inf))
     if starts is not None:
         thetas = real_array("starts", starts)
         if thetas.shape != (num_chains, size) or not np.all(np.isfinite(thetas)):
@@ -257,16 +246,12 @@ def _begin(posterior: AbstractPosterior, starts: Any, num_chains: int, key: PRNG
         thetas = jnp.asarray(thetas)
         values, gradients = _evaluate(unlimited, thetas)
     else:
-        # Systematically, so that of few chains each component has its share.
-        marks = (np.arange(num_chains) + 0.5) / num_chains
-        share = np.searchsorted(np.cumsum(posterior.weights), marks).clip(max=len(components) - 1)
-        modes = jnp.stack([components[i].mean for i in share])
         normals = _OVERDISPERSION * jax.random.normal(key, (num_chains, size))
-        offsets = jnp.stack([components[i].structure.root_product(z) for i, z in zip(share, normals, strict=True)])
-        least = _evaluate(unlimited, modes)[0]
+        offsets = posterior.structure.root_product(normals)
+        least = _evaluate(unlimited, posterior.mean[None])[0]
         scale = np.ones(num_chains)
         for _ in range(_HALVINGS):
-            thetas = modes + scale[:, None] * offsets
+            thetas = posterior.mean + scale[:, None] * offsets
             values, gradients = _evaluate(unlimited, thetas)
             far = ~np.asarray(values < least + 2 * size + 10)
             if not np.any(far):
@@ -280,7 +265,7 @@ def _begin(posterior: AbstractPosterior, starts: Any, num_chains: int, key: PRNG
             "can't have the data."
         )
     ceiling = jnp.max(values) + _DIVERGENCE + 10 * size
-    return _Target(components[0], ceiling), _Start(thetas, values, gradients)
+    return _Target(posterior, ceiling), _Start(thetas, values, gradients)
 
 
 class _Trace(NamedTuple):
@@ -371,12 +356,6 @@ def _run(
     return jax.tree.map(lambda *x: np.concatenate(x), *kept)
 
 
-def _of_one_problem(posterior: AbstractPosterior) -> bool:
-    first, *others = (c.problem for c in posterior.components)
-    kind = lambda problem: (problem.likelihood, problem.prior)
-    return all(bool(eqx.tree_equal(kind(first), kind(other))) for other in others)
-
-
 def _rhat(draws: Float[np.ndarray, "C S ..."]) -> Float[np.ndarray, "..."]:
     """Rank-normalized split r̂ of each value; NaN where no draw differs, or there are fewer than four.
 
@@ -393,7 +372,7 @@ def _largest(rhat: np.ndarray) -> float:
     return float("nan") if np.all(np.isnan(rhat)) else float(np.nanmax(rhat))
 
 
-def _warn(posterior: AbstractPosterior, trace: _Trace, settings: _Settings, rhat: np.ndarray, attrs: dict) -> None:
+def _warn(posterior: Posterior, trace: _Trace, settings: _Settings, rhat: np.ndarray, attrs: dict) -> None:
     if attrs["num_divergences"]:
         warnings.warn(
             f"{attrs['num_divergences']} of {trace.diverging.size} transitions diverged, where the posterior bends "

@@ -24,7 +24,9 @@ from .._files import (
     write,
 )
 from .._fit.result import Fit
-from .._posterior.posterior import AbstractPosterior
+from .._posterior.posterior import Posterior
+from .._predict.function import FunctionPredictions
+from .._predict.predictions import NotSaved, Predictions
 from .._problem.problem import Problem
 
 _MISSING = dataclasses.MISSING
@@ -51,6 +53,8 @@ def save(path: Path, value: Any) -> None:
         raise LaplodeError(
             f"`value` must be a result of laplode, such as a Posterior, a Fit or Predictions; got {name}."
         )
+    if isinstance(value, Predictions | FunctionPredictions) and value._closed_form is not None:
+        value = dataclasses.replace(value, _closed_form=NotSaved())  # it holds the model
     arrays: Arrays = {}
     node = encode(value, name, arrays)
     write(path, {"holds": name, "value": node}, [array for _, array in arrays.values()])
@@ -94,7 +98,7 @@ def load(path: Path, like: Any = None) -> Any:
 
 def _likes(like: Any) -> dict[str, Any]:
     """What code stands in a field of that name: of a result, of its flow, or of its parameters."""
-    if isinstance(like, AbstractPosterior):
+    if isinstance(like, Posterior):
         model, problem = like.parameters.model, like.problem
     elif isinstance(like, Fit):
         model, problem = like.model, like.problem

@@ -12,7 +12,7 @@ from jaxtyping import PRNGKeyArray
 
 from ..._checks import check_count, check_key
 from ..._errors import LaplodeError
-from ..._posterior.posterior import AbstractPosterior
+from ..._posterior.posterior import Posterior
 from ..datatree import to_datatree
 from .shared import _COLORS, _grid, _label, _legend, _put
 
@@ -20,7 +20,7 @@ from .shared import _COLORS, _grid, _label, _legend, _put
 
 
 def plot_marginals(
-    source: xr.DataTree | AbstractPosterior,
+    source: xr.DataTree | Posterior,
     *,
     key: PRNGKeyArray | None = None,
     names: Sequence[str] | None = None,
@@ -49,7 +49,7 @@ def plot_marginals(
     **Raises:** `LaplodeError` when draws are missing, or a name is unknown.
     """
     check_count("num", num)
-    if isinstance(source, AbstractPosterior):
+    if isinstance(source, Posterior):
         if key is None:
             raise LaplodeError("`key` is needed to draw from a posterior.")
         check_key("key", key)

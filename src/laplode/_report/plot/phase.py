@@ -13,8 +13,8 @@ from jaxtyping import Array, Float
 
 from ..._errors import LaplodeError
 from ..._model.neural_ode import NeuralODE, starts
-from ..._posterior.posterior import AbstractPosterior
-from ..._predict.function import predict_field
+from ..._posterior.posterior import Posterior
+from ..._predict.function import field_at, predict_function
 from ..._predict.predictions import Predictions
 from ..._problem.data import Trajectories
 from ..._problem.likelihood import AbstractLikelihood
@@ -24,7 +24,7 @@ from .shared import _COLORS, _broken, _check_prob, _drawing, _grid, _label, _leg
 
 
 def plot_phase(
-    posterior: AbstractPosterior,
+    posterior: Posterior,
     *predictions: Predictions,
     channels: tuple[int, int] = (0, 1),
     trajectory: int = 0,
@@ -45,7 +45,7 @@ def plot_phase(
 
     **Arguments:**
 
-    - `posterior`: from `laplace` or `mixture`.
+    - `posterior`: from `laplace`.
     - `predictions`: from `predict`, on the observed times or others, fine enough to draw lines through.
     - `channels`: which two, horizontal and vertical.
     - `trajectory`: which one, by its number.
@@ -64,7 +64,7 @@ def plot_phase(
     **Raises:** `LaplodeError` when there is nothing to plot, or the vector field was asked for and can't be drawn.
     """
     _check_prob(prob)
-    if not isinstance(posterior, AbstractPosterior):
+    if not isinstance(posterior, Posterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     if not predictions or not all(isinstance(item, Predictions) for item in predictions):
         raise LaplodeError("`predictions` must be some from laplode.predict.")
@@ -164,7 +164,7 @@ _ARROWS = (
 
 
 def _draw_field(
-    plots: PlotCollection, posterior: AbstractPosterior, item: Predictions, trajectory: int, pair: list[int], low, high
+    plots: PlotCollection, posterior: Posterior, item: Predictions, trajectory: int, pair: list[int], low, high
 ) -> list[tuple[str, dict[str, Any]]]:
     model = posterior.parameters.model
     assert isinstance(model, NeuralODE)
@@ -187,7 +187,8 @@ def _draw_field(
     off = np.sum((cells % 1 - 0.5) ** 2, axis=1)
     order = np.argsort(off, kind="stable")
     states = states[order[np.unique(np.floor(cells[order]), axis=0, return_index=True)[1]]]
-    found = predict_field(posterior, states, num_samples=1, key=jax.random.key(0), progress=False)  # no draws are used
+    # No draws are used.
+    found = predict_function(posterior, field_at(states), num_samples=1, key=jax.random.key(0), progress=False)
     ratio = np.linalg.norm(found.std, axis=1) / np.linalg.norm(found.mean, axis=1)
     at, along = jax.vmap(lambda y, dy: jax.jvp(see, (y,), (dy,)))(jnp.asarray(states), found.mean)
     arrows = _arrows(np.asarray(at), np.asarray(along), high - low)

@@ -17,13 +17,13 @@ from ..._algebra.forms import (
     FactoredCurvature,
 )
 from ..._errors import LaplodeError
-from ..._posterior.posterior import AbstractPosterior, Posterior
+from ..._posterior.posterior import Posterior
 from .shared import _COLORS, _GRAY, _grid, _label, _legend, _log_y, _put, _xy
 
 # ---- Spectrum of the curvature
 
 
-def plot_spectrum(posterior: AbstractPosterior, *, axes: Any = None, backend: str | None = None) -> PlotCollection:
+def plot_spectrum(posterior: Posterior, *, axes: Any = None, backend: str | None = None) -> PlotCollection:
     """The eigenvalues of the likelihood's curvature against the precision of the prior.
 
     Eigenvalues above the prior's precision are directions that the data determine. With a prior that is not the same
@@ -32,7 +32,7 @@ def plot_spectrum(posterior: AbstractPosterior, *, axes: Any = None, backend: st
 
     **Arguments:**
 
-    - `posterior`: from `laplace`. Of a mixture, its heaviest component is drawn.
+    - `posterior`: from `laplace`.
     - `axes`: a Matplotlib axis to draw on.
     - `backend`: "matplotlib", "plotly" or "bokeh"; ArviZ's setting by default.
 
@@ -40,9 +40,9 @@ def plot_spectrum(posterior: AbstractPosterior, *, axes: Any = None, backend: st
 
     **Raises:** `LaplodeError` when `posterior` is none, or its prior is the posterior of other data.
     """
-    if not isinstance(posterior, AbstractPosterior):
+    if not isinstance(posterior, Posterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
-    one: Posterior = posterior.components[0]
+    one = posterior
     local = one.problem.prior.local(one.parameters)
     local.refuse_rows("`posterior`", "no one line stands for it. Draw the posterior of all data together.")
     precision = np.asarray(local.precision)

@@ -9,7 +9,7 @@ from arviz_plots import visuals
 from arviz_plots.plot_collection import PlotCollection
 
 from ..._errors import LaplodeError
-from ..._posterior.posterior import AbstractPosterior
+from ..._posterior.posterior import Posterior
 from ..._predict.predictions import Predictions
 from ..._problem.data import Trajectories
 from ..datatree import to_datatree
@@ -19,7 +19,7 @@ from .shared import _COLORS, _GRAY, _check_prob, _grid, _label, _legend, _lines,
 
 
 def plot_trajectories(
-    source: xr.DataTree | AbstractPosterior,
+    source: xr.DataTree | Posterior,
     *predictions: Predictions,
     held_out: Trajectories | None = None,
     prob: float = 0.9,
@@ -53,7 +53,7 @@ def plot_trajectories(
     **Raises:** `LaplodeError` when there is nothing to plot, or a trajectory is unknown.
     """
     _check_prob(prob)
-    tree = to_datatree(source, *predictions) if isinstance(source, AbstractPosterior) else source
+    tree = to_datatree(source, *predictions) if isinstance(source, Posterior) else source
     if not isinstance(tree, xr.DataTree):
         raise LaplodeError(f"`source` must be a DataTree from to_datatree, or a posterior; got {type(tree).__name__}.")
     groups = [name for name in ("posterior_predictive", "predictions") if name in tree.children]
