@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._checks import real_array
 from .._errors import LaplodeError
 from .._problem.likelihood import AbstractLikelihood
 
@@ -94,24 +93,6 @@ class Predictions(eqx.Module):
             raise LaplodeError("`interval()`: none of the draws has a finite trajectory.")
         lower, upper = np.quantile(draws, [(1 - prob) / 2, (1 + prob) / 2], axis=0)
         return lower, upper
-
-    def interval(
-        self, prob: float = 0.9, *, noise: bool = False
-    ) -> tuple[Float[np.ndarray, "N T K"], Float[np.ndarray, "N T K"]]:
-        """The ends of the central interval at each time and channel, from the draws that are `ok`.
-
-        **Arguments:**
-
-        - `prob`: how much of the draws it holds, between 0 and 1.
-        - `noise`: whether it is of new observations (`y`) instead of the noise-free prediction (`f`).
-
-        **Raises:** `LaplodeError` when `prob` does not lie between 0 and 1.
-        """
-        if np.ndim(prob) or not 0 < float(real_array("prob", prob)) < 1:
-            raise LaplodeError(f"`prob` must lie between 0 and 1, got {prob!r}.")
-        draws = np.asarray(self.y if noise else self.f)[np.asarray(self.ok)]
-        low, high = np.quantile(draws, [(1 - prob) / 2, (1 + prob) / 2], axis=0)
-        return low, high
 
     def covariance(self) -> Float[Array, "N TK TK"]:
         """The joint covariance J Λ⁻¹ Jᵀ over times and channels of each trajectory, (N, T·K, T·K), times outermost.
