@@ -162,7 +162,7 @@ def test_log_likelihood_is_that_of_the_noise_free_draws(tree, here, growth):
 
 def test_observations_that_no_draw_changes_have_no_place_in_the_log_likelihood(growth, here, growth_posterior):
     """At the time of a given initial state, say; az.loo finds no tail to fit there."""
-    fixed = eqx.tree_at(lambda p: p.f, here, here.f.at[:, :, 0].set(1.0))
+    fixed = eqx.tree_at(lambda p: p.log_likelihood, here, here.log_likelihood.at[:, :, 0].set(-1.0))
     found = lp.to_datatree(growth_posterior, fixed)["log_likelihood"]["y"]
     assert found.dims == ("chain", "draw", "observation") and found.sizes["observation"] == 32
     assert not np.any(found["time"] == 0.0)

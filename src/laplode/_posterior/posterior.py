@@ -120,7 +120,7 @@ class _Gaussian(dist.Distribution):
         return self.mean_vector + self.structure.root_product(normals)
 
     def log_prob(self, value, intermediates=None):
-        return _log_normal(value - self.mean_vector, self.structure)
+        return _log_normal(value - self.mean_vector, self.structure)  # pyright: ignore[reportArgumentType]
 
     @property
     def mean(self):

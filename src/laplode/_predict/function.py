@@ -201,7 +201,8 @@ class trajectory_at(eqx.Module):
 
     def __init__(self, t: Any, channel: int, trajectory: int = 0):
         self.t = real_array("t", t, "times")
-        if self.t.ndim > 1 or self.t.size == 0 or not np.all(np.isfinite(self.t)) or np.any(np.diff(self.t) <= 0):
+        steps = np.diff(np.atleast_1d(self.t))
+        if self.t.ndim > 1 or self.t.size == 0 or not np.all(np.isfinite(self.t)) or np.any(steps <= 0):
             raise LaplodeError(f"`t` must be a finite time, or increasing times of shape (T,); got {t!r}.")
         self.channel = check_count("channel", channel, 0)
         self.trajectory = check_count("trajectory", trajectory, 0)
@@ -249,4 +250,4 @@ def of_posterior(name: str, function: Any, posterior: Posterior) -> OfModel:
         return OfModel(posterior.parameters, function.of_data(posterior.problem.data))
     if not callable(function):
         raise LaplodeError(f"`{name}` must be callable as {name}(model), got {type(function).__name__}.")
-    return OfModel(posterior.parameters, function)
+    return OfModel(posterior.parameters, function)  # pyright: ignore[reportArgumentType]

@@ -86,7 +86,7 @@ def mix(predictions: Sequence[Predictions] | Mapping[str, Predictions], log_weig
         khat=max(khats) if len(khats) == len(parts) else None,
         method=", ".join(dict.fromkeys(part.method for part in parts)),
         key=None,
-        _closed_form=None if None in closed_forms else Mixed(tuple(closed_forms), weights, means),
+        _closed_form=None if None in closed_forms else Mixed(tuple(closed_forms), weights, means),  # pyright: ignore[reportArgumentType]
     )
 
 

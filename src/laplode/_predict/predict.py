@@ -131,7 +131,7 @@ def _predictions(
     return Predictions(
         ts=grid.ts,
         mean=mean[..., : y.shape[-1]],
-        **parts(predictions, y),
+        **parts(predictions, y),  # pyright: ignore[reportArgumentType]
         **draws._asdict() | {"ok": ok},
         log_likelihood=pointwise(likelihood, predictions, jnp.asarray(data.ys)) if grid.observed else None,
         method=method,

@@ -1,7 +1,5 @@
 """Initial states that are known up to a distribution."""
 
-import dataclasses
-
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +23,7 @@ class _FromState(eqx.Module):
     flow: AbstractFlow
 
     def __call__(self, state: _State) -> Float[Array, "1 T F"]:
-        around = dataclasses.replace(self.flow, y0=state.y0[None])
+        around = self.flow.starting(state.y0[None])
         return around(around.parameters.vector)
 
 

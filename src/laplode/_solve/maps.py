@@ -93,6 +93,10 @@ class AbstractFlow(AbstractMap):
         return predict_trajectories(self.parameters.unravel(theta), self.ts, self.y0, self.args)
 
     @abc.abstractmethod
+    def starting(self, y0: Float[Array, "N D"]) -> "AbstractFlow":
+        """The same map from other initial states."""
+
+    @abc.abstractmethod
     def renewed(self, theta: Float[Array, " P"]) -> "AbstractFlow":
         """The same map around another point, in any transformation."""
 
@@ -165,6 +169,9 @@ class ForeignFlow(AbstractFlow):
     def __call__(self, theta):
         return self.solved(theta)
 
+    def starting(self, y0):
+        return dataclasses.replace(self, y0=y0)
+
     def renewed(self, theta):
         return self
 
@@ -211,6 +218,9 @@ class ReplayedFlow(AbstractFlow):
             view = eqx.tree_at(lambda p: p.selected, self.parameters, self.parameters.with_vector(theta))
             return sensitivity(view, self.steps)
         return super().linearized(theta, route)
+
+    def starting(self, y0):
+        return eqx.tree_at(lambda f: f.steps.y0, self, y0)
 
     def renewed(self, theta):
         """If the solve fails, keep the steps. If it takes more steps than fit, merge neighbors."""
