@@ -23,11 +23,6 @@ DIFFERS = {
         "test_predictions_of_what_nobody_observed[counts-refine ggn-inf]",
         "test_predictions_of_what_nobody_observed[counts-refine ggn-nan]",
     ],
-    "a layer cut off by stop_gradient is still moved by its prior": [
-        "test_a_parameter_that_is_held[stop_gradient-hessian]",
-        "test_a_parameter_that_is_held[stop_gradient-low_rank]",
-        "test_a_parameter_that_is_held[stop_gradient-refine ggn]",
-    ],
     "a scale for every value is not taken yet": [
         "test_a_known_noise_in_several_forms[gaussian-hessian-value]",
         "test_a_known_noise_in_several_forms[chain-ggn-value]",

@@ -50,7 +50,7 @@ KINDS = {
     "problem": [NOTHING, None, 3, lp.Gaussian(1.0), "problem"],
     "data": [NOTHING, None, TS, (TS, TS)],
     "model": [NOTHING, None, 3, jnp.tanh, Silent(), eqx.nn.Lambda(lambda ts, y0: ts["a"])],
-    "where": [3, "rate", [True], lambda m: m.nothing, {"rate": True}],
+    "where": [3, "speed", ["rate", 3], [True], lambda m: m.nothing, {"rate": True}],
     "times": [NOTHING, "now", None, [], 1.0, [0.0, NAN], [1.0, 0.0], [0.0, 0.0], [[[0.0, 1.0]]], [1j, 2j], [0, INF]],
     "bounds": [NOTHING, None, 3.0, (1.0,), (2.0, 1.0), (-1.0, 1.0), (NAN, 1.0), ("a", "b"), (1.0, 2.0, 3.0)],
     "predictions": [NOTHING, 3, "draws", None],

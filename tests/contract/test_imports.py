@@ -38,6 +38,7 @@ ORDER = [
     "_solve/autodiff",
     "_solve/maps",
     "_solve/objective",
+    "_solve/frozen",
     "_curvature/hessian",
     "_curvature/gauss_newton",
     "_curvature/products",

@@ -254,7 +254,7 @@ def test_interruption_returns_the_best_so_far(monkeypatch):
         pytest.param(dict(horizons=()), "`horizons` must be", id="empty"),
         pytest.param(dict(horizons="all"), "`horizons` must be", id="string"),
         pytest.param(dict(horizons=(np.nan, 1.0)), "`horizons` must be", id="nan"),
-        pytest.param(dict(where=lambda m: m.nothing), "`where` must pick nodes", id="where"),
+        pytest.param(dict(where=lambda m: m.nothing), "`where` must be a function that picks nodes", id="where"),
         pytest.param(
             dict(restarts=2, initialize=lambda key: Decay(jnp.ones(2))), "`initialize` returns", id="initialize"
         ),

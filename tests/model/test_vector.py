@@ -282,3 +282,45 @@ def test_prior_prefix_for_a_model_with_functions_in_it():
 def test_prior_that_does_not_fit(precision, match):
     with pytest.raises(lp.LaplodeError, match=f"`precision`.*{match}"):
         precision_of(precision)
+
+
+# ---- Selection by name
+
+
+def test_where_takes_names():
+    for where in ("layers[1]", ["layers[1].bias", "layers[1].weight"], ("layers[1]",)):
+        assert [leaf[0] for leaf in parameters(Stack(), where).leaves] == ["layers[1].weight", "layers[1].bias"]
+    with pytest.raises(lp.LaplodeError, match=r"`where` must be.*KeyError: 'layer'.*layers\[0\].weight"):
+        parameters(Stack(), ["gain", "layer"])
+
+
+def test_without_some_leaves():
+    view = parameters(mixed()).without(["bias"])
+    assert [leaf[0] for leaf in view.leaves] == ["weight", "table"]
+    model = view.unravel(view.vector + 1)
+    assert model.bias == 3.0 and model.activation is jnp.tanh
+    np.testing.assert_array_equal(model.table, [6.0, 7.0])
+    assert [leaf[0] for leaf in parameters(mixed(), view.where).leaves] == ["weight", "table"]
+
+
+# ---- What is no parameter
+
+
+def test_one_array_in_two_places_is_two_parameters():
+    class Pair(eqx.Module):
+        a: jax.Array
+        b: jax.Array
+
+    shared = jnp.ones(2)
+    with pytest.warns(lp.LaplodeWarning, match="several places of `model`, a, b: these are different parameters"):
+        assert parameters(Pair(shared, shared)).size == 4
+    parameters(Pair(shared, jnp.ones(2)))
+
+
+def test_running_statistics_are_no_parameters():
+    class Normed(eqx.Module):
+        norm: eqx.nn.BatchNorm
+        state: eqx.nn.State
+
+    model = Normed(*eqx.nn.make_with_state(eqx.nn.BatchNorm)(2, axis_name="batch", mode="ema"))
+    assert [leaf[0] for leaf in parameters(model).leaves] == ["norm.weight", "norm.bias"]

@@ -367,7 +367,7 @@ def small_problem(**arguments):
         (dict(regularization="ridge"), '`regularization` must be one of "clip", "abs", "jitter", "none".*\'ridge\''),
         (dict(batch_size=0), "`batch_size` must be a positive integer"),
         (dict(batch_size=1.5), "`batch_size` must be a positive integer"),
-        (dict(where=lambda m: m.vector_field.v), "`where` must pick nodes"),
+        (dict(where=lambda m: m.vector_field.v), "`where` must be a function that picks nodes"),
         (dict(where="w"), "`where` must be"),
     ],
 )

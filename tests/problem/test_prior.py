@@ -152,6 +152,31 @@ def test_the_prior_looks_like_the_gaussian_that_touches_it():
     np.testing.assert_allclose(density(batch), [density(row) for row in batch], rtol=1e-12)
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1e6, 1e12])
+@pytest.mark.parametrize("make", [lambda unit: dist.Normal(0.0, 3 * unit), lambda unit: dist.Cauchy(0.0, 0.3 * unit)])
+def test_a_prior_is_the_same_in_every_unit(unit, make):
+    """A Cauchy prior bends upward at the value; a wide normal one has next to no curvature in a large unit."""
+
+    def local(unit):
+        prior = lp.NamedPriors({"amount": make(unit)}, rest=1.0)
+        return prior.local(parameters(eqx.tree_at(lambda m: m.amount, MODEL, MODEL.amount * unit), None, prior))
+
+    here, there = local(1.0), local(unit)
+    for name in ("precision", "deficit", "gradient"):
+        power = 1 if name == "gradient" else 2
+        expected = np.asarray(getattr(here, name)[3:]) / unit**power
+        np.testing.assert_allclose(getattr(there, name)[3:], expected, rtol=1e-10)
+    assert np.all(there.precision > 0)
+
+
+def test_a_flat_prior_has_a_metric():
+    """No curvature, no slope: the precision is on the scale of the value, and the deficit takes all of it away."""
+    prior = lp.NamedPriors({"amount": dist.ImproperUniform(dist.constraints.real, (), ())}, rest=1.0)
+    local = prior.local(parameters(MODEL, None, prior))
+    np.testing.assert_allclose(local.precision[3:], 1 / MODEL.amount**2, rtol=1e-12)
+    np.testing.assert_array_equal(local.diagonal[3:], 0)
+
+
 def test_draws_of_the_prior():
     view = parameters(MODEL, None, NAMED)
     draws = NAMED.sample(view, KEY, 4000)

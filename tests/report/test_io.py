@@ -19,6 +19,7 @@ import numpy as np
 import numpyro.distributions as dist
 import optax
 import pytest
+from numpyro.distributions.transforms import AffineTransform, ExpTransform
 
 import laplode as lp
 from laplode._curvature.hessian import Work, hessian, over_rows
@@ -130,6 +131,12 @@ PRIORS = [
     dist.InverseGamma(2.0, 1.5), dist.LogUniform(0.1, 4.0), dist.StudentT(4.5, 0.3, 1.7), dist.Weibull(1.7, 2.3),
     dist.Kumaraswamy(2.1, 3.2), dist.HalfCauchy(1.5), dist.AsymmetricLaplace(0.3, 1.7, 1.4), dist.Chi2(4.5),
     dist.Pareto(0.3, 1.9), dist.TruncatedNormal(0.2, 1.0, low=0.1, high=4.0), dist.Gumbel(0.3, 1.7),
+    dist.AsymmetricLaplaceQuantile(0.3, 1.5, 0.7), dist.BetaProportion(0.3, 4.0), dist.Cauchy(0.3, 2.0),
+    dist.DoublyTruncatedPowerLaw(-1.5, 0.05, 2.0), dist.Exponential(0.7), dist.Gompertz(2.0, 0.5),
+    dist.Laplace(0.3, 2.0), dist.Levy(0.01, 2.0), dist.Logistic(0.3, 2.0), dist.LowerTruncatedPowerLaw(-1.5, 0.05),
+    dist.RelaxedBernoulliLogits(0.7, 0.3), dist.SoftLaplace(0.3, 2.0), dist.VonMises(0.3, 2.0),
+    dist.TruncatedDistribution(dist.Laplace(0.3, 2.0), high=3.0),
+    dist.TransformedDistribution(dist.StudentT(3.0, 0.5, 2.0), [AffineTransform(0.2, 0.6), ExpTransform()]),
 ]  # fmt: skip
 IN_ANOTHER_PROCESS = """
 import sys, jax

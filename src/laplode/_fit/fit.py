@@ -22,7 +22,7 @@ from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
 from .._problem.scale import AbstractScaleLikelihood
 from .._solve.maps import ForeignFlow
-from .._solve.objective import NegativeLogJoint
+from .._solve.objective import NegativeLogLikelihood
 from .result import Fit
 
 # Optimization steps between two looks at the loss.
@@ -298,17 +298,25 @@ def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: 
     """`num` steps of every restart."""
     data = problem.data
 
-    def loss(trainable):
+    def likelihood(trainable):
         selected, scaled = _split(problem, trainable)
         here = Parameters(selected, view.rest, view.transforms)
         theta = here.vector
         # The plain solve, with Diffrax's own reverse mode: its steps adapt as the parameters move.
         y0 = jax.tree.map(jnp.asarray, starts(here.model, data.y0, len(data.ts)))
         flow = ForeignFlow(here, jnp.asarray(data.ts), y0, data.args)
-        return NegativeLogJoint(flow, scaled)(theta)
+        return NegativeLogLikelihood(flow, scaled)(theta)
+
+    def prior(trainable):
+        here = Parameters(_split(problem, trainable)[0], view.rest, view.transforms)
+        return -problem.prior.log_density(here, here.vector)
 
     def step(i, state: _State) -> _State:
-        value, gradient = jax.value_and_grad(loss)(state.trainable)
+        value, gradient = jax.value_and_grad(likelihood)(state.trainable)
+        more, pull = jax.value_and_grad(prior)(state.trainable)
+        # What the data do not see, as behind `stop_gradient`, the prior does not move either.
+        seen = lambda slope, pull: slope + jnp.where(jnp.any(slope != 0), pull, 0)
+        value, gradient = value + more, jax.tree.map(seen, gradient, pull)
         finite = jnp.isfinite(value)
         for leaf in jax.tree.leaves(gradient):
             finite &= jnp.all(jnp.isfinite(leaf))

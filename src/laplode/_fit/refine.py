@@ -19,6 +19,7 @@ from .._errors import LaplodeError, LaplodeWarning, choose
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem, check_scale
+from .._solve.frozen import unfrozen
 from .._solve.maps import AbstractFlow, flow, linearize
 from .._solve.objective import NegativeLogJoint
 from .result import Fit
@@ -100,6 +101,10 @@ def refine(
     if exact:
         start.flow.check_second_order()
     route = start.flow.jacobian_route()
+    seen = jnp.max(jnp.abs(_linearized(start.flow, problem, route).jacobian), axis=0)
+    inferred = unfrozen(start.flow, problem, seen)
+    if inferred is not start.flow:
+        start = point = _Point.at(inferred.parameters, problem)
     bent = point.flow.has_second_pushforward()
     rippled = not point.flow.is_frozen
     best, since_best = point, 0

@@ -1,6 +1,7 @@
 """A model's parameters as a vector: which they are, their names, and the way back."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffrax
@@ -13,15 +14,17 @@ from jaxtyping import Array, Float, PyTree
 from numpyro.distributions.transforms import Transform
 
 from .._checks import in_float, is_real_array
-from .._errors import LaplodeError
-from .._problem.prior import AbstractPrior
+from .._errors import LaplodeError, LaplodeWarning
+from .._problem.prior import AbstractPrior, is_at
 from .neural_ode import NeuralODE
 
-Where = Callable[[Any], Any] | PyTree[bool] | None
+Where = Callable[[Any], Any] | PyTree[bool] | str | list[str] | tuple[str, ...] | None
 
 
-# How a solve is done is not what is inferred, whatever arrays its settings hold.
+# How a solve is done is not what is inferred, whatever arrays its settings hold; nor are running statistics.
 _SETTINGS = (
+    eqx.nn.State,
+    eqx.nn.StateIndex,
     diffrax.AbstractSolver,
     diffrax.AbstractStepSizeController,
     diffrax.AbstractAdjoint,
@@ -43,25 +46,35 @@ def _selected(model: PyTree, where: Where) -> PyTree[bool]:
     spec = all_parameters(model)
     if where is None:
         return spec
-    if callable(where) and not isinstance(where, eqx.Module):
-        nothing = jax.tree.map(lambda _: False, spec)
-        try:
-            chosen = eqx.tree_at(where, nothing, replace_fn=lambda node: jax.tree.map(lambda _: True, node))
-        except Exception as error:
-            raise LaplodeError(
-                "`where` must pick nodes of the model, as in where=lambda m: m.vector_field.layers[-1] or "
-                f"where=lambda m: (m.a, m.b); it failed with {type(error).__name__}: {error}"
-            ) from error
-        return jax.tree.map(lambda a, b: a and b, spec, chosen)
+    paths = [where] if isinstance(where, str) else where
     try:
+        if isinstance(paths, list | tuple) and paths and all(isinstance(path, str) for path in paths):
+            return _at_paths(spec, paths)
+        if callable(where) and not isinstance(where, eqx.Module):
+            nothing = jax.tree.map(lambda _: False, spec)
+            chosen = eqx.tree_at(where, nothing, replace_fn=lambda node: jax.tree.map(lambda _: True, node))
+            return jax.tree.map(lambda a, b: a and b, spec, chosen)
         if not all(isinstance(leaf, bool | np.bool_) for leaf in jax.tree.leaves(where)):
-            raise TypeError(f"it holds {jax.tree.leaves(where)[0]!r}.")
+            raise TypeError(f"it holds {jax.tree.leaves(where)[0]!r}")
         return jax.tree.map(lambda w, sub: jax.tree.map(lambda s: bool(w) and s, sub), where, spec)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # whatever a function of the user's raises
+        names = ", ".join(name for name, leaf in _named_leaves(spec) if leaf)
         raise LaplodeError(
-            "`where` must be a function that picks nodes of the model, or a pytree prefix of the model holding "
-            f"True and False; {error}"
+            "`where` must be a function that picks nodes of the model, as in where=lambda m: m.vector_field.layers[-1] "
+            'or where=lambda m: (m.a, m.b); names of parameters, as in where=["vector_field.rate"]; or a pytree prefix '
+            f"of the model holding True and False. It failed with {type(error).__name__}: {error}. The parameters are: "
+            f"{names}."
         ) from error
+
+
+def _at_paths(spec: PyTree[bool], paths: Sequence[str]) -> PyTree[bool]:
+    names = [name for name, leaf in _named_leaves(spec) if leaf]
+    for path in paths:
+        if not any(is_at(name, path) for name in names):
+            raise KeyError(path)
+    leaves, structure = jax.tree.flatten(spec)
+    chosen = [any(is_at(name, path) for path in paths) for name, _ in _named_leaves(spec)]
+    return jax.tree.unflatten(structure, [a and b for a, b in zip(leaves, chosen, strict=True)])
 
 
 class Parameters(eqx.Module):
@@ -118,6 +131,16 @@ class Parameters(eqx.Module):
     def with_vector(self, theta: Float[Array, " P"]) -> PyTree:
         """`theta` in the form of `selected`."""
         return ravel_pytree(self.selected)[1](theta)
+
+    def without(self, names: Sequence[str]) -> "Parameters":
+        """The same model with the leaves of these names among what stays fixed."""
+        chosen = [name not in names for name, _ in _named_leaves(self.selected)]
+        kept = jax.tree.unflatten(jax.tree.structure(self.selected), chosen)
+        is_missing = lambda leaf: leaf is None
+        where = jax.tree.map(lambda leaf: leaf is True, kept, is_leaf=is_missing)
+        selected = jax.tree.map(lambda leaf, k: leaf if k else None, self.selected, where, is_leaf=is_missing)
+        transforms = tuple(t for t, keep in zip(self.transforms, chosen, strict=True) if keep)
+        return Parameters(selected, eqx.partition(self.model, where)[1], transforms)
 
     @property
     def model(self) -> Any:
@@ -191,8 +214,11 @@ def parameters(model: Any, where: Where = None, prior: AbstractPrior | None = No
     **Arguments:**
 
     - `model`: an `eqx.Module`. Solvers and step size controllers in it hold no parameters.
-    - `where`: None for all; a function that picks nodes, as in `eqx.tree_at`; or a pytree prefix of True and False.
+    - `where`: None for all; a function that picks nodes, as in `eqx.tree_at`; names of leaves, or of nodes that hold
+        them, as `NamedPriors` takes; or a pytree prefix of True and False.
     - `prior`: whose named distributions say which parameters are constrained; a posterior's, those that it had.
+
+    Warns (`LaplodeWarning`) when two leaves are one array, since they are two parameters from here on.
 
     **Raises:** `LaplodeError` when nothing is selected, a parameter is complex or not finite, or the prior does not fit
     the model.
@@ -209,6 +235,7 @@ def parameters(model: Any, where: Where = None, prior: AbstractPrior | None = No
         raise LaplodeError(
             "`where` selects no parameter: none of the chosen leaves is an array of floating point numbers."
         )
+    _warn_of_one_array(eqx.filter(model, spec))
     for name, leaf in named:
         if jnp.iscomplexobj(leaf):
             raise LaplodeError(f"`model` has a complex parameter, {name}: split it into its real and imaginary parts.")
@@ -232,3 +259,18 @@ def parameters(model: Any, where: Where = None, prior: AbstractPrior | None = No
 
 def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path).lstrip("."), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _warn_of_one_array(selected: PyTree) -> None:
+    places: dict[int, list[str]] = {}
+    for name, leaf in _named_leaves(selected):
+        places.setdefault(id(leaf), []).append(name)
+    for names in places.values():
+        if len(names) > 1:
+            warnings.warn(
+                f"One array stands in several places of `model`, {', '.join(names)}: these are different parameters, "
+                "which need not stay equal. To tie them, hold the array once, or use eqx.nn.Shared; to have them apart "
+                "without this warning, copy it.",
+                LaplodeWarning,
+                stacklevel=4,
+            )

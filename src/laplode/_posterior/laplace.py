@@ -21,6 +21,7 @@ from .._files import Checkpoint, Path, check_path
 from .._model.parameters import Parameters, Where
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
+from .._solve.frozen import unfrozen
 from .._solve.maps import AbstractFlow, evaluate, flow
 from .._solve.objective import value_and_gradient
 from .estimate import _LOW_RANK, _STRUCTURES, _curvature, _estimate, _plan, _sizes
@@ -94,6 +95,10 @@ def laplace(
     around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
     nll, nll_gradient = value_and_gradient(around, problem)
     _check_finite(nll, nll_gradient, around, problem)
+    inferred = unfrozen(around, problem, nll_gradient)
+    if inferred is not around:
+        around = inferred
+        nll, nll_gradient = value_and_gradient(around, problem)
     if progress:
         tqdm.write(str(_estimate(plan, around, problem)))
     saved = None if checkpoint is None else _checkpoint(checkpoint, around, problem, nll, method, num_devices(devices))
