@@ -32,6 +32,7 @@ ORDER = [
     "_model/neural_ode",
     "_model/own",
     "_model/parameters",
+    "_model/given",
     "_solve/replay",
     "_solve/sensitivity",
     "_solve/second_order",

@@ -1,7 +1,6 @@
 """Gauss-Newton and empirical Fisher matrices, as factors."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -20,7 +19,7 @@ def ggn(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> Facto
 def fisher(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredCurvature:
     """The empirical Fisher matrix Σ_m s_m s_mᵀ, s_m the gradient of the log-likelihood of observation m."""
     predictions, jacobian = linearize(flow, mesh=mesh)
-    return _factored(problem, jacobian, problem.likelihood.score(predictions, jnp.asarray(problem.data.ys)) ** 2)
+    return _factored(problem, jacobian, problem.likelihood.score(predictions, problem.ys) ** 2)
 
 
 def _factored(problem: Problem, jacobian: Float[Array, "N*T*K P"], weights: Float[Array, "N T K"]) -> FactoredCurvature:

@@ -7,6 +7,7 @@ import jax
 from jaxtyping import Array, Float
 
 from .._checks import check_x64
+from .._model.given import with_given
 from .._model.own import check_model
 from .._model.parameters import Where, parameters
 from .._problem.problem import Problem, check_problem
@@ -63,4 +64,5 @@ def curvature_products(model: Any, problem: Problem, *, where: Where = None) -> 
     check_problem(problem)
     check_model(model, problem)
     view = parameters(model, where, problem.prior)
+    problem = with_given(view, problem)
     return CurvatureProducts(flow(view, problem.data.ts, problem.data.y0, problem.data.args), problem)

@@ -114,7 +114,7 @@ def _local(around: AbstractFlow, problem: Problem, route: str, weight: float) ->
     view = around.parameters
     predictions, jacobian = around.linearized(view.vector, route)
     weights = problem.information(predictions).ravel()
-    score = problem.likelihood.score(predictions, jnp.asarray(problem.data.ys)).ravel()
+    score = problem.likelihood.score(predictions, problem.ys).ravel()
     prior = problem.prior.local(view)
     found = FactoredCurvature(jacobian, weights)
     if prior.rows.shape[0]:

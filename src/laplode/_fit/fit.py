@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from .._checks import check_count, check_key
 from .._errors import FitError, LaplodeError, LaplodeWarning
 from .._files import Checkpoint, Path, text_of
+from .._model.given import with_given
 from .._model.neural_ode import starts
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
@@ -110,6 +111,7 @@ def fit(
         raise LaplodeError(f"`steps` = {steps} is fewer than the {len(lengths)} horizons: each takes one at least.")
     check_model(model, problem)
     view = parameters(model, where, problem.prior)
+    problem = with_given(view, problem)
 
     guesses = [view.selected]
     for restart_key in jax.random.split(key, restarts)[1:]:

@@ -16,6 +16,7 @@ from .._algebra.structure import LowRankPrecision
 from .._checks import check_count, check_x64
 from .._curvature.hessian import hessian, hessian_batch_size
 from .._errors import LaplodeError, LaplodeWarning, choose
+from .._model.given import with_given
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem, check_scale
@@ -97,7 +98,9 @@ def refine(
     for name, value in (("steps", steps), ("newton_steps", newton_steps)):
         check_count(name, value, 0)
     check_model(model, problem)
-    start = point = _Point.at(parameters(model, where, problem.prior), problem)
+    view = parameters(model, where, problem.prior)
+    problem = with_given(view, problem)
+    start = point = _Point.at(view, problem)
     if exact:
         start.flow.check_second_order()
     route = start.flow.jacobian_route()
@@ -271,9 +274,8 @@ def _linearized(around: AbstractFlow, problem: Problem, route: str) -> _Lineariz
 
 @eqx.filter_jit
 def _whitened(view: Parameters, problem: Problem, predictions, jacobian: Float[Array, "N*T*K P"]):
-    ys = jnp.asarray(problem.data.ys)
     weights = problem.information(predictions).ravel()
-    score = problem.likelihood.score(predictions, ys).ravel()
+    score = problem.likelihood.score(predictions, problem.ys).ravel()
     prior = problem.prior.local(view)
     gradient = prior.gradient - score @ jacobian
     found = FactoredCurvature(jacobian, weights)

@@ -25,6 +25,7 @@ from .._curvature.hessian import (
 )
 from .._devices import free_bytes
 from .._errors import LaplodeError, choose
+from .._model.given import with_given
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem, check_scale
@@ -51,6 +52,7 @@ class _Structure:
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     view: Parameters
+    problem: Problem
     curvature: Callable[[AbstractFlow, Problem, Method, Work], AbstractCurvature]
     curvature_name: str
     structure: _Structure
@@ -114,6 +116,7 @@ def estimate(
     """
     method = Method(curvature, structure, "none", rank, num_probes, None, key)
     plan = _plan(model, problem, method, where)
+    problem = plan.problem
     around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
     return _estimate(plan, around, problem)
 
@@ -139,6 +142,7 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
         check_key("key", method.key)
     check_model(model, problem)
     view = parameters(model, where, problem.prior)
+    problem = with_given(view, problem)
     prior = problem.prior.local(view)
     deficit = np.flatnonzero(prior.deficit)
     if deficit.size and chosen is _LOW_RANK:
@@ -161,7 +165,7 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
             f"{_in_units(free)} are free. Take "
             f"{remedy + ', or ' if remedy else ''}a part of the parameters with `where` (the last layer, say)."
         )
-    return _Plan(view, _curvature(curvature, chosen), curvature, chosen, sizes, needed)
+    return _Plan(view, problem, _curvature(curvature, chosen), curvature, chosen, sizes, needed)
 
 
 def _sizes(view: Parameters, problem: Problem, rank: int | None) -> Sizes:
@@ -201,7 +205,7 @@ def _estimate(plan: _Plan, around: AbstractFlow, problem: Problem) -> Estimate:
         seconds += size**3 / 2e9
     return Estimate(
         num_parameters=size,
-        num_observations=int(np.sum(problem.data.observed)),
+        num_observations=problem.num_observations,
         num_states=around.num_states,
         num_trajectories=num,
         num_steps=around.num_steps,

@@ -399,7 +399,7 @@ def compare_evidence(posteriors: Mapping[str, Posterior]) -> pd.DataFrame:
             raise LaplodeError(
                 f"`posteriors`[{name!r}] must come from laplode.laplace, got {type(posterior).__name__}."
             )
-        ys = posterior.problem.data.ys
+        ys = np.asarray(posterior.problem.ys)
         if first is not None and (ys.shape != first.shape or not np.array_equal(ys, first, equal_nan=True)):
             raise LaplodeError(
                 f"`posteriors`[{name!r}] has other data than the first: evidences compare on the same observations, in "

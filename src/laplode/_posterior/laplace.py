@@ -84,6 +84,7 @@ def laplace(
     """
     method = Method(curvature, structure, regularization, rank, num_probes, batch_size, key)
     plan = _plan(model, problem, method, where)
+    problem = plan.problem
     choose("regularization", regularization, _REGULARIZATIONS)
     devices = check_mesh(mesh)
     _check_rows(method, devices, checkpoint)
@@ -149,7 +150,7 @@ def _assembled(
     gradient_norm, decrement, dof = _summary(built.structure, prior, nll_gradient)
     diagnostics = Diagnostics(
         num_parameters=view.size,
-        num_observations=int(np.sum(problem.data.observed)),
+        num_observations=problem.num_observations,
         symmetry_defect=_symmetry_defect(found),
         eigenvalue_min=built.eigenvalue_min,
         eigenvalue_max=built.eigenvalue_max,
@@ -216,7 +217,7 @@ def _check_finite(nll: Array, gradient: Array, around: AbstractFlow, problem: Pr
         return
     predictions = evaluate(around, around.parameters.vector)
     # Traced, a distribution does not refuse what is looked for here.
-    log_prob = eqx.filter_jit(problem.likelihood.log_prob)(predictions, jnp.asarray(problem.data.ys))
+    log_prob = eqx.filter_jit(problem.likelihood.log_prob)(predictions, problem.ys)
     bad = np.argwhere(~np.isfinite(log_prob))
     if bad.size:
         i, t, k = (int(j) for j in bad[0])

@@ -26,6 +26,8 @@ class Problem(eqx.Module):
         (..., K) to a NumPyro distribution of the same batch shape.
     - `prior`: a `GaussianPrior`, its precision as a positive number, `NamedPriors`, or `posterior.as_prior()`, what was
         learned from data before.
+    - `given`: which values of the first row the initial states fix, so that they are no observations, (N, K). None at
+        first; `fit`, `refine` and `laplace` find them, and the problem that they return holds them.
 
     **Raises:** `LaplodeError` when an argument is of the wrong kind, a noise scale does not fit the channels, or an
     observation lies outside the likelihood's support.
@@ -34,8 +36,9 @@ class Problem(eqx.Module):
     data: Trajectories
     likelihood: AbstractLikelihood
     prior: AbstractPrior
+    given: Bool[np.ndarray, "N K"]
 
-    def __init__(self, data: Trajectories, likelihood: Any, prior: Any):
+    def __init__(self, data: Trajectories, likelihood: Any, prior: Any, *, given: Any = None):
         if not isinstance(data, Trajectories):
             raise LaplodeError(f"`data` must be laplode.Trajectories(ts, ys, ...), got {type(data).__name__}.")
         if isinstance(likelihood, type):
@@ -74,6 +77,9 @@ class Problem(eqx.Module):
         self.data = data
         self.likelihood = likelihood
         self.prior = prior
+        self.given = np.zeros((len(data.ys), channels), bool) if given is None else np.asarray(given, bool)
+        if self.given.shape != (len(data.ys), channels):
+            raise LaplodeError(f"`given` must have shape (N, K) = {(len(data.ys), channels)}, got {self.given.shape}.")
 
     @property
     def prediction_shape(self) -> tuple[int, int]:
@@ -82,18 +88,41 @@ class Problem(eqx.Module):
         return num_times, self.likelihood.num_predictions(channels)
 
     @property
+    def observed(self) -> Bool[np.ndarray, "N T K"]:
+        """True where a value counts as an observation: it is there, and no given initial state fixes its prediction.
+
+        A first row that the initial states were taken from is met exactly by any parameters, so that it says nothing
+        about them or about the noise. `fit`, `refine` and `laplace` mark such values in `given`, since the model
+        decides what is seen of a state.
+        """
+        counts = self.data.observed
+        counts[:, 0] &= ~self.given
+        return counts
+
+    @property
+    def ys(self) -> Float[Array, "N T K"]:
+        """The observations, NaN where a value does not count as one."""
+        ys = jnp.asarray(self.data.ys, dtype=float)
+        return ys.at[:, 0].set(jnp.where(self.given, jnp.nan, ys[:, 0]))
+
+    @property
+    def num_observations(self) -> int:
+        """M, the number of values that count as observations."""
+        return int(np.sum(self.observed))
+
+    @property
     def informed(self) -> Bool[np.ndarray, "N T F"]:
         """True for the predictions of which something was observed."""
-        observed = self.data.observed
+        observed = self.observed
         return np.tile(observed, (1, 1, self.prediction_shape[1] // observed.shape[2]))
 
     def information(self, predictions: Float[Array, "N T F"]) -> Float[Array, "N T F"]:
         """Fisher information of the data in each prediction: 0 where nothing was observed."""
-        return _information(self.likelihood, predictions, jnp.asarray(self.data.ys))
+        return _information(self.likelihood, predictions, self.ys)
 
     def log_likelihood(self, predictions: Float[Array, "N T F"]) -> Float[Array, ""]:
         """log p(Y | predictions) in nats, summed over all observations."""
-        return jnp.sum(self.likelihood.log_prob(predictions, jnp.asarray(self.data.ys)))
+        return jnp.sum(self.likelihood.log_prob(predictions, self.ys))
 
 
 @eqx.filter_jit

@@ -52,7 +52,7 @@ def _value_and_gradient(flow: AbstractFlow, problem: Problem):
 
 @eqx.filter_jit
 def _value_and_score(problem: Problem, predictions: Float[Array, "N T K"], jacobian: Float[Array, "N*T*K P"]):
-    score = problem.likelihood.score(predictions, jnp.asarray(problem.data.ys))
+    score = problem.likelihood.score(predictions, problem.ys)
     return -problem.log_likelihood(predictions), -score.ravel() @ jacobian
 
 
@@ -80,4 +80,4 @@ def _loss_derivatives(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array
     predictions = flow(flow.parameters.vector)
     score = problem.likelihood.score
     each = jax.vmap(jax.vmap(lambda f, y: (-score(f, y), -jax.jacfwd(score)(f, y))))
-    return each(predictions, jnp.asarray(problem.data.ys))
+    return each(predictions, problem.ys)
