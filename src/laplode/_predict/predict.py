@@ -126,14 +126,14 @@ def _predictions(
     key: PRNGKeyArray,
     y0: Float[Array, "S N D"] | None = None,
 ) -> Predictions:
-    likelihood, data = posterior.problem.likelihood, posterior.problem.data
+    likelihood = posterior.problem.likelihood
     ok, predictions, y = with_noise(likelihood, predictions, draws.ok, key_noise)
     return Predictions(
         ts=grid.ts,
         mean=mean[..., : y.shape[-1]],
-        **parts(predictions, y),  # pyright: ignore[reportArgumentType]
-        **draws._asdict() | {"ok": ok},
-        log_likelihood=pointwise(likelihood, predictions, jnp.asarray(data.ys)) if grid.observed else None,
+        **parts(predictions, y),
+        **draws._replace(ok=ok)._asdict(),  # pyright: ignore[reportArgumentType]
+        log_likelihood=pointwise(likelihood, predictions, posterior.problem.ys) if grid.observed else None,
         method=method,
         observed_grid=grid.observed,
         _closed_form=closed_form,
