@@ -15,11 +15,17 @@ def real_array(name: str, value: Any, unit: str = "numbers") -> np.ndarray:
     """Return `value` as a float64 array, or say that it is none of real numbers."""
     try:
         array = np.asarray(value)
-        if array.dtype == object or np.iscomplexobj(array):
+        dates = array.dtype.kind in "mM" or (array.dtype == object and array.size and hasattr(array.flat[0], "year"))
+        if not dates and (array.dtype == object or np.iscomplexobj(array)):
             raise TypeError
-        return array.astype(np.float64)
+        if not dates:
+            return array.astype(np.float64)
     except (TypeError, ValueError):
         raise LaplodeError(f"`{name}` must be an array of real {unit}, got {type(value).__name__}.") from None
+    raise LaplodeError(
+        f"`{name}` holds dates, and must hold numbers: count in a unit of your choice, such as days by "
+        f'({name} - {name}[0]) / np.timedelta64(1, "D").'
+    )
 
 
 def check_key(name: str, key: Any) -> PRNGKeyArray:

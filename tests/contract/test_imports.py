@@ -23,6 +23,7 @@ ORDER = [
     "_algebra/regularization",
     "_algebra/structure",
     "_algebra/build",
+    "_problem/table",
     "_problem/data",
     "_problem/likelihood",
     "_problem/scale",

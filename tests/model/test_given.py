@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import Growth
 
 import laplode as lp
 from laplode._model.given import with_given
@@ -40,6 +39,14 @@ class Seen(eqx.Module):
 
     def __call__(self, y, args):
         return jnp.stack([self.gain * y[0], 2 * y[1]])
+
+
+class Growth(eqx.Module):
+    rate: jax.Array
+    gain: jax.Array
+
+    def __call__(self, ts, y0):
+        return self.gain * y0 * jnp.exp(self.rate * (ts - ts[0])[:, None])
 
 
 def growth():

@@ -116,9 +116,58 @@ def test_foreign_models_are_called_as_they_can_be(kind):
         np.testing.assert_allclose(predict_trajectory(model, TS, y0, 1.0), expected + 1, rtol=1e-14)
 
 
-def test_args_that_a_model_cannot_take_are_an_error():
-    with pytest.raises(lp.LaplodeError, match=r"`args` is given with the data, but the model can't be called"):
-        predict_trajectory(Two(jnp.array(2.0)), TS, np.ones(2), 1.0)
+class Rate(eqx.Module):
+    rate: jax.Array
+
+
+class Settings(Rate):
+    """Its third parameter has a default, and is not for args."""
+
+    def __call__(self, ts, y0, inference=True):
+        return y0 * jnp.exp(-(self.rate if inference else 7.0) * ts)[:, None]
+
+
+class Swapped(Rate):
+    def __call__(self, y0, ts):
+        return y0 * jnp.exp(-self.rate * ts)[:, None]
+
+
+class Pair(Two):
+    def __call__(self, ts, y0):
+        return super().__call__(ts, y0), jnp.array(1)
+
+
+class Named(Two):
+    def __call__(self, ts, y0):
+        return {"x": super().__call__(ts, y0)}
+
+
+class Solved(Rate):
+    def __call__(self, ts, y0):
+        term = diffrax.ODETerm(lambda t, y, args: -self.rate * y)
+        return diffrax.diffeqsolve(term, diffrax.Euler(), 0, 1, 0.5, y0, saveat=diffrax.SaveAt(ts=ts))
+
+
+class Batched(Rate):
+    def __call__(self, ts, y0):
+        return jax.vmap(lambda y: (jnp.eye(2) @ y) * jnp.exp(-self.rate * ts)[:, None])(y0)
+
+
+class Field(Rate):
+    def __call__(self, t, y):
+        return -self.rate * y
+
+
+def test_a_default_holds_where_the_data_have_no_args():
+    np.testing.assert_allclose(
+        predict_trajectory(Settings(jnp.array(2.0)), TS, np.ones(1), None)[:, 0], np.exp(-2 * TS)
+    )
+
+
+def test_a_jitted_model_is_the_model_in_it():
+    for model in (Two(jnp.array(2.0)), decay()):
+        found = check_model(eqx.filter_jit(model), lp.Problem(data(), lp.Gaussian(1.0), 1.0))
+        assert type(found) is type(model) and eqx.tree_equal(found, model)
 
 
 def test_a_foreign_model_may_bring_its_own_initial_state():
@@ -143,6 +192,15 @@ def test_a_foreign_model_may_bring_its_own_initial_state():
         pytest.param(Two(jnp.ones(5)), data(),
                      r"`model` can't be evaluated.*ts of shape \(3,\), y0 of shape \(2,\)", id="inside"),
         pytest.param(Two(jnp.ones(())), data(args=np.ones(1)), "`args` is given with the data", id="args"),
+        pytest.param(Settings(jnp.ones(())), data(args=np.ones(1)), "third parameter is `inference`", id="no args"),
+        pytest.param(Swapped(jnp.ones(())), data(),
+                     r"parameters \(y0, ts\), and is called as model\(ts, y0\)", id="swap"),
+        pytest.param(Pair(jnp.ones(())), data(), r"returns a tuple of 2, not.*\(T, K\)", id="tuple"),
+        pytest.param(Named(jnp.ones(())), data(), "returns a dict of 'x'", id="dict"),
+        pytest.param(Solved(jnp.ones(())), data(), "returns a diffrax.Solution.*solution.ys", id="solution"),
+        pytest.param(Batched(jnp.ones(())), data(), "takes a batch of them", id="batch"),
+        pytest.param(Field(jnp.ones(())), data(), r"vector field: write laplode.NeuralODE\(model\)", id="field"),
+        pytest.param(decay(y0=np.ones(2)), data(), "`y0` is given twice", id="two initial states"),
         pytest.param(Two(jnp.ones(())), data(y0=None), "`model` can't be evaluated.*y0 of shape None", id="foreign y0"),
     ],
 )  # fmt: skip

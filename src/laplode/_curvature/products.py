@@ -62,7 +62,7 @@ def curvature_products(model: Any, problem: Problem, *, where: Where = None) -> 
     """
     check_x64()
     check_problem(problem)
-    check_model(model, problem)
+    model = check_model(model, problem)
     view = parameters(model, where, problem.prior)
     problem = with_given(view, problem)
     return CurvatureProducts(flow(view, problem.data.ts, problem.data.y0, problem.data.args), problem)

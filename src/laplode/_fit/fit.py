@@ -109,7 +109,7 @@ def fit(
     lengths = _stage_lengths(horizons, problem.data.ts.shape[1])
     if steps < len(lengths):
         raise LaplodeError(f"`steps` = {steps} is fewer than the {len(lengths)} horizons: each takes one at least.")
-    check_model(model, problem)
+    model = check_model(model, problem)
     view = parameters(model, where, problem.prior)
     problem = with_given(view, problem)
 

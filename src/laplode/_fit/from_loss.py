@@ -130,7 +130,7 @@ def problem_from_loss(
     for name, value in (("precision", precision), ("scale", scale)):
         if value is not None and (not _is_number(value) or value <= 0):
             raise LaplodeError(f"`{name}` must be a positive number or None, got {value!r}.")
-    check_model(model, Problem(data, kind(1.0), 1.0))  # pyright: ignore[reportCallIssue]
+    model = check_model(model, Problem(data, kind(1.0), 1.0))  # pyright: ignore[reportCallIssue]
     view = parameters(model)
     chosen = parameters(model, penalized)
     in_optimizer = 0.0 if decoupled else weight_decay

@@ -97,7 +97,7 @@ def refine(
         raise LaplodeError(f"`decrement` must be a positive number of nats, got {decrement!r}.")
     for name, value in (("steps", steps), ("newton_steps", newton_steps)):
         check_count(name, value, 0)
-    check_model(model, problem)
+    model = check_model(model, problem)
     view = parameters(model, where, problem.prior)
     problem = with_given(view, problem)
     start = point = _Point.at(view, problem)

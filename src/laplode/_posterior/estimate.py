@@ -140,7 +140,7 @@ def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
         raise LaplodeError("`key` is needed for random probes: key=jax.random.key(0).")
     if method.key is not None:
         check_key("key", method.key)
-    check_model(model, problem)
+    model = check_model(model, problem)
     view = parameters(model, where, problem.prior)
     problem = with_given(view, problem)
     prior = problem.prior.local(view)

@@ -1,6 +1,7 @@
 """Observed trajectories."""
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import equinox as eqx
 import jax
@@ -9,6 +10,10 @@ from jaxtyping import Bool, Float, PyTree
 
 from .._checks import real_array
 from .._errors import LaplodeError
+from .table import REPLICATES, read_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def check_times(name: str, ts: Any) -> np.ndarray:
@@ -17,16 +22,28 @@ def check_times(name: str, ts: Any) -> np.ndarray:
     if ts.ndim not in (1, 2) or ts.shape[-1] < 1:
         raise LaplodeError(f"`{name}` must have shape (T,) or (N, T), got shape {ts.shape}.")
     if not np.all(np.isfinite(ts)):
-        raise LaplodeError(f"`{name}` must be finite, got {int(np.sum(~np.isfinite(ts)))} NaN or infinite times.")
-    decreasing = np.argwhere(np.diff(ts, axis=-1) <= 0)
-    if decreasing.size:
-        index = tuple(int(i) for i in decreasing[0])
-        later = (*index[:-1], index[-1] + 1)
         raise LaplodeError(
-            f"`{name}` must be strictly increasing along its last axis, but {name}[{', '.join(map(str, index))}] = "
-            f"{ts[index]:g} is followed by {ts[later]:g}. Sort the times, and merge observations made at the same time."
+            f"`{name}` must be finite, got {int(np.sum(~np.isfinite(ts)))} NaN or infinite times. Trajectories of "
+            "different lengths are given as lists of arrays, Trajectories([ts_1, ts_2], [ys_1, ys_2])."
         )
-    return ts
+    steps = np.diff(ts, axis=-1)
+    if not np.any(steps <= 0):
+        return ts
+    first = tuple(int(i) for i in np.argwhere(steps <= 0)[0])
+    place = f"{name}[{', '.join(map(str, first))}]"
+    if np.all(steps < 0):
+        cure = (
+            "Data that run backward from a final state are given with times that increase: Trajectories(-ts, ys, "
+            "y0=final_state), with the vector field lambda t, y, args: -field(-t, y, args)."
+        )
+    elif steps[first] == 0:
+        cure = f"{REPLICATES} Trajectories of different lengths are given as lists of arrays, without padding."
+    else:
+        cure = "Sort the times, and the rows of `ys` with them."
+    raise LaplodeError(
+        f"`{name}` must be strictly increasing along its last axis, but {place} = {ts[first]:g} is followed by "
+        f"{ts[(*first[:-1], first[-1] + 1)]:g}. {cure}"
+    )
 
 
 def check_solvable(name: str, ts: np.ndarray) -> None:
@@ -70,6 +87,55 @@ def check_args(name: str, args: PyTree, num_trajectories: int) -> PyTree:
     return args
 
 
+def _check_no_dict(name: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        names = ", ".join(map(repr, value))
+        raise LaplodeError(
+            f"`{name}` is a dict of {names}, and laplode takes arrays. Make it one,\n"
+            f"    {name} = np.stack([{name}[k] for k in [{names}]], axis=-1)\n"
+            "and take it apart in the vector field,\n"
+            f"    state = dict(zip([{names}], y))\n"
+            "Names of channels come back in the DataTree from Trajectories(..., channels=names)."
+        )
+
+
+def _aligned(ts: Any, ys: Any) -> tuple[Any, Any]:
+    """Lists of arrays of different lengths as arrays of one length.
+
+    The last interval of a shorter trajectory is divided, and nothing is observed inside of it: so nothing is solved
+    beyond the data.
+    """
+    if not all(isinstance(each, list | tuple) for each in (ts, ys)) or len(ts) != len(ys):
+        return ts, ys
+    lengths = [np.shape(t)[0] if np.ndim(t) == 1 else 0 for t in ts]
+    if len(set(lengths)) < 2 or min(lengths) == 0:
+        return ts, ys
+    times, values = [], []
+    for i, (t, y) in enumerate(zip(ts, ys, strict=True)):
+        t, y = check_times(f"ts[{i}]", t), real_array(f"ys[{i}]", y, "observations")
+        if y.ndim != 2 or len(y) != len(t) or len(t) < 2:
+            raise LaplodeError(
+                f"`ys[{i}]` must have shape (T, K) with the T times of `ts[{i}]`, at least 2, got shapes {y.shape} and "
+                f"{t.shape}. For one channel use ys[:, None]."
+            )
+        extra = max(lengths) - len(t)
+        inside = t[-2] + (t[-1] - t[-2]) * np.arange(1, extra + 1) / (extra + 1)
+        times.append(np.concatenate([t[:-1], inside, t[-1:]]))
+        values.append(np.concatenate([y[:-1], np.full((extra, y.shape[1]), np.nan), y[-1:]]))
+    if len({y.shape[1] for y in values}) > 1:
+        raise LaplodeError("`ys` must have the same number of channels in all trajectories; mark missing ones by NaN.")
+    return np.stack(times), np.stack(values)
+
+
+def _names(name: str, names: Any, num: int) -> tuple[str | int, ...] | None:
+    if names is None:
+        return None
+    if isinstance(names, str) or len(names) != num or len(set(names)) != num:
+        raise LaplodeError(f"`{name}` must be {num} different names, got {names!r}.")
+    # NumPy's own numbers would not be written to files.
+    return tuple(int(each) if isinstance(each, int | np.integer) else str(each) for each in names)
+
+
 class Trajectories(eqx.Module):
     """A batch of N observed trajectories.
 
@@ -78,10 +144,12 @@ class Trajectories(eqx.Module):
     **Arguments:**
 
     - `ts`: times, shape (T,) or (N, T), strictly increasing. The first is the time of the initial state; where nothing
-        was observed then, make the first row of `ys` NaN.
-    - `ys`: observations, shape (N, T, K), or (T, K) for a single trajectory. NaN marks a missing value.
+        was observed then, make the first row of `ys` NaN. A list of arrays (T_i,) for different lengths.
+    - `ys`: observations, shape (N, T, K), or (T, K) for a single trajectory; a list of arrays (T_i, K), when `ts` is
+        one. NaN marks a missing value.
     - `y0`: initial states, shape (N, D) (or (D,) for a single trajectory). None when the model carries its own.
     - `args`: any pytree of arrays with leading axis N (forcing, covariates, dose), handed to the vector field.
+    - `channels`, `trajectories`: names, K and N of them, for the coordinates of a DataTree; numbers by default.
 
     **Raises:** `LaplodeError` naming the argument when shapes disagree, times do not increase, a trajectory holds no
     observation, or a value is not finite.
@@ -91,8 +159,22 @@ class Trajectories(eqx.Module):
     ys: Float[np.ndarray, "N T K"]
     y0: Float[np.ndarray, "N D"] | None
     args: PyTree
+    channels: tuple[str | int, ...] | None = eqx.field(static=True)
+    trajectories: tuple[str | int, ...] | None = eqx.field(static=True)
 
-    def __init__(self, ts: Any, ys: Any, y0: Any = None, args: PyTree = None):
+    def __init__(
+        self,
+        ts: Any,
+        ys: Any,
+        y0: Any = None,
+        args: PyTree = None,
+        *,
+        channels: Sequence[str | int] | None = None,
+        trajectories: Sequence[str | int] | None = None,
+    ):
+        _check_no_dict("ys", ys)
+        _check_no_dict("y0", y0)
+        ts, ys = _aligned(ts, ys)
         ts = check_times("ts", ts)
         check_solvable("ts", ts)
         ys = real_array("ys", ys, "observations")
@@ -116,6 +198,49 @@ class Trajectories(eqx.Module):
         self.ys = ys
         self.y0 = None if y0 is None else check_initial_state("y0", y0, num)
         self.args = check_args("args", args, num)
+        self.channels = _names("channels", channels, ys.shape[2])
+        self.trajectories = _names("trajectories", trajectories, num)
+
+    @classmethod
+    def from_dataframe(
+        cls,
+        table: "pd.DataFrame",
+        *,
+        time: str,
+        channels: str | Sequence[str],
+        value: str | None = None,
+        trajectory: str | None = None,
+        y0: Any = None,
+        args: str | Sequence[str] | None = None,
+        unit: str | None = None,
+    ) -> "Trajectories":
+        """Trajectories of a table, wide (a column for each channel) or long (a row for each value).
+
+        **Arguments:**
+
+        - `table`: a pandas DataFrame. What is missing in it, a value or a row, is a missing observation.
+        - `time`: the column of times, numbers or dates.
+        - `channels`: the columns observed; where `value` is given, the one column that tells which channel is observed.
+        - `value`: the column of the values of a long table.
+        - `trajectory`: the column that tells the trajectories apart, in order of appearance; None for one trajectory.
+        - `y0`: initial states (N, D), or the columns that hold them in the first row of each trajectory (for a long
+            table, the channels).
+        - `args`: columns that are the same all along a trajectory (dose, group), as args of shape (N,), or (N, A) for
+            several.
+        - `unit`: where times are dates, the unit that they are counted in from the earliest of the table, as pandas
+            names it: "D", "h", "min" or "s".
+
+        **Returns:** `Trajectories`, whose names are those of the table.
+
+        **Raises:** `LaplodeError` when a column is missing or two rows are of one trajectory and time.
+        """
+        ids, ts, ys, names, firsts = read_table(table, time, channels, value, trajectory, unit)
+        columns = lambda chosen: firsts([chosen] if isinstance(chosen, str) else list(chosen))
+        states = y0
+        if isinstance(y0, str) or (isinstance(y0, list | tuple) and all(isinstance(each, str) for each in y0)):
+            states = columns(y0)
+        inputs = None if args is None else columns(args)[:, 0] if isinstance(args, str) else columns(args)
+        return cls(ts, ys, states, inputs, channels=names, trajectories=ids)
 
     @property
     def observed(self) -> Bool[np.ndarray, "N T K"]:

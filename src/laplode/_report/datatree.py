@@ -88,7 +88,7 @@ def to_datatree(
     - `parameters`: "all" keeps every parameter; "layers" keeps of each array of more than 10 entries its mean, standard
         deviation and Euclidean norm, draw by draw. By default "all" up to 1000 parameters; the attribute `parameters`
         says which it was.
-    - `coords`: names for "trajectory", "channel" and "state"; they are numbered by default.
+    - `coords`: names for "trajectory", "channel" and "state"; those of the data, or numbers, by default.
     - `progress`: whether to show a progress bar over solves at draws of the prior.
     - `named`: further predictions by name, one or several of the same draws each.
 
@@ -214,6 +214,8 @@ def check_coords(coords: Mapping[str, Sequence[Any]], posterior: Posterior) -> d
     if not isinstance(coords, Mapping):
         raise LaplodeError(f'`coords` must map names such as "channel" to lists, got {coords!r}.')
     data, model = posterior.problem.data, posterior.parameters.model
+    named = {"trajectory": data.trajectories, "channel": data.channels}
+    coords = {name: names for name, names in named.items() if names is not None} | dict(coords)
     neural = isinstance(model, NeuralODE)
     num_states = (
         data.y0.shape[1] if data.y0 is not None else model.y0.shape[-1] if neural and model.y0 is not None else 0
