@@ -44,6 +44,7 @@ ORDER = [
     "_curvature/hessian",
     "_curvature/gauss_newton",
     "_curvature/products",
+    "_curvature/solver_error",
     "_fit/result",
     "_fit/from_loss",
     "_fit/fit",

@@ -9,6 +9,8 @@ import pytest
 
 import laplode as lp
 
+KEY = jax.random.key(0)
+
 
 class Oscillator(eqx.Module):
     stiffness: jax.Array
@@ -40,15 +42,15 @@ def test_the_change_is_that_of_the_matrices(quiet, curvature):
     assert expected > 1e-2
     np.testing.assert_allclose(found, expected, rtol=0.15)
     if curvature == "ggn":  # and the tighter one is right; products of Hessians take longer to compile
-        assert lp.check_tolerance(posterior_of(diffrax.PIDController(1e-5, 1e-6), quiet, **options)) < 1e-2
+        assert lp.check_tolerance(posterior_of(diffrax.PIDController(1e-5, 1e-6), quiet, **options), key=KEY) < 1e-2
 
 
 def test_what_has_no_tolerance_is_refused(quiet, growth_posterior):
     with pytest.raises(lp.LaplodeError, match="`posterior` is of a Growth, whose solver laplode does not know"):
-        lp.check_tolerance(growth_posterior)
+        lp.check_tolerance(growth_posterior, key=KEY)
     loose = posterior_of(diffrax.PIDController(1e-3, 1e-4), quiet, curvature="ggn")
     rest = lambda p: p.flow.parameters.rest.stepsize_controller
     with pytest.raises(lp.LaplodeError, match=r"have no tolerance \(ConstantStepSize\)"):
-        lp.check_tolerance(eqx.tree_at(rest, loose, diffrax.ConstantStepSize()))
+        lp.check_tolerance(eqx.tree_at(rest, loose, diffrax.ConstantStepSize()), key=KEY)
     with pytest.raises(lp.LaplodeError, match="with max_steps = 1024 the solve does not arrive"):
-        lp.check_tolerance(eqx.tree_at(rest, loose, diffrax.PIDController(1e-9, 1e-10)))
+        lp.check_tolerance(eqx.tree_at(rest, loose, diffrax.PIDController(1e-9, 1e-10)), key=KEY)

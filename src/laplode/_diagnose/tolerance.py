@@ -19,14 +19,14 @@ _FACTOR = 100.0
 _LARGE = 1e-2
 
 
-def check_tolerance(posterior: Posterior, *, num_probes: int = 4, key: PRNGKeyArray | None = None) -> float:
+def check_tolerance(posterior: Posterior, *, num_probes: int = 4, key: PRNGKeyArray) -> float:
     """How much the curvature changes when the solver's `rtol` and `atol` are 100 times smaller.
 
     **Arguments:**
 
     - `posterior`: from `laplace`, of a `NeuralODE`.
     - `num_probes`: how many random directions are looked at.
-    - `key`: a JAX random key for them; `jax.random.key(0)` by default.
+    - `key`: a JAX random key for them.
 
     **Returns:** an estimate of ‖Λ^-½ (H' − H) Λ^-½‖ (Frobenius), H and H' the curvature at both tolerances: to first
     order no posterior variance changes by a larger part. Products with H are those with the exact Hessian for
@@ -42,7 +42,7 @@ def check_tolerance(posterior: Posterior, *, num_probes: int = 4, key: PRNGKeyAr
     if not isinstance(posterior, Posterior):
         raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
     check_count("num_probes", num_probes)
-    key = jax.random.key(0) if key is None else check_key("key", key)
+    check_key("key", key)
     loose = posterior.flow
     tight = loose.tightened(_FACTOR)
     probes = posterior.structure.root_product(jax.random.normal(key, (num_probes, posterior.size)))

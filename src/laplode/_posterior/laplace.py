@@ -15,6 +15,7 @@ from .._algebra.forms import AbstractCurvature, BlockCurvature, DenseCurvature, 
 from .._algebra.regularization import _REGULARIZATIONS, Regularize
 from .._algebra.structure import AbstractStructure, LowRankPrecision
 from .._curvature.hessian import Work
+from .._curvature.solver_error import solver_problems
 from .._devices import check_mesh, num_devices
 from .._errors import LaplodeError, LaplodeWarning, choose
 from .._files import Checkpoint, Path, check_path
@@ -106,6 +107,8 @@ def laplace(
     found = plan.curvature(around, problem, method, Work(progress, devices, saved))
     posterior = _assembled(around, problem, method, found, nll, nll_gradient)
     _warn(posterior.diagnostics)
+    for text in solver_problems(around, problem, found, posterior.structure, problem.prior.local(plan.view)):
+        warnings.warn(text, LaplodeWarning, stacklevel=2)
     return posterior
 
 

@@ -232,6 +232,17 @@ class ReplayedFlow(AbstractFlow):
             pick(found.starts, kept[:, :-1], self.steps.starts), pick(found.ends, kept[:, 1:] - 1, self.steps.ends)
         )
 
+    def neighbor(self, theta: Float[Array, " P"]) -> "tuple[ReplayedFlow, Accepted] | None":
+        """The flow around another point on steps of its own, in the same shapes, and the solve that took them.
+
+        None where the solve fails or takes more steps than there is room for.
+        """
+        view = eqx.tree_at(lambda p: p.selected, self.parameters, self.parameters.with_vector(theta))
+        found = accepted_steps(view.model, self.ts[:, 0], self.ts[:, -1], self.y0, self.args)
+        if not np.all(found.arrived & (found.number <= self.num_steps)):
+            return None
+        return ReplayedFlow(view, found.steps(self.num_steps, self.ts, self.y0, self.args)), found
+
     def _with(self, starts: Float[Array, "N steps"], ends: Float[Array, "N steps"]) -> "ReplayedFlow":
         return eqx.tree_at(lambda f: (f.steps.starts, f.steps.ends), self, (starts, ends))
 

@@ -1,0 +1,206 @@
+"""Whether the solver is exact enough for a posterior, and whether derivatives are those of its solutions.
+
+Automatic differentiation is right about the steps that a solver took. It may be wrong about the solution: it does not
+see where a discontinuity moves, and the sensitivities of an explicit solver at its limit of stability have an error far
+larger than that of the states. Both show when solutions at two neighboring θ are compared.
+"""
+
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from .._problem.prior import LocalPrior
+from .._problem.problem import Problem
+from .._solve.maps import ReplayedFlow
+from .._solve.replay import Accepted
+
+# Lengths of a step, as parts of the direction: a short one feels the solver's tolerance, a long one the curvature of
+# the model, and one way takes fewer steps of the solver than the other. Derivatives are wrong if the changes of the
+# predictions contradict them at all of these.
+_LENGTHS = (0.1, -0.1, 0.01, -0.01, 0.5)
+
+
+# So far may a change of the predictions be from what derivatives say, in standard deviations of the noise for a step of
+# one posterior standard deviation; of a single parameter it may be this part of what they say.
+_WRONG, _WRONG_PART = 0.3, 0.1
+
+
+# Errors that the tolerance allows in a step are too large from this part of the noise on.
+_COARSE = 0.3
+
+
+# More leaves of the model than this are not looked at one by one.
+_MOST_LEAVES = 64
+
+
+def solver_problems(flow: Any, problem: Problem, form: Any, built: Any, prior: LocalPrior) -> list[str]:
+    """What is wrong with the solver or with derivatives at θ*, each in a sentence or two with what to do about it.
+
+    It takes one solve at a neighboring θ, and one tangent at each of both. θ* moves along a combination of all
+    directions that the data determine, each by the same part of its posterior standard deviation, so that one wrong
+    direction shows among many right ones. A parameter without influence moves too: nothing should follow. Models whose
+    solver is not known are not looked at.
+
+    **Arguments:**
+
+    - `flow`, `problem`: as for the curvature.
+    - `form`: that curvature, with `influence`.
+    - `built`: the posterior precision, with `root_product`, `covariance_product` and `variance`.
+    - `prior`: at θ*.
+    """
+    if not flow.is_frozen:
+        return []
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], flow.parameters.size)  # any will do
+    influence = np.asarray(form.influence())
+    inert = influence <= np.finfo(float).eps ** 2 * np.max(influence)
+    direction = _determined(built, prior, signs, inert)
+    values, slope = _pushed(flow, flow.parameters.vector, direction)
+    probe = _Probe(flow, np.asarray(values), np.sqrt(np.asarray(problem.information(values))))
+    error, neighbor = probe.error(direction, slope)
+    if neighbor is None:
+        return []
+    problems = _differs_from_replay(probe, *neighbor) + _coarse(probe, neighbor[1])
+    if problems or not error > _WRONG:
+        return problems
+    named = _wrong_leaves(probe, signs * np.sqrt(np.asarray(built.variance())))
+    if named:
+        return [
+            f"The derivatives in {', '.join(named)} are not those of the solution: solved again at neighboring values, "
+            "the predictions change otherwise. So it is where a discontinuity of the vector field lies at a time or "
+            "state that depends on a parameter, which automatic differentiation does not see move. Standard "
+            "deviations, of other parameters too, are wrong. Solve such a model in pieces between its "
+            "discontinuities, or make the switch smooth."
+        ]
+    return [
+        "In directions that the data determine weakly or not at all, the derivatives of the predictions are errors of "
+        f"the solver ({type(flow.parameters.model.solver).__name__}, {_tolerances(flow)}): solved again at neighboring "
+        f"parameters, the predictions differ by {error:.2g} standard deviations of the posterior from what they say. "
+        "Standard deviations there are too small. A stiff field wants an implicit solver, NeuralODE(..., "
+        "solver=diffrax.Kvaerno5()); otherwise take tolerances 100 times smaller. laplode.check_tolerance measures it."
+    ]
+
+
+@eqx.filter_jit
+def _determined(built: Any, prior: LocalPrior, signs: Float[Array, " P"], inert: Bool[Array, " P"]):
+    """Λ^-½ z (P,) without the part of it that the prior alone determines, except where parameters are inert."""
+    drawn = built.root_product(signs)
+    from_prior = prior.precision * drawn + (prior.rows @ drawn) @ prior.rows
+    return jnp.where(inert, drawn, drawn - built.covariance_product(from_prior))
+
+
+@eqx.filter_jit
+def _pushed(flow: ReplayedFlow, theta: Float[Array, " P"], direction: Float[Array, " P"]):
+    """Predictions, and their derivative along a direction."""
+    return jax.jvp(flow, (jnp.asarray(theta),), (jnp.asarray(direction),))
+
+
+@eqx.filter_jit
+def _at_end(model: Any, last: Float[Array, "N D"], args: Any) -> tuple[Array, Array]:
+    """What is seen of the last states (N, F), and its derivative in them (N, F, D)."""
+    see = lambda state, args: model.observe_states(state[None], args)[0]
+    return jax.vmap(see)(last, args), jax.vmap(jax.jacfwd(see))(last, args)
+
+
+class _Probe(eqx.Module):
+    """Compares the predictions at θ* with those nearby. `root` is the root of their Fisher information."""
+
+    flow: ReplayedFlow
+    values: Float[np.ndarray, "N T F"]
+    root: Float[np.ndarray, "N T F"]
+
+    def weighed(self, change: np.ndarray) -> np.ndarray:
+        """In standard deviations of the noise, and 0 where nothing was observed."""
+        return np.where(self.root > 0, self.root * np.where(self.root > 0, change, 0), 0)
+
+    def error(self, direction: Array, slope: Array, part: float = 0.0):
+        """How far changes of the predictions are from what derivatives say, at the length where that is least.
+
+        The mean of the derivatives at both ends is right to third order in the length. `part` of what they say is
+        allowed for. With the error comes the first neighbor that could be solved, or None.
+        """
+        theta = self.flow.parameters.vector
+        least, first = np.inf, None
+        for length in _LENGTHS:
+            neighbor = self.flow.neighbor(theta + length * direction)
+            if neighbor is None:
+                continue
+            values, end_slope = _pushed(neighbor[0], theta + length * direction, direction)
+            expected = self.weighed((np.asarray(slope) + np.asarray(end_slope)) / 2)
+            error = self.weighed((np.asarray(values) - self.values) / length) - expected
+            first = first or (*neighbor, np.asarray(values))
+            least = min(least, float(np.linalg.norm(error)) - part * float(np.linalg.norm(expected)))
+            if least <= _WRONG:
+                break
+        return least, first
+
+
+def _wrong_leaves(probe: _Probe, offset: np.ndarray) -> list[str]:
+    """The leaves of the model in which derivatives contradict differences, each moved alone by an `offset`."""
+    leaves = probe.flow.parameters.leaves
+    wrong = []
+    for name, _, start, stop in leaves if len(leaves) <= _MOST_LEAVES else ():
+        alone = np.zeros_like(offset)
+        alone[start:stop] = offset[start:stop]
+        _, slope = _pushed(probe.flow, probe.flow.parameters.vector, alone)
+        error, neighbor = probe.error(alone, slope, _WRONG_PART)
+        if neighbor is not None and error > _WRONG:
+            wrong.append(name)
+    return wrong
+
+
+def _differs_from_replay(probe: _Probe, there: ReplayedFlow, found: Accepted, values: np.ndarray) -> list[str]:
+    """Whether replayed steps end where the solve that took them did."""
+    solved, _ = _at_end(there.parameters.model, found.last, there.args)
+    off = np.abs(np.asarray(solved) - values[:, -1])
+    scale = np.max(np.abs(values), axis=(1, 2))[:, None]
+    bad = np.flatnonzero(np.any((off > 1e-6 * scale) & (off * np.max(probe.root, axis=1) > 1e-2), axis=1))
+    if not bad.size:
+        return []
+    i = int(bad[0])
+    return [
+        "The steps of the solver, repeated, end elsewhere than the solve that took them: in trajectory "
+        f"{i} at time {float(there.ts[i, -1]):g} by {float(np.max(off[i])):.2g}. Where a trajectory is chaotic, "
+        "rounding does that; a field that is not the same function of (t, y, args) at every call, or a step size "
+        "controller that moves steps in a way of its own, does too. Derivatives and predictions are of the repeated "
+        "steps."
+    ]
+
+
+def _coarse(probe: _Probe, found: Accepted) -> list[str]:
+    """Whether the tolerances allow errors, in a step, that are as large as the noise."""
+    flow = probe.flow
+    controller = flow.parameters.rest.stepsize_controller
+    if not hasattr(controller, "rtol") or not hasattr(controller, "atol"):
+        return []
+    _, derivative = _at_end(flow.parameters.model, found.last, flow.args)
+    root = np.max(probe.root, axis=1)  # (N, F)
+    allowed = {
+        "atol": np.broadcast_to(np.asarray(controller.atol, dtype=float), found.last.shape),
+        "rtol": np.asarray(controller.rtol) * np.abs(np.asarray(found.last)),
+    }
+    problems = []
+    for name, error in allowed.items():
+        seen = root * np.einsum("nfd,nd->nf", np.abs(np.asarray(derivative)), error)
+        worst = np.nanmax(seen, initial=0.0)
+        if worst > _COARSE:
+            i, k = np.unravel_index(np.nanargmax(seen), seen.shape)
+            now = float(np.max(np.asarray(getattr(controller, name))))
+            take = 10.0 ** np.floor(np.log10(1e-3 * now / worst))
+            problems.append(
+                f"`{name}` = {now:g} of the solver allows errors of {float(seen[i, k] / root[i, k]):.2g} in channel "
+                f"{k} of trajectory {i}, where the noise has a standard deviation of {float(1 / root[i, k]):.2g} and "
+                f"values reach {float(np.max(np.abs(probe.values[i, :, k]))):.2g}: trajectories and standard "
+                f"deviations may be wrong. Take {name}={take:g}, as in NeuralODE(..., stepsize_controller="
+                "diffrax.PIDController(rtol=..., atol=...)), or other units."
+            )
+    return problems
+
+
+def _tolerances(flow: ReplayedFlow) -> str:
+    controller = flow.parameters.rest.stepsize_controller
+    named = [f"{name}={getattr(controller, name)}" for name in ("rtol", "atol") if hasattr(controller, name)]
+    return ", ".join(named) or type(controller).__name__
