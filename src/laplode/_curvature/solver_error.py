@@ -21,7 +21,7 @@ from .._solve.replay import Accepted
 # Lengths of a step, as parts of the direction: a short one feels the solver's tolerance, a long one the curvature of
 # the model, and one way takes fewer steps of the solver than the other. Derivatives are wrong if the changes of the
 # predictions contradict them at all of these.
-_LENGTHS = (0.1, -0.1, 0.01, -0.01, 0.5)
+_LENGTHS = (0.02, -0.02, 0.1, -0.1, 0.005, 0.5)
 
 
 # So far may a change of the predictions be from what derivatives say, in standard deviations of the noise for a step of
