@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from ._algebra.regularization import Abs as Abs, Clip as Clip, Jitter as Jitter, Refuse as Refuse
+from ._algebra.structure import BlockDiagonal as BlockDiagonal, Diagonal as Diagonal, Full as Full, LowRank as LowRank
 from ._curvature.products import CurvatureProducts as CurvatureProducts, curvature_products as curvature_products
+from ._curvature.strategies import (
+    EmpiricalFisher as EmpiricalFisher,
+    GaussNewton as GaussNewton,
+    Hessian as Hessian,
+)
 from ._diagnose.design import (
     InformationGain as InformationGain,
     Measurements as Measurements,

@@ -1,6 +1,6 @@
 """What laplode raises and warns with."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -31,7 +31,7 @@ def choose(name: str, option: str, options: dict[str, Any]) -> Any:
     return options[option]
 
 
-def strategy(name: str, given: Any, kind: type, options: dict[str, Callable[[], Any]]) -> Any:
+def strategy(name: str, given: Any, kind: type, options: Mapping[str, Callable[[], Any]]) -> Any:
     """A strategy that was given as an object of its `kind`, or as the string that stands for it with its defaults."""
     if isinstance(given, kind):
         return given

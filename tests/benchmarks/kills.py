@@ -65,14 +65,14 @@ def hessian_job(checkpoint: str | None = None, structure: str = "full") -> lp.Po
     model = Wave(jnp.asarray(rng.normal(size=(2, 200)) / 15), jnp.asarray(rng.normal(size=200)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lp.LaplodeWarning)  # the model is not fitted
-        options = dict(structure=structure, batch_size=4, progress=False)
+        options = dict(curvature=lp.Hessian(batch_size=4), structure=structure, progress=False)
         return lp.laplace(model, problem_of(0.1, 2, learned=False), checkpoint=checkpoint, **options)
 
 
 def bits(result: lp.Fit | lp.Posterior) -> list[bytes]:
     """All numbers of a result."""
     if isinstance(result, lp.Posterior):
-        return [np.asarray(x).tobytes() for x in jax.tree.leaves(result.curvature)]
+        return [np.asarray(x).tobytes() for x in jax.tree.leaves(result.form)]
     return [repr(x).encode() if isinstance(x, str) else np.asarray(x).tobytes() for x in jax.tree.leaves(result)]
 
 

@@ -62,7 +62,7 @@ KINDS = {
 }  # fmt: skip
 
 # Of each function its arguments and their kind; beside a kind, or instead of it, values of its own.
-OPTIONS = dict(curvature="option", structure="option", where="where", rank="count or None", num_probes="count or None")
+OPTIONS = dict(curvature="option", structure="option", where="where")
 SAMPLING = dict(
     posterior="posterior", method="option", num_samples="count", key="key", resample="flag", weigh="flag",
 )  # fmt: skip
@@ -86,7 +86,7 @@ ARGUMENTS = {
                       y0=[NAN, [[[1.0]]], 1.0, "here", NOTHING, 1j], scale=[0.0, [-1.0], [NAN], [[1.0]], "small"],
                       solver=[NOTHING, "tsit5", 3], stepsize_controller=[NOTHING, 1e-6], max_steps="count",
                       dt0=[NOTHING, "small", 0.0, NAN]),
-    "laplace": dict(model="model", problem="problem", **OPTIONS, regularization="option", batch_size="count or None",
+    "laplace": dict(model="model", problem="problem", **OPTIONS, regularization="option",
                     mesh=[NOTHING, 4, "all", jax.devices()], checkpoint=[3, 1.5, NOTHING, "/nowhere/at/all"]),
     "estimate": dict(model="model", problem="problem", **OPTIONS),
     "curvature_products": dict(model="model", problem="problem", where="where"),

@@ -73,10 +73,10 @@ def answers(mesh, *, all_of_them: bool) -> dict[str, np.ndarray]:
     factored, exact = run(closed(), curvature="ggn", structure="low_rank"), run(closed())
     linearized = predict(factored)
     found = {
-        "jacobian": factored.curvature.factor,
+        "jacobian": factored.form.factor,
         "bands": linearized.covariance(),
         "draws": linearized.f,
-        "hessian": exact.curvature.matrix,
+        "hessian": exact.form.matrix,
         "evidence": exact.log_evidence,
     }
     if all_of_them:
@@ -86,8 +86,8 @@ def answers(mesh, *, all_of_them: bool) -> dict[str, np.ndarray]:
             "solves": sampled.f,
             "weights": sampled.log_p,
             "geodesics": geodesic.f,
-            "sensitivities": run(field(), curvature="ggn", structure="low_rank").curvature.factor,
-            "local": run(field()).curvature.matrix,
+            "sensitivities": run(field(), curvature="ggn", structure="low_rank").form.factor,
+            "local": run(field()).form.matrix,
         }
     return {name: np.asarray(value) for name, value in found.items()}
 
@@ -184,7 +184,7 @@ def test_what_a_mesh_is_no_use_for(growth, growth_posterior):
 def test_a_mesh_of_one(growth, growth_posterior, quiet):
     mesh = jax.make_mesh((1,), ("all",))
     posterior = quiet(*growth, mesh=mesh)
-    assert_same({"hessian": posterior.curvature.matrix}, {"hessian": growth_posterior.curvature.matrix})
+    assert_same({"hessian": posterior.form.matrix}, {"hessian": growth_posterior.form.matrix})
     options = dict(ts=growth.problem.data.ts, method="sampled", weigh=False, num_samples=3, key=jax.random.key(0))
     alone, found = (lp.predict(growth_posterior, **options, mesh=m, progress=False) for m in (None, mesh))
     assert_same({"solves": found.f}, {"solves": alone.f})

@@ -89,7 +89,7 @@ def exact_log_det(growth, quiet, measurements):
     ys[2][counts > 0] = predicted[counts > 0]
     y0 = np.concatenate([data.y0, [[1.5, 1.0]]])
     problem = lp.Problem(lp.Trajectories(ts, ys, y0), growth.problem.likelihood, growth.problem.prior)
-    return float(quiet(growth.model, problem, curvature="ggn").structure.log_det)
+    return float(quiet(growth.model, problem, curvature="ggn").built.log_det)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_a_greedy_choice_beats_a_uniform_grid(growth, growth_ggn, quiet):
     ts, y0 = np.linspace(0, 12, 25), np.array([[1.5, 1.0]])
     chosen = lp.choose_measurements(growth_ggn, ts, 6, y0)
     greedy = exact_log_det(growth, quiet, zip(chosen.time, chosen.channel, strict=True))
-    before = float(growth_ggn.structure.log_det)
+    before = float(growth_ggn.built.log_det)
     np.testing.assert_allclose(0.5 * (greedy - before), chosen.total, rtol=1e-8)
     uniform = exact_log_det(growth, quiet, [(t, k) for t in (4, 12, 20) for k in (0, 1)])
     assert chosen.total > 1.2 * 0.5 * (uniform - before)

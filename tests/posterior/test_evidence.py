@@ -82,8 +82,8 @@ def few():
     "options",
     [
         {"curvature": "ggn"},
-        {"curvature": "ggn", "structure": "low_rank", "rank": 5},
-        {"curvature": "hessian", "structure": "low_rank", "rank": 6},
+        {"curvature": "ggn", "structure": lp.LowRank(rank=5)},
+        {"curvature": "hessian", "structure": lp.LowRank(rank=6)},
         {"curvature": "hessian"},
         {"curvature": "hessian", "structure": "block_diagonal", "regularization": "abs"},
     ],

@@ -67,7 +67,8 @@ def test_diagnostics_of_a_linear_model(linear, conjugate):
     eigenvalues = np.linalg.eigvalsh(linear.precision)
     dof = np.trace((linear.precision - 2 * np.eye(6)) @ np.linalg.inv(linear.precision))
     assert (found.num_parameters, found.num_observations) == (6, 24)
-    np.testing.assert_allclose([found.eigenvalue_min, found.eigenvalue_max], eigenvalues[[0, -1]], rtol=1e-7)
+    # In units of the prior's precision.
+    np.testing.assert_allclose([found.eigenvalue_min, found.eigenvalue_max], eigenvalues[[0, -1]] / 2, rtol=1e-7)
     np.testing.assert_allclose(found.condition_number, eigenvalues[-1] / eigenvalues[0], rtol=1e-7)
     np.testing.assert_allclose(found.effective_dof, dof, rtol=1e-8)
     assert (found.num_negative, found.regularized, found.inert) == (0, None, ())
@@ -171,7 +172,7 @@ def test_subset_has_the_sub_block_of_the_precision(curve, form, curvature):
     if curvature == "ggn":
         found, expected = subset.precision(), whole.precision()
     else:
-        found, expected = subset.curvature.matrix, whole.curvature.matrix
+        found, expected = subset.form.matrix, whole.form.matrix
     np.testing.assert_allclose(found, expected[8:, 8:], rtol=0, atol=1e-13 * np.abs(expected).max())
     changed = subset.unravel(subset.mean + 1).mlp.layers
     np.testing.assert_array_equal(changed[0].weight, curve[0].mlp.layers[0].weight)
@@ -193,7 +194,7 @@ def test_float32_model_is_cast(linear, curvature):
 
 
 def test_prior_per_parameter_and_per_leaf(growth, growth_posterior):
-    hessian = growth_posterior.curvature.matrix
+    hessian = growth_posterior.form.matrix
     leaves = eqx.tree_at(lambda m: (m.rate, m.gain), growth.model, (2.0, 30.0))
     for precision in (np.array([2.0, 2.0, 30.0]), leaves):
         problem = lp.Problem(growth.problem.data, growth.problem.likelihood, lp.GaussianPrior(precision, mean=0.5))
@@ -203,7 +204,7 @@ def test_prior_per_parameter_and_per_leaf(growth, growth_posterior):
         log_prior = st.norm(0.5, values**-0.5).logpdf(posterior.mean).sum()
         before = st.norm(0, 1).logpdf(posterior.mean).sum()
         np.testing.assert_allclose(posterior.log_joint - growth_posterior.log_joint, log_prior - before, rtol=1e-10)
-        spectrum = np.linalg.eigvalsh(hessian + np.diag(values))
+        spectrum = np.linalg.eigvalsh((hessian + np.diag(values)) / np.sqrt(np.outer(values, values)))
         np.testing.assert_allclose(posterior.diagnostics.eigenvalue_min, spectrum[0], rtol=1e-12)
 
 
@@ -261,7 +262,7 @@ def test_regularization_of_an_indefinite_hessian(curve, kind):
     with told, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Newton decrement", lp.LaplodeWarning)
         posterior = lp.laplace(*curve, regularization=kind, progress=False)
-    hessian = np.asarray(posterior.curvature.matrix)
+    hessian = np.asarray(posterior.form.matrix)
     regular, eigenvalues, changed = dense(kind, hessian)
     assert np.sum(eigenvalues < -1) >= 2
     expected = regular + np.eye(len(hessian))
@@ -280,7 +281,7 @@ def test_regularization_of_an_indefinite_hessian(curve, kind):
     np.testing.assert_allclose(found.gradient_norm, np.linalg.norm(gradient), rtol=1e-9)
     np.testing.assert_allclose(found.newton_decrement, 0.5 * gradient @ np.linalg.solve(expected, gradient), rtol=1e-9)
     np.testing.assert_allclose(found.effective_dof, np.trace(regular @ np.linalg.inv(expected)), rtol=1e-9)
-    np.testing.assert_allclose(posterior.structure.log_det, np.linalg.slogdet(expected)[1], rtol=1e-12)
+    np.testing.assert_allclose(posterior.built.log_det, np.linalg.slogdet(expected)[1], rtol=1e-12)
 
 
 @eqx.filter_jit
@@ -306,17 +307,49 @@ def test_no_regularization_is_enough_at_a_minimum(linear, linear_posterior):
     np.testing.assert_array_equal(posterior.precision(), linear_posterior.precision())
 
 
-def test_regularization_leaves_a_nonuniform_prior_alone(curve):
+def test_regularization_is_in_the_metric_of_a_nonuniform_prior(curve):
     precision = np.linspace(0.5, 5.0, 18)
     problem = lp.Problem(curve[1].data, curve[1].likelihood, precision)
     posterior = silent(curve[0], problem)
-    regular, _, _ = dense("clip", np.asarray(posterior.curvature.matrix))
-    expected = regular + np.diag(precision)
+    metric = np.sqrt(np.outer(precision, precision))
+    regular, eigenvalues, changed = dense("clip", np.asarray(posterior.form.matrix) / metric)
+    expected = regular * metric + np.diag(precision)
     np.testing.assert_allclose(posterior.precision(), expected, rtol=0, atol=1e-12 * np.abs(expected).max())
-    spectrum = np.linalg.eigvalsh(expected)
-    np.testing.assert_allclose(posterior.diagnostics.condition_number, spectrum[-1] / spectrum[0], rtol=1e-9)
-    raw = np.linalg.eigvalsh(np.asarray(posterior.curvature.matrix) + np.diag(precision))
-    np.testing.assert_allclose(posterior.diagnostics.eigenvalue_min, raw[0], rtol=1e-9)
+    used = np.sort(changed) + 1
+    np.testing.assert_allclose(posterior.diagnostics.condition_number, used[-1] / used[0], rtol=1e-9)
+    np.testing.assert_allclose(posterior.diagnostics.eigenvalue_min, eigenvalues[0] + 1, rtol=1e-9)
+
+
+class Bent(eqx.Module):
+    """exp(θ) at one time: where it is seen below its value, the likelihood's curvature in θ may be negative."""
+
+    log: jax.Array
+
+    def __call__(self, ts, y0):
+        return jnp.exp(self.log) * jnp.ones((len(ts), 1))
+
+
+def test_at_a_strict_minimum_nothing_is_clipped():
+    """The prior outweighs what is negative, and the posterior is wider than the prior: exactly so."""
+    scale, seen, log = 1.0, 3.0, 0.5
+    f = np.exp(log)
+    bend = (2 * f**2 - f * seen) / scale**2  # d²/dθ² of ½ (exp θ − y)² / scale²
+    slope = f * (f - seen) / scale**2
+    precision = -1.5 * bend
+    assert bend < 0
+    prior = lp.GaussianPrior(precision, mean=log + slope / precision)  # so that θ is where the gradient vanishes
+    problem = lp.Problem(lp.Trajectories([0.0], [[seen]]), lp.Gaussian(scale), prior)
+    posterior = lp.laplace(Bent(jnp.array(log)), problem, progress=False)  # without a warning
+    np.testing.assert_allclose(posterior.marginal_std(), (precision + bend) ** -0.5, rtol=1e-10)
+    assert posterior.marginal_std()[0] > precision**-0.5
+    found = posterior.diagnostics
+    assert (found.num_negative, found.regularized) == (1, None) and found.newton_decrement < 1e-12
+    with pytest.warns(lp.LaplodeWarning, match="though the prior makes up for them"):
+        clipped = lp.laplace(Bent(jnp.array(log)), problem, regularization=lp.Clip(always=True), progress=False)
+    np.testing.assert_allclose(clipped.marginal_std(), precision**-0.5, rtol=1e-10)
+    # At other hyperparameters the evidence is that of the clipped curvature, which is bounded.
+    function, start = lp.evidence_function(posterior, noise="fixed")
+    np.testing.assert_allclose(function(start), clipped.log_evidence, rtol=1e-10)
 
 
 @pytest.mark.parametrize("curvature", ["hessian", "ggn"])
@@ -365,8 +398,6 @@ def small_problem(**arguments):
         (dict(curvature=None), '`curvature` must be one of "hessian"'),
         (dict(structure="kron"), "`structure` must be one of \"full\".*'kron'"),
         (dict(regularization="ridge"), '`regularization` must be one of "clip", "abs", "jitter", "none".*\'ridge\''),
-        (dict(batch_size=0), "`batch_size` must be a positive integer"),
-        (dict(batch_size=1.5), "`batch_size` must be a positive integer"),
         (dict(where=lambda m: m.vector_field.v), "`where` must be a function that picks nodes"),
         (dict(where="w"), "`where` must be"),
     ],

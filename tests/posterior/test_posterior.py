@@ -29,7 +29,7 @@ def test_log_prob_against_scipy(neural_posterior):
 
 def test_log_determinant_and_evidence(neural_posterior):
     log_det = np.linalg.slogdet(neural_posterior.precision())[1]
-    np.testing.assert_allclose(neural_posterior.structure.log_det, log_det, rtol=1e-12)
+    np.testing.assert_allclose(neural_posterior.built.log_det, log_det, rtol=1e-12)
     expected = neural_posterior.log_joint + 0.5 * 27 * np.log(2 * np.pi) - 0.5 * log_det
     np.testing.assert_allclose(neural_posterior.log_evidence, expected, rtol=1e-12)
     # The density at the mode is the same statement.

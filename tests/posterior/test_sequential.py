@@ -8,7 +8,8 @@ import numpyro.distributions as dist
 import pytest
 
 import laplode as lp
-from laplode._algebra.structure import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
+from laplode._algebra.low_rank import low_rank
+from laplode._algebra.precision import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision
 from laplode._model.parameters import parameters
 from laplode._predict.surface import Surface
 
@@ -72,7 +73,7 @@ def test_a_diagonal_posterior_is_an_independent_prior(linear):
     assert prior.rows.shape == (0, 6)
     after, second, _ = at_mean(linear, slice(3, 12), np.diag(np.diag(total)), mean)
     posterior = lp.laplace(after, seen(linear.problem, slice(3, 12), prior), **options)
-    np.testing.assert_allclose(posterior.structure.precision, np.diag(second), rtol=1e-8)
+    np.testing.assert_allclose(posterior.built.precision, np.diag(second), rtol=1e-8)
     assert posterior.diagnostics.newton_decrement < 1e-12
     assert "parameters are determined" in str(lp.identifiability(posterior))
 
@@ -82,9 +83,9 @@ def test_truncation_leaves_the_prior_whole(linear, linear_posterior):
     prior = linear_posterior.as_prior()
     data = linear.problem.data
     precise = lp.Problem(lp.Trajectories(data.ts, data.ys, data.y0), lp.Gaussian(1e-3), prior)
-    options = dict(curvature="ggn", structure="low_rank", progress=False)
+    options = dict(curvature="ggn", progress=False)
     for rank in (1, 2, 4):
-        found = lp.laplace(linear.model, precise, rank=rank, **options)
+        found = lp.laplace(linear.model, precise, structure=lp.LowRank(rank=rank), **options)
         assert np.all(found.marginal_std() <= linear_posterior.marginal_std() * (1 + 1e-9))
         assert 0 < found.diagnostics.effective_dof < rank + 1e-6
 
@@ -189,8 +190,8 @@ def test_every_structure_is_a_diagonal_and_rows():
     cases = {
         "beyond the base": FullPrecision(jnp.linalg.cholesky(data + jnp.diag(base))),
         "below the base": FullPrecision(jnp.linalg.cholesky(jnp.asarray(root @ root.T / 50))),
-        "low_rank": LowRankPrecision(factor, weights, jnp.asarray(base)),
-        "truncated": LowRankPrecision(factor, weights, jnp.asarray(base), 2),
+        "low_rank": low_rank(factor, weights, jnp.asarray(base)),
+        "truncated": low_rank(factor, weights, jnp.asarray(base), 2),
         "diagonal": DiagonalPrecision(jnp.asarray(2 * base)),
         "blocks": BlockDiagonalPrecision(
             (

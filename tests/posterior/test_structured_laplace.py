@@ -103,8 +103,7 @@ def test_structures_are_parts_of_the_full_matrix(plain, curvature, where):
         model, problem, curvature=curvature, structure=structure, where=where, progress=False, **more
     )
     full = run("full")
-    found = full.curvature.matrix if curvature == "hessian" else full.curvature.matrix()
-    found = np.asarray(found)
+    found = np.asarray(full.form.matrix)
     eye = np.eye(full.size)
 
     diagonal = run("diagonal")
@@ -143,8 +142,8 @@ def test_low_rank_equals_full(trajectories):
     assert 380 < full.size < 420 and full.diagnostics.num_observations == 50 * trajectories
     covariance = full.covariance()
     np.testing.assert_allclose(low_rank.covariance(), covariance, rtol=0, atol=1e-8 * np.abs(covariance).max())
-    np.testing.assert_allclose(low_rank.structure.log_det, full.structure.log_det, rtol=1e-8)
-    root = low_rank.structure.root_product(jnp.eye(full.size)).T  # what turns standard normals into draws
+    np.testing.assert_allclose(low_rank.built.log_det, full.built.log_det, rtol=1e-8)
+    root = low_rank.built.root_product(jnp.eye(full.size)).T  # what turns standard normals into draws
     np.testing.assert_allclose(root @ root.T, covariance, rtol=0, atol=1e-8 * np.abs(covariance).max())
     ts = np.linspace(2.0, 3.0, 5)
     predictive = [
@@ -161,7 +160,7 @@ def test_low_rank_equals_full(trajectories):
 def test_truncation_only_widens(plain):
     model, problem = plain
     run = lambda rank: laplode.laplace(
-        model, problem, curvature="ggn", structure="low_rank", rank=rank, progress=False
+        model, problem, curvature="ggn", structure=laplode.LowRank(rank=rank), progress=False
     ).marginal_std()
     widths = [run(rank) for rank in (2, 6, 12)]
     assert np.all(widths[0] >= widths[1] * (1 - 1e-12)) and np.all(widths[1] >= widths[2] * (1 - 1e-12))
@@ -176,8 +175,12 @@ def test_stochastic_diagonal_tends_to_the_exact_one(plain):
     ).diagonal
     run = lambda num, seed: (
         laplode.laplace(
-            model, problem, structure="diagonal", num_probes=num, key=jax.random.key(seed), progress=False
-        ).curvature.diagonal
+            model,
+            problem,
+            curvature=laplode.Hessian(num_probes=num, key=jax.random.key(seed)),
+            structure="diagonal",
+            progress=False,
+        ).form.diagonal
     )
     error = lambda num: np.mean([np.linalg.norm(run(num, seed) - exact) for seed in range(4)])
     # The standard error falls with the square root of the number of probes, here by 8.
@@ -194,7 +197,7 @@ def test_products(plain):
     factored = ggn(around, problem)
     matrix = hessian(around, problem, batch_size=None).matrix
     np.testing.assert_allclose(products.hessian(v), matrix @ v, rtol=1e-9, atol=1e-9 * np.abs(matrix).max())
-    np.testing.assert_allclose(products.gauss_newton(v), factored.matrix() @ v, rtol=1e-9, atol=1e-8)
+    np.testing.assert_allclose(products.gauss_newton(v), factored.matrix @ v, rtol=1e-9, atol=1e-8)
     push = products.jacobian(v)
     assert push.shape == problem.data.ys.shape
     np.testing.assert_allclose(push.ravel()[problem.data.observed.ravel()], factored.factor @ v, rtol=1e-9, atol=1e-11)
@@ -227,14 +230,14 @@ def test_what_does_not_fit_is_refused_with_what_does(plain, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 3}, "`rank` goes with"),
-        ({"structure": "low_rank", "rank": 0}, "`rank` must be a positive integer"),
-        ({"num_probes": 3}, "`num_probes` goes with"),
-        ({"structure": "diagonal", "num_probes": 3}, "`key` is needed"),
-        ({"structure": "low_rank", "regularization": "jitter"}, "jitter"),
-        ({"batch_size": 1.5}, "`batch_size` must be a positive integer"),
+        (lambda: {"structure": laplode.LowRank(rank=0)}, "`rank` must be a positive integer"),
+        (lambda: {"curvature": laplode.Hessian(num_probes=3, key=jax.random.key(0))}, "`num_probes` goes with"),
+        (lambda: {"curvature": laplode.Hessian(num_probes=3), "structure": "diagonal"}, "`key` is needed"),
+        (lambda: {"curvature": laplode.Hessian(batch_size=1.5)}, "`batch_size` must be a positive integer"),
+        (lambda: {"structure": "low_rank", "regularization": "jitter"}, "jitter"),
+        (lambda: {"structure": "low_rank", "mesh": jax.make_mesh((1,), ("all",))}, "`mesh` goes with"),
     ],
 )
 def test_options_that_do_not_go_together(plain, options, message):
     with pytest.raises(laplode.LaplodeError, match=message):
-        laplode.laplace(*plain, progress=False, **options)
+        laplode.laplace(*plain, progress=False, **options())

@@ -115,7 +115,7 @@ def test_a_prior_that_bends_upward(structure, curvature):
     assert np.all(bend[2:] < 0)
     predict = lambda theta: view.unravel(theta)(jnp.asarray(TS), None).ravel()
     J = np.asarray(jax.jit(jax.jacfwd(predict))(view.vector))
-    matrix = posterior.curvature.matrix if curvature == "hessian" else J.T @ J / 0.05**2
+    matrix = posterior.form.matrix if curvature == "hessian" else J.T @ J / 0.05**2
     expected = np.asarray(matrix) + np.diag(bend)
     mask = {"full": np.ones((4, 4)), "diagonal": np.eye(4)}.get(structure)
     if mask is None:
@@ -134,7 +134,7 @@ def test_evidence_changes_the_gaussian_part_only(constrained):
     changed = lp.Hyperparameters(jnp.log(jnp.array([3.0])), None)
     prior = eqx.tree_at(lambda p: p.rest, NAMED, lp.GaussianPrior(3.0))
     again = lp.Problem(DATA, lp.Gaussian(0.05), prior)
-    expected = reassembled(constrained, again, constrained.curvature).log_evidence
+    expected = reassembled(constrained, again, constrained.form).log_evidence
     np.testing.assert_allclose(function(changed), expected, rtol=1e-10)
     found = lp.maximize_evidence(constrained, precision="leaf", noise="fixed", progress=False)
     assert set(found.problem.prior.named) == {"rate", "share"}
@@ -240,10 +240,10 @@ def test_a_noise_scale_among_the_parameters(name):
     theta = posterior.mean
     assert [leaf[0] for leaf in posterior.parameters.leaves] == ["vector_field.w", "y0", "scale"]
     expected = jax.jit(jax.hessian(nll))(theta)
-    np.testing.assert_allclose(posterior.curvature.matrix, expected, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(posterior.form.matrix, expected, atol=1e-6 * np.abs(expected).max())
     ggn = lp.laplace(fit.model, problem, curvature="ggn", **options)
     # In the log scale an observation has information 2, whatever its distribution is around its location.
-    np.testing.assert_allclose(np.diag(ggn.curvature.matrix())[4:], 2 * np.isfinite(ys).sum(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(np.diag(ggn.form.matrix)[4:], 2 * np.isfinite(ys).sum(axis=0), rtol=1e-12)
     predictions = lp.predict(posterior, TS, key=KEY, num_samples=3, progress=False)
     assert predictions.f.shape == predictions.scale.shape == (3, 1, 9, 2)
     assert predictions.covariance().shape == (1, 18, 18)

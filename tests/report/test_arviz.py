@@ -10,7 +10,7 @@ import pytest
 import xarray as xr
 
 import laplode as lp
-from laplode._algebra.structure import DiagonalPrecision
+from laplode._algebra.precision import DiagonalPrecision
 from laplode._model.parameters import parameters
 
 if sys.version_info >= (3, 12):
@@ -178,7 +178,7 @@ def test_sample_stats(tree, here):
     assert stats.attrs["khat"] == here.khat and stats.attrs["num_failed"] == 0
     attrs = tree["posterior"].attrs
     assert attrs["inference_library"] == "laplode" and attrs["method"] == "linearized"
-    assert (attrs["curvature"], attrs["structure"], attrs["regularization"]) == ("hessian", "Full", "none")
+    assert (attrs["curvature"], attrs["structure"], attrs["regularization"]) == ("hessian", "full", "none")
     assert attrs["num_parameters"] == 3 and attrs["parameters"] == "all"
 
 
@@ -283,7 +283,7 @@ def test_a_large_array_becomes_three_rows(linear_ggn, monkeypatch):
 def test_a_learned_initial_state_has_the_names_of_states(linear_ggn):
     model = lp.NeuralODE(linear_ggn.parameters.model.vector_field, y0=[1.0, 2.0])
     changed = (parameters(model), DiagonalPrecision(jnp.ones(8)))
-    posterior = eqx.tree_at(lambda p: (p.parameters, p.structure), linear_ggn, changed)
+    posterior = eqx.tree_at(lambda p: (p.parameters, p.built), linear_ggn, changed)
     tree = lp.to_datatree(posterior, key=KEY, num_samples=5, coords={"channel": ["p", "q"]})
     assert list(tree["posterior"]["y0"]["state"].values) == ["p", "q"]  # without `observe` a channel is a state
 

@@ -77,10 +77,10 @@ def stored(growth_posterior, tmp_path_factory):
     "options",
     [
         pytest.param(dict(), id="full"),
-        pytest.param(dict(curvature="ggn", structure="low_rank", rank=2), id="low rank"),
+        pytest.param(dict(curvature="ggn", structure=lp.LowRank(rank=2)), id="low rank"),
         pytest.param(dict(structure="low_rank"), id="low rank of the Hessian"),
         pytest.param(dict(structure="block_diagonal"), id="block diagonal"),
-        pytest.param(dict(structure="diagonal", num_probes=3, key=KEY), id="diagonal"),
+        pytest.param(dict(curvature=lp.Hessian(num_probes=3, key=KEY), structure="diagonal"), id="diagonal"),
         pytest.param(dict(where=lambda m: m.rate), id="subnetwork"),
     ],
 )
@@ -563,21 +563,24 @@ def test_a_checkpoint_of_a_hessian_is_of_its_arguments(growth, quiet, kills, sto
     path = tmp_path / "c"
     first = quiet(*growth, checkpoint=path)
     before = path.read_bytes()
-    assert_same(quiet(*growth, checkpoint=path).curvature, first.curvature)
+    assert_same(quiet(*growth, checkpoint=path).form, first.form)
     # What is made of the curvature may change.
-    assert_same(quiet(*growth, checkpoint=path, regularization="abs").curvature, first.curvature)
+    assert_same(quiet(*growth, checkpoint=path, regularization="abs").form, first.form)
     other = eqx.tree_at(lambda p: p.likelihood.scale, growth.problem, np.array(0.2))
     for change, match in (
         (dict(model=eqx.tree_at(lambda m: m.gain, growth.model, jnp.array(1.3))), "other arguments: `model` or"),
         (dict(where=lambda m: m.gain), "`where`"),
         (dict(problem=other), "other arguments: code of the model or the likelihood, or `problem`\\. "),
-        (dict(structure="diagonal"), "`structure`, `batch_size` or `mesh`\\. "),
-        (dict(batch_size=2), "`batch_size`"),
+        (dict(structure="diagonal"), "`structure`, `curvature` or `mesh`\\. "),
+        (dict(curvature=lp.Hessian(batch_size=2)), "`curvature` or"),
         (dict(checkpoint=stored), r"holds Posterior. Take another path"),
         (dict(checkpoint=3), "`checkpoint` must be a path"),
         (dict(curvature="ggn"), '`checkpoint` goes with curvature="hessian"'),
         (dict(structure="low_rank"), '`checkpoint` goes with curvature="hessian"'),
-        (dict(structure="diagonal", num_probes=2, key=KEY), '`checkpoint` goes with curvature="hessian"'),
+        (
+            dict(curvature=lp.Hessian(num_probes=2, key=KEY), structure="diagonal"),
+            '`checkpoint` goes with curvature="hessian"',
+        ),
     ):
         with pytest.raises(lp.LaplodeError, match=match):
             lp.laplace(**dict(model=growth.model, problem=growth.problem, checkpoint=path, progress=False) | change)
@@ -600,7 +603,7 @@ def test_a_full_disk_does_not_end_a_hessian(growth, growth_posterior, tmp_path):
     with full_disk(200), pytest.warns(lp.LaplodeWarning) as caught:
         found = lp.laplace(*growth, checkpoint=tmp_path / "c", progress=False)
     assert any("`laplace` goes on without a new checkpoint" in str(each.message) for each in caught)
-    assert_same(found.curvature, growth_posterior.curvature)
+    assert_same(found.form, growth_posterior.form)
     assert os.listdir(tmp_path) == []
 
 

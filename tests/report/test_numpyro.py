@@ -137,9 +137,7 @@ def test_the_density_has_a_gradient_under_every_likelihood(growth, growth_poster
     target = _Target(posterior, jnp.array(jnp.inf))
     start = posterior.mean + 0.01
     value, gradient = jax.jit(jax.value_and_grad(target.potential(start)))(jnp.zeros(3))
-    rows = start + posterior.structure.root_product(
-        1e-5 * jnp.concatenate([jnp.eye(3), -jnp.eye(3), jnp.zeros((1, 3))])
-    )
+    rows = start + posterior.built.root_product(1e-5 * jnp.concatenate([jnp.eye(3), -jnp.eye(3), jnp.zeros((1, 3))]))
     found = log_joint(posterior, rows)
     np.testing.assert_allclose(-value, found[6], rtol=1e-10)
     np.testing.assert_allclose(-gradient, (found[:3] - found[3:6]) / 2e-5, rtol=1e-5, atol=1e-5)

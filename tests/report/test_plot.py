@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import laplode as lp
-from laplode._algebra.forms import BlockCurvature, DenseCurvature, DiagonalCurvature, EigenCurvature
+from laplode._algebra.forms import BlockForm, DenseForm, DiagonalForm, EigenForm
 
 KEY = jax.random.key(0)
 COORDS = {"trajectory": ["north", "south"], "channel": ["hare", "lynx"]}
@@ -247,10 +247,10 @@ MATRIX = np.array([[4.0, 1.0, 0.0], [1.0, -2.0, 0.5], [0.0, 0.5, 0.3]])
 BLOCKS = MATRIX * np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1]])
 EIGENVALUES, VECTORS = np.linalg.eigh(MATRIX)
 CURVATURES = {
-    "full": (MATRIX, DenseCurvature(MATRIX, 0.0)),
-    "low rank": (MATRIX, EigenCurvature(VECTORS.T, EIGENVALUES)),
-    "blocks": (BLOCKS, BlockCurvature((DenseCurvature(MATRIX[:2, :2], 0.0), DenseCurvature(MATRIX[2:, 2:], 0.0)))),
-    "diagonal": (np.diag(np.diag(MATRIX)), DiagonalCurvature(np.diag(MATRIX))),
+    "full": (MATRIX, DenseForm(MATRIX[None], 0.0)),
+    "low rank": (MATRIX, EigenForm(VECTORS.T, EIGENVALUES)),
+    "blocks": (BLOCKS, BlockForm((DenseForm(MATRIX[None, :2, :2], 0.0), DenseForm(MATRIX[None, 2:, 2:], 0.0)))),
+    "diagonal": (np.diag(np.diag(MATRIX)), DiagonalForm(np.diag(MATRIX)[None])),
 }
 
 
@@ -259,7 +259,7 @@ def test_spectrum_of_an_indefinite_hessian(growth_posterior, name):
     """With a prior of its own for each parameter: eigenvalues in units of the prior, negative ones apart."""
     matrix, curvature = CURVATURES[name]
     precision = np.array([1.0, 2.0, 30.0])
-    where = lambda p: (p.curvature, p.problem.prior)
+    where = lambda p: (p.form, p.problem.prior)
     posterior = eqx.tree_at(where, growth_posterior, (curvature, lp.GaussianPrior(precision)))
     expected = np.linalg.eigvalsh(matrix / np.sqrt(np.outer(precision, precision)))[::-1]
     picture = lp.plot_spectrum(posterior)

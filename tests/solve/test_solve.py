@@ -191,7 +191,7 @@ def test_hessian_of_a_foreign_model_shows_the_line_to_change():
 
 def test_hessian_of_a_foreign_model_through_direct_adjoint():
     foreign, native, problem = pair(diffrax.DirectAdjoint())
-    found, expected = silent(foreign, problem).curvature.matrix, silent(native, problem).curvature.matrix
+    found, expected = silent(foreign, problem).form.matrix, silent(native, problem).form.matrix
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 

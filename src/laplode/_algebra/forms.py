@@ -1,73 +1,355 @@
 """Forms of a symmetric matrix that is the curvature of a sum over data."""
 
 import abc
-from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.scipy.linalg as jsl
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from .._devices import free_bytes
+from .._errors import LaplodeError
+from .low_rank import ModesPrecision, low_rank
+from .precision import AbstractPrecision, FullPrecision
+from .regularization import AbstractRegularization
+
+# The channel of a row that belongs to none, such as a row of the prior, which keeps its weight at all scales.
+_NO_CHANNEL = -1
+
+_NOTHING = np.zeros(0)
 
 
-class AbstractCurvature(eqx.Module):
+class Built(eqx.Module):
+    """A precision, with the eigenvalues that the curvature had in the metric of the prior.
+
+    `before` and `after` are those before and after regularization; both are empty where none can be negative.
+    """
+
+    precision: AbstractPrecision
+    before: Float[Array, " R"]
+    after: Float[Array, " R"]
+
+
+class AbstractForm(eqx.Module):
     """∇²(−log p(Y | θ)), or an approximation of it, in some form."""
+
+    @property
+    def signed(self) -> bool:
+        """Whether its eigenvalues may have either sign."""
+        return True
+
+    @property
+    def symmetry_defect(self) -> Any:
+        """‖H − Hᵀ‖ / ‖H‖ (Frobenius) from before it was symmetrized; 0 where it is symmetric by construction."""
+        return 0.0
+
+    @property
+    def knows_channels(self) -> bool:
+        """Whether it can be scaled by channel, or found for each channel alone."""
+        return True
+
+    @property
+    @abc.abstractmethod
+    def matrix(self) -> Float[Array, "P P"]:
+        """The matrix, or as much as the form knows of it."""
+
+    @abc.abstractmethod
+    def scaled(self, by: Float[Array, "*K"]) -> "AbstractForm":
+        """The form times `by`: one number, or one for each channel if the form knows its channels."""
+
+    @abc.abstractmethod
+    def plus_rows(self, rows: Float[Array, "R P"]) -> "AbstractForm":
+        """The form with Xᵀ X of the rows X added."""
+
+    @abc.abstractmethod
+    def minus_diagonal(self, diagonal: Float[Array, " P"]) -> "AbstractForm":
+        """The form less a diagonal matrix."""
+
+    @abc.abstractmethod
+    def spectrum(self, precision: Float[Array | np.ndarray, " P"]) -> Float[np.ndarray, " R"]:
+        """The eigenvalues of Λ0^-½ H Λ0^-½ that the form knows of, for a prior precision Λ0 (P,)."""
 
     @abc.abstractmethod
     def influence(self) -> Float[Array, " P"]:
-        """Per parameter, the largest entry that it has anywhere: 0 where it has no influence."""
+        """For each parameter the size of its largest entry: 0 where it has no influence."""
+
+    def written_out(self) -> "AbstractForm":
+        """The same matrix in a form that takes eigenvalues of either sign."""
+        return self
+
+    def by_roots(self) -> "AbstractForm":
+        """The same matrix, of which a precision is made by its root where that is known."""
+        return self
+
+    def condensed(self) -> "AbstractForm":
+        """The same matrix, by channel, without a row for each observation."""
+        return self
 
 
-class DenseCurvature(AbstractCurvature):
-    """A symmetric matrix (P, P), not necessarily positive semidefinite.
+def _parts_times(parts: Float[Array, "B *shape"], by: Float[Array, "*B"]) -> Float[Array, "B *shape"]:
+    if by.size not in (1, len(parts)):
+        raise LaplodeError(
+            f"A curvature that is known for {len(parts)} channel{'s' * (len(parts) > 1)} can't be scaled by "
+            f"{by.size} numbers."
+        )
+    return parts * by.reshape(-1, *(1,) * (parts.ndim - 1))
 
-    `symmetry_defect` is ‖H − Hᵀ‖ / ‖H‖ (Frobenius) from before it was symmetrized.
-    """
 
-    matrix: Float[Array, "P P"]
-    symmetry_defect: float
+class DenseForm(AbstractForm):
+    """A symmetric matrix (P, P), as the sum of its parts (B, P, P): one for each channel, or all in one."""
+
+    parts: Float[Array, "B P P"]
+    defect: Any
+    semidefinite: bool = eqx.field(static=True, default=False)
+
+    @property
+    def signed(self):
+        return not self.semidefinite
+
+    @property
+    def symmetry_defect(self):
+        return self.defect
+
+    @property
+    def matrix(self):
+        return jnp.sum(self.parts, axis=0) if len(self.parts) > 1 else self.parts[0]
+
+    def scaled(self, by):
+        return eqx.tree_at(lambda f: f.parts, self, _parts_times(self.parts, by))
+
+    def plus_rows(self, rows):
+        # In one part alone; a form is scaled before it gets rows.
+        return eqx.tree_at(lambda f: f.parts, self, (self.matrix + gram(rows))[None])
+
+    def minus_diagonal(self, diagonal):
+        return eqx.tree_at(lambda f: f.parts, self, (self.matrix - jnp.diag(diagonal))[None])
+
+    def spectrum(self, precision):
+        return np.linalg.eigvalsh(np.asarray(_in_metric(self.matrix, precision)))
 
     def influence(self):
         return jnp.max(jnp.abs(self.matrix), axis=1)
 
+    @eqx.filter_jit
+    def full(self, precision: Float[Array, " P"], regularization: AbstractRegularization) -> Built:
+        """Λ = H + diag(precision)."""
+        inner = _in_metric(self.matrix, precision)
+        if not self.signed:
+            return Built(_full(inner, precision), jnp.asarray(_NOTHING), jnp.asarray(_NOTHING))
+        before, vectors = jnp.linalg.eigh(inner)
+        after = regularization(before)
+        inner = jnp.where(jnp.any(after != before), (vectors * after) @ vectors.T, inner)
+        log_det = jnp.sum(jnp.log(precision)) + jnp.sum(jnp.log1p(after))
+        return Built(_full(inner, precision, log_det), before, after)
 
-class BlockCurvature(AbstractCurvature):
+    def low_rank(
+        self, precision: Float[Array, " P"], rank: int | None, regularization: AbstractRegularization
+    ) -> Built:
+        """Λ = H + diag(precision), which has all directions."""
+        return self.full(precision, regularization)
+
+
+class BlockForm(AbstractForm):
     """The diagonal blocks of a symmetric matrix, in the order of θ, one for each leaf of the model."""
 
-    blocks: tuple[DenseCurvature, ...]
+    blocks: tuple[Any, ...]
+
+    @property
+    def signed(self):
+        return any(block.signed for block in self.blocks)
+
+    @property
+    def symmetry_defect(self):
+        return max(block.symmetry_defect for block in self.blocks)
+
+    @property
+    def matrix(self):
+        return jsl.block_diag(*(block.matrix for block in self.blocks))
+
+    def cut(self, v: Any) -> list[Array]:
+        """The part of `v` for each block, along the last axis."""
+        return jnp.split(v, np.cumsum([block.influence().size for block in self.blocks])[:-1], axis=-1)
+
+    def scaled(self, by):
+        return BlockForm(tuple(block.scaled(by) for block in self.blocks))
+
+    def plus_rows(self, rows):
+        pairs = zip(self.blocks, self.cut(rows), strict=True)
+        return BlockForm(tuple(block.plus_rows(part) for block, part in pairs))
+
+    def minus_diagonal(self, diagonal):
+        pairs = zip(self.blocks, self.cut(diagonal), strict=True)
+        return BlockForm(tuple(block.minus_diagonal(part) for block, part in pairs))
+
+    def spectrum(self, precision):
+        pairs = zip(self.blocks, self.cut(precision), strict=True)
+        return np.concatenate([block.spectrum(part) for block, part in pairs])
 
     def influence(self):
         return jnp.concatenate([block.influence() for block in self.blocks])
 
+    def written_out(self):
+        return BlockForm(tuple(block.written_out() for block in self.blocks))
 
-class DiagonalCurvature(AbstractCurvature):
-    """The diagonal of a symmetric matrix."""
+    def by_roots(self):
+        return BlockForm(tuple(block.by_roots() for block in self.blocks))
 
-    diagonal: Float[Array, " P"]
+    def condensed(self):
+        return BlockForm(tuple(block.condensed() for block in self.blocks))
+
+
+class DiagonalForm(AbstractForm):
+    """The diagonal of a symmetric matrix, as the sum of its parts (B, P): one for each channel, or all in one."""
+
+    parts: Float[Array, "B P"]
+
+    @property
+    def diagonal(self) -> Float[Array, " P"]:
+        """The diagonal."""
+        return jnp.sum(self.parts, axis=0)
+
+    @property
+    def matrix(self):
+        return jnp.diag(self.diagonal)
+
+    def scaled(self, by):
+        return DiagonalForm(_parts_times(self.parts, by))
+
+    def plus_rows(self, rows):
+        return DiagonalForm((self.diagonal + jnp.sum(rows**2, axis=0))[None])
+
+    def minus_diagonal(self, diagonal):
+        return DiagonalForm((self.diagonal - diagonal)[None])
+
+    def spectrum(self, precision):
+        return np.asarray(self.diagonal / precision)
 
     def influence(self):
         return jnp.abs(self.diagonal)
 
 
-class EigenCurvature(AbstractCurvature):
-    """The leading part of a symmetric matrix: eigenvectors (R, P) as rows, eigenvalues (R,) of either sign."""
+class EigenForm(AbstractForm):
+    """The leading part Vᵀ diag(x) V of a symmetric matrix: vectors V (R, P) as rows, eigenvalues x (R,) of either sign.
+
+    The vectors are orthonormal in some metric, such as that of a prior.
+    """
 
     vectors: Float[Array, "R P"]
     eigenvalues: Float[Array, " R"]
 
+    @property
+    def knows_channels(self):
+        return False
+
+    @property
+    def matrix(self):
+        return (self.vectors.T * self.eigenvalues) @ self.vectors
+
+    def scaled(self, by):
+        if by.size > 1:
+            raise LaplodeError("The leading eigenpairs of the exact Hessian are of all channels together.")
+        return EigenForm(self.vectors, self.eigenvalues * by.reshape(()))
+
+    def plus_rows(self, rows):
+        basis, inside = jnp.linalg.qr(jnp.concatenate([self.vectors, rows]).T)
+        values = jnp.concatenate([self.eigenvalues, jnp.ones(rows.shape[0])])
+        eigenvalues, vectors = jnp.linalg.eigh((inside * values) @ inside.T)
+        return EigenForm((basis @ vectors).T, eigenvalues)
+
+    def minus_diagonal(self, diagonal):
+        raise LaplodeError("Leading eigenpairs can't hold a diagonal matrix.")
+
+    def spectrum(self, precision):
+        return np.linalg.eigvalsh(np.asarray(self._inner(precision)[0]))
+
     def influence(self):
         return jnp.max(jnp.abs(self.vectors), axis=0)
 
+    def _inner(self, precision):
+        """A small matrix with the eigenvalues of Λ0^-½ H Λ0^-½, and the basis (R, P) that it is written in."""
+        whitened = self.vectors / jnp.sqrt(precision)
+        root = jnp.linalg.cholesky(whitened @ whitened.T)
+        return (root.T * self.eigenvalues) @ root, jsl.solve_triangular(root, whitened, lower=True)
 
-class FactoredCurvature(AbstractCurvature):
-    """Fᵀ W F, positive semidefinite, kept as the factor F (M, P) and the weights W (M,).
+    @eqx.filter_jit
+    def low_rank(
+        self, precision: Float[Array, " P"], rank: int | None, regularization: AbstractRegularization
+    ) -> Built:
+        """Λ = H + diag(precision)."""
+        inner, basis = self._inner(precision)
+        before, vectors = jnp.linalg.eigh(inner)
+        after = regularization(before)
+        return Built(ModesPrecision(precision, vectors.T @ basis, after), before, after)
 
-    F is the Jacobian of the predictions.
+    def leading(self, precision: Float[Array, " P"], rank: int | None) -> "EigenForm":
+        """Itself, which is a leading part already."""
+        return self
+
+    def gram(self, groups: Int[np.ndarray, " P"], rank: int | None) -> "GramForm | None":
+        """The form in data space, for a prior precision that is the same within each group of parameters."""
+        return GramForm.of(self.vectors, self.eigenvalues, np.full(len(self.vectors), _NO_CHANNEL), groups, None, True)
+
+
+class FactoredForm(AbstractForm):
+    """Fᵀ W F, positive semidefinite, kept as the factor F (M, P), the weights W (M,) and the channel of each row (M,).
+
+    F is the Jacobian of the predictions. With `by_root`, a precision is made of its root, of which its eigenvalues are
+    the squares: where they lie too far apart for the matrix, they do not for its root.
     """
 
     factor: Float[Array, "M P"]
     weights: Float[Array, " M"]
+    channel: Int[np.ndarray | Array, " M"]
+    by_root: bool = eqx.field(static=True, default=False)
+
+    @property
+    def signed(self):
+        return False
+
+    @property
+    def matrix(self):
+        return gram(_weighted(self.factor, self.weights))
+
+    @property
+    @eqx.filter_jit
+    def diagonal(self) -> Float[Array, " P"]:
+        """The diagonal of the matrix."""
+        return jnp.einsum("m,mp->p", self.weights, self.factor**2)
+
+    def columns(self, start: int, stop: int) -> "FactoredForm":
+        """The block of the parameters start … stop."""
+        return FactoredForm(self.factor[:, start:stop], self.weights, self.channel, self.by_root)
+
+    def by_channel(self) -> "list[FactoredForm]":
+        """One form for each channel."""
+        channel = np.asarray(self.channel)
+        each = [np.flatnonzero(channel == k) for k in range(channel.max(initial=0) + 1)]
+        if len(each) == 1:
+            return [self]
+        return [FactoredForm(self.factor[rows], self.weights[rows], channel[rows], self.by_root) for rows in each]
+
+    def scaled(self, by):
+        each = by.reshape(()) if by.size == 1 else by[self.channel]
+        return eqx.tree_at(lambda f: f.weights, self, self.weights * jnp.where(self.channel == _NO_CHANNEL, 1, each))
+
+    def plus_rows(self, rows):
+        num = rows.shape[0]
+        if not num:
+            return self
+        weights = jnp.concatenate([self.weights, jnp.ones(num)])
+        channel = jnp.concatenate([self.channel, jnp.full(num, _NO_CHANNEL)])
+        return FactoredForm(jnp.concatenate([self.factor, rows]), weights, channel, self.by_root)
+
+    def minus_diagonal(self, diagonal):
+        return self.written_out().minus_diagonal(diagonal)
+
+    def spectrum(self, precision):
+        half = np.asarray(_weighted(self.factor, self.weights)) / np.sqrt(np.asarray(precision))
+        return np.linalg.eigvalsh(half @ half.T if half.shape[0] <= half.shape[1] else half.T @ half)
 
     @eqx.filter_jit
     def influence(self):
@@ -75,23 +357,134 @@ class FactoredCurvature(AbstractCurvature):
         largest = lambda i, most: jnp.maximum(most, jnp.abs(self.factor[i]))
         return jax.lax.fori_loop(0, self.factor.shape[0], largest, jnp.zeros(self.factor.shape[1]))
 
-    def matrix(self) -> Float[Array, "P P"]:
-        """Fᵀ W F."""
-        return gram(_weighted(self.factor, self.weights))
+    def written_out(self):
+        return DenseForm(jnp.stack([each.matrix for each in self.by_channel()]), 0.0)
 
-    @eqx.filter_jit
-    def diagonal(self) -> Float[Array, " P"]:
-        """The diagonal of Fᵀ W F."""
-        return jnp.einsum("m,mp->p", self.weights, self.factor**2)
+    def full(self, precision: Float[Array, " P"], regularization: AbstractRegularization) -> Built:
+        """Λ = Fᵀ W F + diag(precision)."""
+        nothing = jnp.asarray(_NOTHING)
+        if self.by_root:
+            return Built(_full_by_root(self.factor, self.weights, precision), nothing, nothing)
+        return Built(_full(_in_metric(self.matrix, precision), precision), nothing, nothing)
 
-    def block(self, start: int, stop: int) -> Float[Array, "B B"]:
-        """Rows and columns start … stop of Fᵀ W F."""
-        return FactoredCurvature(self.factor[:, start:stop], self.weights).matrix()
+    def low_rank(self, precision: Float[Array, " P"], rank: int | None, regularization: AbstractRegularization):
+        """Λ = Fᵀ W F + diag(precision), with the `rank` strongest modes of Fᵀ W F in the metric of the prior."""
+        nothing = jnp.asarray(_NOTHING)
+        return Built(low_rank(self.factor, self.weights, precision, rank), nothing, nothing)
 
-    def with_rows(self, rows: Float[Array, "R P"]) -> "FactoredCurvature":
-        """Fᵀ W F + Xᵀ X of the rows X."""
-        weights = jnp.concatenate([self.weights, jnp.ones(rows.shape[0])])
-        return FactoredCurvature(jnp.concatenate([self.factor, rows]), weights)
+    def leading(self, precision: Float[Array, " P"], rank: int | None) -> "FactoredForm":
+        """The form with the `rank` strongest modes alone, all by default."""
+        if rank is None:
+            return self
+        rows = low_rank(self.factor, self.weights, precision, rank).split(precision)[1]
+        return FactoredForm(rows, jnp.ones(len(rows)), jnp.full(len(rows), _NO_CHANNEL))
+
+    def gram(self, groups: Int[np.ndarray, " P"], rank: int | None) -> "GramForm | None":
+        """The form in data space, for a prior precision that is the same within each group of parameters.
+
+        None where there is a row for each parameter, so that data space is the larger one, unless a `rank` asks for it.
+        """
+        if self.factor.shape[0] >= self.factor.shape[1] and rank is None:
+            return None
+        return GramForm.of(self.factor, self.weights, self.channel, groups, rank, False)
+
+    def by_roots(self):
+        return FactoredForm(self.factor, self.weights, self.channel, True)
+
+    def condensed(self):
+        if self.by_root:
+            roots = [_root(each) for each in self.by_channel()]
+            channel = np.repeat(np.arange(len(roots)), [len(root) for root in roots])
+            return FactoredForm(jnp.concatenate(roots), jnp.ones(len(channel)), channel, True)
+        return DenseForm(self.written_out().parts, 0.0, semidefinite=True)
+
+
+def _root(form: FactoredForm) -> Float[Array, "R P"]:
+    """R with Rᵀ R the matrix."""
+    return jnp.linalg.qr(_weighted(form.factor, form.weights), mode="r")
+
+
+class GramForm(eqx.Module):
+    """In data space: log det Λ = log det Λ0 + log det(I + W^½ F Λ0⁻¹ Fᵀ W^½), F (M, P), for many values of Λ0 and W.
+
+    The prior's precision being the same within each group of parameters, F Λ0⁻¹ Fᵀ is a sum over the groups' Gram
+    matrices; where every parameter is a group, the factor stands in their place. The `rank` leading modes count.
+    """
+
+    grams: Float[Array, "A M M"] | None
+    factor: Float[Array, "M P"] | None
+    first: Int[np.ndarray, " A"]  # a parameter of each group
+    weights: Float[Array, " M"]
+    channel: Int[np.ndarray | Array, " M"]
+    rank: int | None = eqx.field(static=True)
+    signed: bool = eqx.field(static=True)
+
+    @classmethod
+    def of(cls, factor, weights, channel, groups: Int[np.ndarray, " P"], rank: int | None, signed: bool) -> "GramForm":
+        num, size = factor.shape
+        found, first = np.unique(groups, return_index=True)
+        if len(found) == size and size > 1:
+            return cls(None, factor, first, weights, channel, rank, signed)
+        needed = 8 * len(found) * num**2
+        if needed > free_bytes() // 4:
+            raise LaplodeError(
+                f'`precision`="leaf" would keep {len(found)} matrices of {num} × {num}, {needed / 2**30:.1f} GiB, more '
+                'than fits. Take "one".'
+            )
+        # Groups are runs of columns, or all of them.
+        grams = [gram(factor[:, groups == g].T if len(found) > 1 else factor.T) for g in found]
+        return cls(jnp.stack(grams), None, first, weights, channel, rank, signed)
+
+    def scaled(self, by: Float[Array, "*K"]) -> "GramForm":
+        """As `AbstractForm.scaled`."""
+        each = by.reshape(()) if by.size == 1 else by[self.channel]
+        return eqx.tree_at(lambda f: f.weights, self, self.weights * each)
+
+    def log_det(self, precision: Float[Array, " P"], regularization: AbstractRegularization) -> Float[Array, ""]:
+        """log det Λ."""
+        if self.grams is None:
+            assert self.factor is not None
+            scaled = self.factor / jnp.sqrt(precision)
+            inner = scaled @ scaled.T
+        else:
+            inner = jnp.tensordot(1 / precision[self.first], self.grams, 1)
+        constant = jnp.sum(jnp.log(precision))
+        if self.signed:
+            root = jnp.linalg.cholesky(inner)
+            strengths = regularization(jnp.linalg.eigvalsh((root.T * self.weights) @ root))
+            return constant + jnp.sum(jnp.log1p(strengths))
+        root = jnp.sqrt(self.weights)
+        inner = root[:, None] * inner * root
+        if self.rank is not None and self.rank < len(root):
+            strengths = jnp.linalg.eigvalsh(inner)[-self.rank :]
+            return constant + jnp.sum(jnp.log1p(jnp.maximum(strengths, 0)))
+        cholesky = jnp.linalg.cholesky(jnp.eye(len(root)) + inner)
+        return constant + 2 * jnp.sum(jnp.log(jnp.diagonal(cholesky)))
+
+
+# ---- Matrices
+
+
+@jax.jit
+def _in_metric(matrix: Float[Array, "P P"], precision: Float[Array, " P"]) -> Float[Array, "P P"]:
+    """Λ0^-½ H Λ0^-½."""
+    root = jnp.sqrt(precision)
+    return matrix / root / root[:, None]
+
+
+@jax.jit
+def _full(inner: Float[Array, "P P"], precision: Float[Array, " P"], log_det: Array | None = None) -> FullPrecision:
+    """Λ0^½ (I + inner) Λ0^½."""
+    root = jnp.sqrt(precision)
+    return FullPrecision(root[:, None] * jnp.linalg.cholesky(jnp.eye(root.size) + inner), log_det)
+
+
+@jax.jit
+def _full_by_root(factor: Float[Array, "M P"], weights: Float[Array, " M"], precision: Float[Array, " P"]):
+    scale = jnp.sqrt(precision)
+    rows = jnp.concatenate([jnp.sqrt(weights)[:, None] * factor / scale, jnp.eye(scale.size)])
+    root = jnp.linalg.qr(rows, mode="r")
+    return FullPrecision(scale[:, None] * (root * jnp.where(jnp.diagonal(root) < 0, -1, 1)[:, None]).T)
 
 
 @jax.jit
@@ -108,48 +501,8 @@ def gram(rows: Float[Array, "M P"]) -> Float[Array, "P P"]:
     return jnp.asarray(host.T @ host)
 
 
-def symmetrized(matrix: np.ndarray) -> DenseCurvature:
+def symmetrized(matrix: np.ndarray) -> DenseForm:
     """(H + Hᵀ) / 2, with the defect it had."""
     norm = np.linalg.norm(matrix)
     defect = float(np.linalg.norm(matrix - matrix.T) / norm) if norm > 0 else 0.0
-    return DenseCurvature(jnp.asarray((matrix + matrix.T) / 2), defect)
-
-
-def lessened(
-    found: AbstractCurvature, structure: str, diagonal: Float[Array, " P"], leaves: Sequence[tuple[int, int]]
-) -> AbstractCurvature:
-    """A curvature less a diagonal, as `structure` wants it: where a prior bends upward."""
-    if isinstance(found, DiagonalCurvature):
-        return DiagonalCurvature(found.diagonal - diagonal)
-    if isinstance(found, DenseCurvature):
-        return DenseCurvature(found.matrix - jnp.diag(diagonal), found.symmetry_defect)
-    if isinstance(found, BlockCurvature):
-        less = [jnp.diag(diagonal[start:stop]) for start, stop in leaves]
-        pairs = zip(found.blocks, less, strict=True)
-        return BlockCurvature(tuple(DenseCurvature(b.matrix - d, b.symmetry_defect) for b, d in pairs))
-    assert isinstance(found, FactoredCurvature)
-    if structure == "diagonal":
-        return DiagonalCurvature(found.diagonal() - diagonal)
-    if structure == "block_diagonal":
-        blocks = tuple(DenseCurvature(found.block(*leaf), 0.0) for leaf in leaves)
-        return lessened(BlockCurvature(blocks), structure, diagonal, leaves)
-    return lessened(DenseCurvature(found.matrix(), 0.0), structure, diagonal, leaves)
-
-
-def with_rows(found: AbstractCurvature, rows: Float[Array, "R P"]) -> AbstractCurvature:
-    """A curvature and Xᵀ X of the rows X beside it, in the same form."""
-    if isinstance(found, FactoredCurvature):
-        return found.with_rows(rows)
-    if isinstance(found, DenseCurvature):
-        return DenseCurvature(found.matrix + gram(rows), found.symmetry_defect)
-    if isinstance(found, BlockCurvature):
-        stops = np.cumsum([len(block.matrix) for block in found.blocks])[:-1]
-        pairs = zip(found.blocks, jnp.split(rows, stops, axis=1), strict=True)
-        return BlockCurvature(tuple(DenseCurvature(b.matrix + gram(r), b.symmetry_defect) for b, r in pairs))
-    if isinstance(found, DiagonalCurvature):
-        return DiagonalCurvature(found.diagonal + jnp.sum(rows**2, axis=0))
-    assert isinstance(found, EigenCurvature)
-    basis, inside = jnp.linalg.qr(jnp.concatenate([found.vectors, rows]).T)
-    values = jnp.concatenate([found.eigenvalues, jnp.ones(rows.shape[0])])
-    eigenvalues, vectors = jnp.linalg.eigh((inside * values) @ inside.T)
-    return EigenCurvature((basis @ vectors).T, eigenvalues)
+    return DenseForm(jnp.asarray((matrix + matrix.T) / 2)[None], defect)

@@ -5,29 +5,31 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
-from .._algebra.forms import FactoredCurvature
+from .._algebra.forms import FactoredForm
 from .._problem.problem import Problem
 from .._solve.maps import AbstractFlow, linearize
 
 
-def ggn(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredCurvature:
+def ggn(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredForm:
     """The generalized Gauss-Newton matrix Jᵀ R J, R the Fisher information of each observation in its prediction."""
     predictions, jacobian = linearize(flow, mesh=mesh)
     return _factored(problem, jacobian, problem.information(predictions))
 
 
-def fisher(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredCurvature:
+def fisher(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredForm:
     """The empirical Fisher matrix Σ_m s_m s_mᵀ, s_m the gradient of the log-likelihood of observation m."""
     predictions, jacobian = linearize(flow, mesh=mesh)
     return _factored(problem, jacobian, problem.likelihood.score(predictions, problem.ys) ** 2)
 
 
-def _factored(problem: Problem, jacobian: Float[Array, "N*T*K P"], weights: Float[Array, "N T K"]) -> FactoredCurvature:
-    informed = problem.informed.ravel()
-    weights = weights.ravel()
+def _factored(problem: Problem, jacobian: Float[Array, "N*T*K P"], weights: Float[Array, "N T K"]) -> FactoredForm:
+    informed = problem.informed
+    # A likelihood may take several numbers for each channel, one after the other.
+    channel = np.nonzero(informed)[2] % problem.data.ys.shape[2]
     if np.all(informed):  # a matrix this large is not copied for nothing
-        return FactoredCurvature(jacobian, weights)
-    return FactoredCurvature(*_rows(jacobian, weights, np.flatnonzero(informed)))
+        return FactoredForm(jacobian, weights.ravel(), channel)
+    factor, kept = _rows(jacobian, weights.ravel(), np.flatnonzero(informed))
+    return FactoredForm(factor, kept, channel)
 
 
 @jax.jit

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm.auto import tqdm
 
-from .._algebra.forms import BlockCurvature, DenseCurvature, DiagonalCurvature, EigenCurvature, symmetrized
+from .._algebra.forms import BlockForm, DenseForm, DiagonalForm, EigenForm, symmetrized
 from .._devices import agreed, everywhere, free_bytes, num_devices, over_rows, sharing_memory
 from .._files import Checkpoint
 from .._problem.problem import Problem
@@ -159,7 +159,7 @@ def hessian(
     batch_size: int | None,
     work: Work = _QUIETLY,
     tilt: Float[Array, "N T K"] | None = None,
-) -> DenseCurvature:
+) -> DenseForm:
     """The exact Hessian of −log p(Y | θ) at the flow's parameters, by forward-over-reverse in chunks of tangents.
 
     With a `tilt`, that of −log p(Y | θ) + ⟨tilt, f(θ)⟩.
@@ -196,9 +196,7 @@ def hessian_batch_size(flow: AbstractFlow, problem: Problem) -> int | None:
     return _batch_size(_localized(flow, problem, None, None)[0], flow.parameters.vector, _CACHE_BYTES)
 
 
-def hessian_blocks(
-    flow: AbstractFlow, problem: Problem, *, batch_size: int | None, work: Work = _QUIETLY
-) -> BlockCurvature:
+def hessian_blocks(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, work: Work = _QUIETLY) -> BlockForm:
     """The blocks of the exact Hessian on its diagonal, one for each leaf of the model."""
     blocks = [_Part(start, np.zeros((stop - start, stop - start))) for _, _, start, stop in flow.parameters.leaves]
 
@@ -209,12 +207,12 @@ def hessian_blocks(
                 block[low - start : high - start] = rows[low - first : high - first, start : start + len(block)]
 
     _assemble(flow, problem, blocks, put, work, batch_size=batch_size)
-    return BlockCurvature(tuple(symmetrized(block.array) for block in blocks))
+    return BlockForm(tuple(symmetrized(block.array) for block in blocks))
 
 
 def hessian_diagonal(
     flow: AbstractFlow, problem: Problem, *, batch_size: int | None, work: Work = _QUIETLY
-) -> DiagonalCurvature:
+) -> DiagonalForm:
     """The diagonal of the exact Hessian, at the cost of all of it but without its memory."""
     diagonal = np.zeros(flow.parameters.size)
 
@@ -222,15 +220,15 @@ def hessian_diagonal(
         diagonal[start : start + len(rows)] = np.diagonal(rows, offset=start)
 
     _assemble(flow, problem, [_Part(0, diagonal)], put, work, batch_size=batch_size)
-    return DiagonalCurvature(jnp.asarray(diagonal))
+    return DiagonalForm(jnp.asarray(diagonal)[None])
 
 
 def hessian_diagonal_stochastic(
     flow: AbstractFlow, problem: Problem, *, num_probes: int, key: PRNGKeyArray
-) -> DiagonalCurvature:
+) -> DiagonalForm:
     """The diagonal of the exact Hessian as the mean of v ∘ H v over random signs v (Bekas et al., 2007)."""
     flow.check_second_order()
-    return DiagonalCurvature(_hutchinson(flow, problem, num_probes, key))
+    return DiagonalForm(_hutchinson(flow, problem, num_probes, key)[None])
 
 
 @eqx.filter_jit
@@ -245,18 +243,23 @@ def _hutchinson(flow: AbstractFlow, problem: Problem, num_probes: int, key: PRNG
 
 
 @eqx.filter_jit
-def _lanczos(flow: AbstractFlow, problem: Problem, num_products: int):
+def _lanczos(flow: AbstractFlow, problem: Problem, root: Float[Array, " P"], num_products: int):
     theta = flow.parameters.vector
     tridiagonalize = matfree.decomp.tridiag_sym(num_products, reortho="full", custom_vjp=False)
     start = jax.random.normal(jax.random.key(0), theta.shape)  # any start with a part in every direction
-    return matfree.eig.eigh_partial(tridiagonalize)(lambda v: hessian_vector_product(flow, problem, theta, v), start)
+    product = lambda v: hessian_vector_product(flow, problem, theta, v / root) / root
+    return matfree.eig.eigh_partial(tridiagonalize)(product, start)
 
 
-def hessian_leading(flow: AbstractFlow, problem: Problem, *, rank: int) -> EigenCurvature:
-    """The leading eigenpairs of the exact Hessian, largest in size first, by Lanczos over Hessian-vector products."""
+def hessian_leading(flow: AbstractFlow, problem: Problem, *, rank: int) -> EigenForm:
+    """The leading eigenpairs of Λ0^-½ H Λ0^-½, largest in size first, by Lanczos over Hessian-vector products.
+
+    In this metric, that of the prior's precision Λ0, it makes no difference in which units a parameter is given.
+    """
     flow.check_second_order()
     # Lanczos finds the ends of the spectrum first; half of the pairs of a run have usually converged.
     num_products = min(flow.parameters.size, 2 * rank + 10)
-    eigenvalues, vectors = _lanczos(flow, problem, num_products)
+    root = jnp.sqrt(problem.prior.local(flow.parameters).precision)
+    eigenvalues, vectors = _lanczos(flow, problem, root, num_products)
     leading = jnp.argsort(-jnp.abs(eigenvalues))[:rank]
-    return EigenCurvature(vectors[leading], eigenvalues[leading])
+    return EigenForm(vectors[leading] * root, eigenvalues[leading])

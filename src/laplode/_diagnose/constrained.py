@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._algebra.forms import FactoredCurvature
-from .._algebra.structure import LowRankPrecision
+from .._algebra.forms import FactoredForm
+from .._algebra.low_rank import LowRankPrecision, ModesPrecision, low_rank
 from .._curvature.hessian import hessian
 from .._errors import LaplodeError
 from .._model.parameters import Parameters
@@ -71,7 +71,7 @@ class _Local(eqx.Module):
     gradient: Float[Array, " P"]
     jacobian: Float[Array, "M P"]
     weights: Float[Array, " M"]
-    precision: LowRankPrecision
+    precision: LowRankPrecision | ModesPrecision
 
 
 class Picture(NamedTuple):
@@ -116,12 +116,12 @@ def _local(around: AbstractFlow, problem: Problem, route: str, weight: float) ->
     weights = problem.information(predictions).ravel()
     score = problem.likelihood.score(predictions, problem.ys).ravel()
     prior = problem.prior.local(view)
-    found = FactoredCurvature(jacobian, weights)
+    found = FactoredForm(jacobian, weights, np.zeros(len(weights), int))
     if prior.rows.shape[0]:
-        found = found.with_rows(jnp.sqrt(weight) * prior.rows)
-    own = _METRIC_ALONE * found.diagonal()
+        found = found.plus_rows(jnp.sqrt(weight) * prior.rows)
+    own = _METRIC_ALONE * found.diagonal
     metric = jnp.where(weight > 0, prior.precision, jnp.where(own > 0, own, prior.precision))
-    precision = LowRankPrecision(found.factor, found.weights, metric)
+    precision = low_rank(found.factor, found.weights, metric)
     likelihood = -problem.log_likelihood(predictions)
     loss = likelihood - weight * prior.log_density
     return _Local(loss, likelihood, weight * prior.gradient - score @ jacobian, jacobian, weights, precision)
@@ -140,19 +140,16 @@ def _held(local: _Local, slope: Float[Array, " P"]):
 @eqx.filter_jit
 def _step(local: _Local, slope: Float[Array, " P"], off: Array, damping: Array):
     """The step that minimizes the damped quadratic subject to the linearized constraint, and the solve behind it."""
-    more = 1 + damping
-    damped = eqx.tree_at(
-        lambda p: (p.strengths, p.prior_precision),
-        local.precision,
-        (local.precision.strengths / more, local.precision.prior_precision * more),
-    )
+    damped = local.precision.damped(damping)
     along = damped.covariance_product(slope)
     free = damped.covariance_product(local.gradient)
     return -free + along * (off + slope @ free) / (slope @ along), damped
 
 
 @eqx.filter_jit
-def _bent(around: AbstractFlow, local: _Local, damped: LowRankPrecision, slope, step, bend_of_quantity: Array):
+def _bent(
+    around: AbstractFlow, local: _Local, damped: LowRankPrecision | ModesPrecision, slope, step, bend_of_quantity: Array
+):
     """The acceleration of a curve that keeps to the residuals' and the constraint's second order."""
     theta = around.parameters.vector
     push = lambda at: jax.jvp(around, (at,), (step,))[1]

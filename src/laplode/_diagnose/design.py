@@ -301,7 +301,7 @@ def _with_target(posterior: Posterior, candidates: Float[Array, "C r P"], wanted
     """S among the candidates, with the target, and of the target."""
     rows = candidates.reshape(-1, posterior.size)
     stacked = rows if wanted is None else jnp.concatenate([rows, wanted])
-    covariance, num = np.asarray(posterior.structure.predictive_covariance(stacked)), len(rows)
+    covariance, num = np.asarray(posterior.built.predictive_covariance(stacked)), len(rows)
     return covariance[:num, :num], covariance[:num, num:], covariance[num:, num:]
 
 
@@ -320,5 +320,5 @@ def _variance(posterior: Posterior, candidates, wanted) -> AbstractCriterion:
     shape = candidates.shape[:2] * 2
     covariance, cross, _ = _with_target(posterior, candidates, wanted)
     if wanted is None:
-        cross = np.asarray(posterior.structure.covariance_product(candidates))
+        cross = np.asarray(posterior.built.covariance_product(candidates))
     return _Variance(covariance.reshape(shape), cross.reshape(*shape[:2], -1))

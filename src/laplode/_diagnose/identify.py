@@ -8,13 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from .._algebra.structure import (
-    AbstractStructure,
-    BlockDiagonalPrecision,
-    DiagonalPrecision,
-    FullPrecision,
-    LowRankPrecision,
-)
+from .._algebra.precision import Eigenpairs
 from .._errors import LaplodeError
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
@@ -101,7 +95,7 @@ def identifiability(posterior: Posterior, *, threshold: float = 0.1) -> Identifi
     )
     prior = np.asarray(local.precision)
     names = _entry_names(view)
-    rows = [_row(d, names) for block in _blocks(posterior.structure, prior) for d in _directions(block)]
+    rows = [_row(d, names) for block in posterior.built.eigenpairs(prior) for d in _directions(block)]
     columns = ["strength", "determined", "count", "parameters", "loadings"]
     directions = pd.DataFrame(rows, columns=columns).sort_values("strength", ignore_index=True)  # pyright: ignore[reportArgumentType]
     return Identifiability(directions, _leaves(posterior, prior), float(threshold))
@@ -116,7 +110,7 @@ def _entry_names(view: Parameters) -> np.ndarray:
 
 
 def _leaves(posterior: Posterior, prior: Float[np.ndarray, " P"]) -> pd.DataFrame:
-    variance = np.asarray(posterior.structure.variance())
+    variance = np.asarray(posterior.built.variance())
     ratio = variance * prior
     rows = {}
     for name, _, start, stop in posterior.parameters.leaves:
@@ -125,15 +119,6 @@ def _leaves(posterior: Posterior, prior: Float[np.ndarray, " P"]) -> pd.DataFram
         rows[name] = (stop - start, rms(1 / prior), rms(variance), rms(ratio), determined)
     columns = ["size", "prior_std", "posterior_std", "contraction", "determined"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-
-class _Block(NamedTuple):
-    """Part of θ from `start`, `size` long, with orthonormal `vectors`; None if these are the single entries."""
-
-    start: int
-    size: int
-    strengths: Float[np.ndarray, " R"]
-    vectors: Float[np.ndarray, "R p"] | None
 
 
 class _Direction(NamedTuple):
@@ -145,31 +130,12 @@ class _Direction(NamedTuple):
     squares: Float[np.ndarray, " p"]
 
 
-def _blocks(structure: AbstractStructure, prior: Float[np.ndarray, " P"]) -> Iterator[_Block]:
-    if isinstance(structure, DiagonalPrecision):
-        yield _Block(0, prior.size, np.asarray(structure.precision) / prior - 1, None)
-    elif isinstance(structure, LowRankPrecision):
-        # Of a mode without strength, the right singular vector can't be had from the left one.
-        strengths = np.asarray(structure.strengths)
-        kept = np.flatnonzero(strengths > _noise(strengths, strengths.size))
-        yield _Block(0, prior.size, strengths[kept], np.asarray(structure.right_vectors(kept)))
-    else:
-        assert isinstance(structure, FullPrecision | BlockDiagonalPrecision)
-        start = 0
-        for block in structure.blocks if isinstance(structure, BlockDiagonalPrecision) else (structure,):
-            size = len(block.cholesky)
-            half = np.asarray(block.cholesky) / np.sqrt(prior[start : start + size])[:, None]
-            strengths, vectors = np.linalg.eigh(half @ half.T - np.eye(size))
-            yield _Block(start, size, strengths, vectors.T)
-            start += size
-
-
 def _noise(strengths: Float[np.ndarray, " R"], size: int) -> float:
     """The strength below which there is none, but for rounding."""
     return 10 * size * np.finfo(float).eps * max(1.0, np.max(np.abs(strengths), initial=0.0))
 
 
-def _directions(block: _Block) -> Iterator[_Direction]:
+def _directions(block: Eigenpairs) -> Iterator[_Direction]:
     if block.vectors is None:
         for i, strength in enumerate(block.strengths):
             yield _Direction(block.start + i, float(strength), 1, np.ones(1))

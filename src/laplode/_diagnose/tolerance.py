@@ -45,11 +45,11 @@ def check_tolerance(posterior: Posterior, *, num_probes: int = 4, key: PRNGKeyAr
     check_key("key", key)
     loose = posterior.flow
     tight = loose.tightened(_FACTOR)
-    probes = posterior.structure.root_product(jax.random.normal(key, (num_probes, posterior.size)))
-    exact = posterior.method.curvature == "hessian"
+    probes = posterior.built.root_product(jax.random.normal(key, (num_probes, posterior.size)))
+    exact = posterior.curvature.signed
     at = [_products(CurvatureProducts(flow, posterior.problem), probes, exact) for flow in (loose, tight)]
     change = at[1] - at[0]
-    squares = jnp.sum(change * posterior.structure.covariance_product(change), axis=-1)
+    squares = jnp.sum(change * posterior.built.covariance_product(change), axis=-1)
     found = float(jnp.sqrt(jnp.mean(squares)))
     if not found <= _LARGE:
         controller = posterior.parameters.rest.stepsize_controller

@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
-from .._algebra.forms import FactoredCurvature
-from .._algebra.structure import LowRankPrecision
+from .._algebra.forms import FactoredForm
+from .._algebra.low_rank import LowRankPrecision, ModesPrecision, low_rank
 from .._checks import check_count, check_x64
 from .._curvature.hessian import hessian, hessian_batch_size
 from .._errors import LaplodeError, LaplodeWarning, choose
@@ -262,7 +262,7 @@ class _Linearized(eqx.Module):
 
     jacobian: Float[Array, "N*T*K P"]
     weights: Float[Array, " N*T*K"]
-    structure: LowRankPrecision
+    structure: LowRankPrecision | ModesPrecision
     gradient: Float[Array, " P"]
     decrement: Float[Array, ""]
 
@@ -278,27 +278,15 @@ def _whitened(view: Parameters, problem: Problem, predictions, jacobian: Float[A
     score = problem.likelihood.score(predictions, problem.ys).ravel()
     prior = problem.prior.local(view)
     gradient = prior.gradient - score @ jacobian
-    found = FactoredCurvature(jacobian, weights)
-    if prior.rows.shape[0]:
-        found = found.with_rows(prior.rows)
-    structure = LowRankPrecision(found.factor, found.weights, prior.precision)
-    return weights, structure, gradient, 0.5 * gradient @ structure.covariance_product(gradient)
-
-
-def _damped(structure: LowRankPrecision, damping) -> LowRankPrecision:
-    """Λ + damping · Λ0: the same modes, only weaker beside a stronger prior."""
-    more = 1 + damping
-    return eqx.tree_at(
-        lambda s: (s.strengths, s.prior_precision),
-        structure,
-        (structure.strengths / more, structure.prior_precision * more),
-    )
+    found = FactoredForm(jacobian, weights, np.zeros(len(weights), int)).plus_rows(prior.rows)
+    structure = low_rank(found.factor, found.weights, prior.precision)
+    return weights, structure, gradient, 0.5 * structure.inverse_quadratic(gradient)
 
 
 @eqx.filter_jit
 def _damped_step(local: _Linearized, damping) -> tuple[_Linearized, Float[Array, " P"]]:
     """The Gauss-Newton picture with damping in it, and the step to its minimum."""
-    damped = eqx.tree_at(lambda l: l.structure, local, _damped(local.structure, damping))
+    damped = eqx.tree_at(lambda l: l.structure, local, local.structure.damped(damping))
     return damped, -damped.structure.covariance_product(local.gradient)
 
 

@@ -3,60 +3,31 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
 
-from .._algebra.build import Built, Sizes, build_block_diagonal, build_diagonal, build_full, build_low_rank
-from .._algebra.forms import AbstractCurvature
-from .._algebra.regularization import Regularize
-from .._checks import check_count, check_key, check_x64
-from .._curvature.gauss_newton import fisher, ggn
-from .._curvature.hessian import (
-    Work,
-    hessian,
-    hessian_blocks,
-    hessian_diagonal,
-    hessian_diagonal_stochastic,
-    hessian_leading,
-)
+from .._algebra.structure import STRUCTURES, AbstractCurvature, AbstractStructure, Sizes
+from .._checks import check_x64
+from .._curvature.strategies import CURVATURES
 from .._devices import free_bytes
-from .._errors import LaplodeError, choose
+from .._errors import LaplodeError, strategy
 from .._model.given import with_given
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem, check_scale
 from .._solve.maps import AbstractFlow, flow
 from .._solve.objective import value_and_gradient
-from .posterior import Method
-
-_CURVATURES = {"hessian": None, "ggn": ggn, "fisher": fisher}
 
 
-# ---- Before anything long is done
+class Plan(NamedTuple):
+    """The arguments of `laplace` as objects, checked."""
 
-
-@dataclasses.dataclass(frozen=True)
-class _Structure:
-    """A structure of Λ: its name, the form in which it wants the exact Hessian, the bytes it takes, how it is built."""
-
-    name: str
-    hessian: Callable[[AbstractFlow, Problem, Method, Work], AbstractCurvature]
-    num_bytes: Callable[[Sizes, bool], int]
-    build: Callable[[AbstractCurvature, Array, Regularize, Sizes], Built]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
     view: Parameters
     problem: Problem
-    curvature: Callable[[AbstractFlow, Problem, Method, Work], AbstractCurvature]
-    curvature_name: str
-    structure: _Structure
-    sizes: Sizes
+    curvature: AbstractCurvature
+    structure: AbstractStructure
     num_bytes: int
 
 
@@ -69,7 +40,7 @@ class Estimate:
     - `route`: how derivatives are taken: "sensitivity", "jvp" or "vjp" for a Jacobian, "forward over reverse" for
         the exact Hessian.
     - `num_bytes`: the memory that the result and the work on it take, `free_bytes` what there is.
-    - `seconds`: a rough time, without compilation.
+    - `seconds`: a rough time, without compilation; None where nothing was timed.
     """
 
     num_parameters: int
@@ -82,7 +53,7 @@ class Estimate:
     route: str
     num_bytes: int
     free_bytes: int
-    seconds: float
+    seconds: float | None
 
     def __str__(self) -> str:
         states = f" of D = {self.num_states} states" if self.num_states else ""
@@ -90,8 +61,8 @@ class Estimate:
         return (
             f"{self.curvature} by {self.route}, {self.structure}: P = {self.num_parameters}, M = "
             f"{self.num_observations}, {self.num_trajectories} trajectories{states}{steps}; "
-            f"about {_in_units(self.num_bytes)} of {_in_units(self.free_bytes)} free, roughly {self.seconds:.1g} "
-            "s and compilation"
+            f"about {_in_units(self.num_bytes)} of {_in_units(self.free_bytes)} free"
+            + ("" if self.seconds is None else f", roughly {self.seconds:.1g} s and compilation")
         )
 
 
@@ -99,12 +70,9 @@ def estimate(
     model: Any,
     problem: Problem,
     *,
-    curvature: str = "hessian",
-    structure: str = "full",
+    curvature: str | AbstractCurvature = "hessian",
+    structure: str | AbstractStructure = "full",
     where: Where = None,
-    rank: int | None = None,
-    num_probes: int | None = None,
-    key: PRNGKeyArray | None = None,
 ) -> Estimate:
     """What `laplace` would do with the same arguments, how much memory it would take, and roughly how long.
 
@@ -114,102 +82,80 @@ def estimate(
 
     **Raises:** `LaplodeError` as `laplace` does, also when the result would not fit in memory.
     """
-    method = Method(curvature, structure, "none", rank, num_probes, None, key)
-    plan = _plan(model, problem, method, where)
+    plan = planned(model, problem, curvature, structure, where)
     problem = plan.problem
     around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
-    return _estimate(plan, around, problem)
-
-
-def _plan(model: Any, problem: Any, method: Method, where: Where) -> _Plan:
-    check_x64()
-    curvature, structure = method.curvature, method.structure
-    factored = choose("curvature", curvature, _CURVATURES)
-    chosen: _Structure = choose("structure", structure, {s.name: s for s in _STRUCTURES})
-    check_problem(problem)
-    check_scale(problem)
-    for name in ("rank", "num_probes", "batch_size"):
-        value = getattr(method, name)
-        if value is not None:
-            check_count(name, value)
-    if method.rank is not None and chosen is not _LOW_RANK:
-        raise LaplodeError(f'`rank` goes with structure="low_rank", not with structure="{structure}".')
-    if method.num_probes is not None and (chosen is not _DIAGONAL or factored is not None):
-        raise LaplodeError('`num_probes` goes with curvature="hessian" and structure="diagonal".')
-    if method.num_probes is not None and method.key is None:
-        raise LaplodeError("`key` is needed for random probes: key=jax.random.key(0).")
-    if method.key is not None:
-        check_key("key", method.key)
-    model = check_model(model, problem)
-    view = parameters(model, where, problem.prior)
-    problem = with_given(view, problem)
-    prior = problem.prior.local(view)
-    deficit = np.flatnonzero(prior.deficit)
-    if deficit.size and chosen is _LOW_RANK:
-        raise LaplodeError(
-            f'`structure`="low_rank" builds on a prior that is log-concave, and that of {view.name(int(deficit[0]))} '
-            'bends upward at the fitted value, in its unconstrained coordinate. Take structure="full".'
-        )
-    sizes = _sizes(view, problem, method.rank)
-    needed, free = chosen.num_bytes(sizes, factored is not None), free_bytes()
-    if needed > free:
-        fits = lambda s, is_factored: s.num_bytes(sizes, is_factored) <= free
-        fitting = [s.name for s in _STRUCTURES if s is not chosen and fits(s, factored is not None)]
-        remedy = " or ".join(f'structure="{name}"' for name in fitting)
-        if factored is None and fits(_LOW_RANK, True):
-            remedy = f'curvature="ggn" with structure="low_rank"{", or " if remedy else ""}{remedy}'
-        matrix = f" (a P × P matrix alone has {_in_units(8 * view.size**2)})" if chosen is _FULL else ""
-        raise LaplodeError(
-            f'`structure`="{structure}" with curvature="{curvature}" needs about {_in_units(needed)} for P = '
-            f"{view.size} parameters and M = {int(np.sum(problem.informed))} observations{matrix}, and "
-            f"{_in_units(free)} are free. Take "
-            f"{remedy + ', or ' if remedy else ''}a part of the parameters with `where` (the last layer, say)."
-        )
-    return _Plan(view, problem, _curvature(curvature, chosen), curvature, chosen, sizes, needed)
-
-
-def _sizes(view: Parameters, problem: Problem, rank: int | None) -> Sizes:
-    leaves = tuple(stop - start for _, _, start, stop in view.leaves)
-    # Rows of the prior are kept like observations, and none is left out for a rank.
-    num_rows = problem.prior.local(view).rows.shape[0]
-    return Sizes(view.size, int(np.sum(problem.informed)) + num_rows, leaves, rank if rank is None else rank + num_rows)
-
-
-def _curvature(name: str, structure: _Structure) -> Callable[[AbstractFlow, Problem, Method, Work], AbstractCurvature]:
-    factored = _CURVATURES[name]
-    if factored is None:
-        return structure.hessian
-    return lambda flow, problem, method, work: factored(flow, problem, work.mesh)
-
-
-def _estimate(plan: _Plan, around: AbstractFlow, problem: Problem) -> Estimate:
-    theta = plan.view.vector
-    size, num = theta.size, around.num_trajectories
     jax.block_until_ready(value_and_gradient(around, problem))
     start = time.perf_counter()
     jax.block_until_ready(value_and_gradient(around, problem))
-    gradient_seconds = time.perf_counter() - start
-    if plan.curvature_name == "hessian":
-        route = "forward over reverse"
-        seconds = gradient_seconds * size  # many at once, each a few times a gradient
-    else:
-        route = around.jacobian_route()
+    return estimated(plan, around, problem, time.perf_counter() - start)
+
+
+def planned(model: Any, problem: Any, curvature: Any, structure: Any, where: Where) -> Plan:
+    """What is asked for as objects; raises `LaplodeError` where it can't be done."""
+    check_x64()
+    curvature = strategy("curvature", curvature, AbstractCurvature, CURVATURES)
+    structure = strategy("structure", structure, AbstractStructure, STRUCTURES)
+    check_problem(problem)
+    check_scale(problem)
+    model = check_model(model, problem)
+    view = parameters(model, where, problem.prior)
+    problem = with_given(view, problem)
+    local = problem.prior.local(view)
+    structure.check_prior(local, view.names)
+    leaves = tuple(stop - start for _, _, start, stop in view.leaves)
+    num_rows = local.rows.shape[0]
+    sizes = Sizes(view.size, int(np.sum(problem.informed)) + num_rows, num_rows, leaves)
+    needed = structure.num_bytes(sizes, curvature.signed)
+    if needed > free_bytes():
+        raise _too_large(curvature, structure, sizes, needed, free_bytes())
+    return Plan(view, problem, curvature, structure, needed)
+
+
+def _too_large(
+    curvature: AbstractCurvature, structure: AbstractStructure, sizes: Sizes, needed: int, free: int
+) -> LaplodeError:
+    """The refusal, which names all that would fit."""
+    ways = [
+        (name, make.name)
+        for make in STRUCTURES.values()
+        for name in dict.fromkeys((curvature.name, "ggn"))
+        if make().num_bytes(sizes, CURVATURES[name].signed) <= free
+    ]
+    remedy = [
+        f'structure="{structure}"' if name == curvature.name else f'curvature="{name}" with structure="{structure}"'
+        for name, structure in ways
+    ]
+    whole = f" (a P × P matrix alone has {_in_units(8 * sizes.parameters**2)})" if structure.whole else ""
+    return LaplodeError(
+        f'`structure`="{structure.name}" with curvature="{curvature.name}" needs about {_in_units(needed)} for P = '
+        f"{sizes.parameters} parameters and M = {sizes.rows - sizes.prior_rows} observations{whole}, and "
+        f"{_in_units(free)} are free. Take {', or '.join([*remedy, ''])}a part of the parameters with `where` (the "
+        "last layer, say)."
+    )
+
+
+def estimated(plan: Plan, around: AbstractFlow, problem: Problem, gradient_seconds: float | None = None) -> Estimate:
+    """The estimate; without a time, if it is not known what a gradient takes."""
+    size, num = plan.view.size, around.num_trajectories
+    route = "forward over reverse" if plan.curvature.signed else around.jacobian_route()
+    seconds = None
+    if gradient_seconds is not None:
         # Sensitivities stream through memory; automatic differentiation repeats the solve.
         rows = num * (around.num_steps * around.num_states + math.prod(problem.data.ys.shape[1:]))
         seconds = {
+            "forward over reverse": gradient_seconds * size,  # many at once, each a few times a gradient
             "sensitivity": 8 * rows * size / 5e8,
             "jvp": gradient_seconds * size,
             "vjp": gradient_seconds * problem.data.ys.size,
-        }[route]
-    if plan.structure is _FULL:
-        seconds += size**3 / 2e9
+        }[route] + (size**3 / 2e9 if plan.structure.whole else 0)
     return Estimate(
         num_parameters=size,
         num_observations=problem.num_observations,
         num_states=around.num_states,
         num_trajectories=num,
         num_steps=around.num_steps,
-        curvature=plan.curvature_name,
+        curvature=plan.curvature.name,
         structure=plan.structure.name,
         route=route,
         num_bytes=plan.num_bytes,
@@ -224,69 +170,3 @@ def _in_units(num_bytes: float) -> str:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.3g} TiB"
-
-
-# ---- What each structure is made of
-
-
-def _leading(around: AbstractFlow, problem: Problem, method: Method, work: Work) -> AbstractCurvature:
-    return hessian_leading(around, problem, rank=min(method.rank or _DEFAULT_RANK, around.parameters.size))
-
-
-def _diagonal(around: AbstractFlow, problem: Problem, method: Method, work: Work) -> AbstractCurvature:
-    if method.num_probes is None:
-        return hessian_diagonal(around, problem, batch_size=method.batch_size, work=work)
-    assert method.key is not None
-    return hessian_diagonal_stochastic(around, problem, num_probes=method.num_probes, key=method.key)
-
-
-# Leading eigenpairs of the exact Hessian that structure="low_rank" keeps by default.
-_DEFAULT_RANK = 100
-
-
-_FULL = _Structure(
-    name="full",
-    hessian=lambda flow, problem, method, work: hessian(flow, problem, batch_size=method.batch_size, work=work),
-    # The curvature, its eigenvectors, the precision and its factor.
-    num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 4 * 8 * sizes.parameters**2,
-    build=build_full,
-)
-
-
-_LOW_RANK = _Structure(
-    name="low_rank",
-    hessian=_leading,
-    num_bytes=lambda sizes, factored: _low_rank_bytes(sizes, factored),
-    build=build_low_rank,
-)
-
-
-_BLOCK_DIAGONAL = _Structure(
-    name="block_diagonal",
-    hessian=lambda flow, problem, method, work: hessian_blocks(flow, problem, batch_size=method.batch_size, work=work),
-    num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 4 * 8 * sum(size**2 for size in sizes.leaves),
-    build=build_block_diagonal,
-)
-
-
-_DIAGONAL = _Structure(
-    name="diagonal",
-    hessian=_diagonal,
-    num_bytes=lambda sizes, factored: _factor_bytes(sizes, factored) + 8 * 8 * sizes.parameters,
-    build=build_diagonal,
-)
-
-
-_STRUCTURES = (_FULL, _LOW_RANK, _BLOCK_DIAGONAL, _DIAGONAL)
-
-
-def _factor_bytes(sizes: Sizes, factored: bool) -> int:
-    return 8 * sizes.parameters * sizes.observations if factored else 0
-
-
-def _low_rank_bytes(sizes: Sizes, factored: bool) -> int:
-    if not factored:
-        return 3 * 8 * sizes.parameters * min(sizes.parameters, 2 * (sizes.rank or _DEFAULT_RANK) + 10)
-    if sizes.observations <= sizes.parameters:
-        return _factor_bytes(sizes, True) + 4 * 8 * sizes.observations**2
-    return 2 * _factor_bytes(sizes, True) + 4 * 8 * sizes.parameters**2

@@ -1,9 +1,9 @@
 """The evidence as a function of hyperparameters, without a solve for each of their values."""
 
-import abc
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
@@ -13,25 +13,15 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Array, Float, Int
 
-from .._algebra.forms import (
-    AbstractCurvature,
-    BlockCurvature,
-    DenseCurvature,
-    DiagonalCurvature,
-    EigenCurvature,
-    FactoredCurvature,
-    gram,
-)
-from .._algebra.regularization import _with_eigenvalues
-from .._algebra.structure import BlockDiagonalPrecision, DiagonalPrecision, FullPrecision, LowRankPrecision
-from .._devices import free_bytes
+from .._algebra.build import Determinant, GramDeterminant, determinant
+from .._algebra.forms import AbstractForm
+from .._curvature.strategies import At
 from .._errors import LaplodeError, choose
 from .._model.parameters import Parameters
 from .._problem.prior import GROUPINGS, Grouping
 from .._problem.problem import Problem
 from .._problem.scale import AbstractScaleLikelihood
 from .._solve.maps import evaluate
-from .laplace import curvature_again
 from .posterior import Posterior
 
 
@@ -46,188 +36,17 @@ class Hyperparameters(eqx.Module):
     log_scale: Float[Array, " B"] | None
 
 
-# ---- log det Λ as a function of precisions and scales
-
-
-class _LogDet(eqx.Module):
-    """log det of Λ0 + Σ_k shrink_k H_k, in the form that is cheapest for a structure."""
-
-    @abc.abstractmethod
-    def __call__(self, precision: Float[Array, " P"], shrink: Float[Array, " B"]) -> Float[Array, ""]:
-        """For prior precisions (P,), the information of each part k shrunk to shrink_k of what it is."""
-
-
-class _ByBlocks(_LogDet):
-    """Blocks on the diagonal, each the sum of its parts (B, n, n); `regularize` changes the eigenvalues of the sum."""
-
-    blocks: tuple[Float[Array, "B n n"], ...]
-    regularize: Callable[[Array], Array] | None = eqx.field(static=True)
-
-    def __call__(self, precision, shrink):
-        total, start = jnp.zeros(()), 0
-        for parts in self.blocks:
-            stop = start + parts.shape[-1]
-            matrix: Any = jnp.tensordot(shrink, parts, 1)
-            if self.regularize is not None:
-                matrix = _with_eigenvalues(self.regularize, matrix)
-            total += _log_det_dense(matrix + jnp.diag(precision[start:stop]))
-            start = stop
-        return total
-
-
-def _log_det_dense(matrix: Float[Array, "n n"]) -> Float[Array, ""]:
-    return 2 * jnp.sum(jnp.log(jnp.diagonal(jnp.linalg.cholesky(matrix))))
-
-
-class _ByDiagonal(_LogDet):
-    """The sum of diagonal parts (B, P)."""
-
-    diagonals: Float[Array, "B P"]
-    regularize: Callable[[Array], Array] | None = eqx.field(static=True)
-
-    def __call__(self, precision, shrink):
-        diagonal = shrink @ self.diagonals
-        return jnp.sum(jnp.log((diagonal if self.regularize is None else self.regularize(diagonal)) + precision))
-
-
-class _ByRoot(_LogDet):
-    """log det of Σ_b shrink_b R_bᵀ R_b + diag(precision), from the R_b: where eigenvalues are so far apart that the sum
-    written out has lost the smallest."""
-
-    roots: Float[Array, "B P P"]
-
-    def __call__(self, precision, shrink):
-        rows = [*(jnp.sqrt(shrink)[:, None, None] * self.roots), jnp.diag(jnp.sqrt(precision))]
-        root = jnp.linalg.qr(jnp.concatenate(rows))[1]
-        return 2 * jnp.sum(jnp.log(jnp.abs(jnp.diagonal(root))))
-
-
-class _ByGram(_LogDet):
-    """In data space: log det Λ0 + log det(I + W^½ F Λ0⁻¹ Fᵀ W^½), F (M, P), of which the `rank` leading modes count.
-
-    The precision being the same within each group of parameters, F Λ0⁻¹ Fᵀ is a sum over the groups' Gram matrices.
-    """
-
-    grams: Float[Array, "A M M"] | None
-    first: Int[np.ndarray, " A"]  # a parameter of each group
-    factor: Float[Array, "M P"] | None  # in place of the Gram matrices, where every parameter is a group
-    weights: Float[Array, " M"]
-    part: Int[np.ndarray, " M"]  # to which an observation belongs
-    rank: int | None = eqx.field(static=True)
-
-    def __call__(self, precision, shrink):
-        root = jnp.sqrt(self.weights) * jnp.sqrt(shrink[self.part])  # weights may be 0, where a root has no derivative
-        if self.grams is None:
-            assert self.factor is not None
-            scaled = self.factor / jnp.sqrt(precision)
-            inner = scaled @ scaled.T
-        else:
-            inner = jnp.tensordot(1 / precision[self.first], self.grams, 1)
-        inner = root[:, None] * inner * root
-        if self.rank is not None:
-            strengths = jnp.linalg.eigvalsh(inner)[-self.rank :]
-            data_part = jnp.sum(jnp.log1p(jnp.maximum(strengths, 0)))
-        else:
-            data_part = _log_det_dense(jnp.eye(len(root)) + inner)
-        return jnp.sum(jnp.log(precision)) + data_part
-
-
-def _log_det(posterior: Posterior, groups: Int[np.ndarray, " P"], by_channel: bool) -> _LogDet:
-    """The log-determinant of a posterior's structure, in parts: one for each channel, or all in one."""
-    found, structure = posterior.curvature, posterior.structure
-    concave = not np.any(posterior.problem.prior.local(posterior.parameters).deficit)
-    num_parts = posterior.problem.data.ys.shape[2] if by_channel else 1
-    if isinstance(found, FactoredCurvature):
-        channel = np.nonzero(posterior.problem.informed)[2]
-        part = channel if by_channel else np.zeros_like(channel)
-        rank = posterior.method.rank
-        few = found.factor.shape[0] < posterior.size
-        if (isinstance(structure, LowRankPrecision) and (few or rank is not None)) or (
-            isinstance(structure, FullPrecision) and few and concave
-        ):
-            return _gram_parts(found.factor, found.weights, part, groups, rank)
-        rows = [np.flatnonzero(part == k) for k in range(num_parts)]
-        each = [FactoredCurvature(found.factor[r], found.weights[r]) for r in rows]
-        if isinstance(structure, DiagonalPrecision):
-            return _ByDiagonal(jnp.stack([e.diagonal() for e in each]), None)
-        if isinstance(structure, BlockDiagonalPrecision):
-            leaves = [(start, stop) for _, _, start, stop in posterior.parameters.leaves]
-            return _ByBlocks(tuple(jnp.stack([e.block(*leaf) for e in each]) for leaf in leaves), None)
-        if concave and posterior.diagnostics.condition_number > _FAR_APART:
-            return _ByRoot(jnp.stack([_root(e) for e in each]))
-        return _ByBlocks((jnp.stack([e.matrix() for e in each]),), None)
-    if isinstance(found, EigenCurvature):
-        assert isinstance(structure, LowRankPrecision)
-        part = np.zeros(found.eigenvalues.size, int)
-        # As regularized, which a structure built of it has kept.
-        return _gram_parts(structure.factor, structure.scale**2, part, groups, None)
-    if by_channel and num_parts > 1:
-        again = [curvature_again(posterior, _channel(posterior.problem, k)) for k in range(num_parts)]
-        parts = [_matrices(found) for found in again]
-        changed = posterior.diagnostics.regularized is not None
-        regularize = _REGULARIZATIONS[posterior.method.regularization] if changed else None
-    else:  # what changes the eigenvalues is a matter of their signs, and does so at all scales alike
-        parts, regularize = [_as_used(posterior)], None
-    stacked = tuple(jnp.stack([p[i] for p in parts]) for i in range(len(parts[0])))
-    if isinstance(structure, DiagonalPrecision):
-        return _ByDiagonal(stacked[0], regularize)
-    return _ByBlocks(stacked, regularize)
-
-
-# A condition number beyond which the log-determinant of a matrix is no longer smooth in what it is made of.
-_FAR_APART = 1e12
-
-
-def _root(found: FactoredCurvature) -> Float[Array, "P P"]:
-    """R with Rᵀ R the curvature."""
-    size = found.factor.shape[1]
-    rows = jnp.sqrt(found.weights)[:, None] * found.factor
-    # Of fewer observations than parameters too.
-    return jnp.linalg.qr(jnp.concatenate([rows, jnp.zeros((size, size))]), mode="r")
-
-
-_REGULARIZATIONS: dict[str, Callable[[Array], Array]] = {"clip": jax.nn.relu, "abs": jnp.abs}
-
-
-def _gram_parts(factor, weights, part, groups: Int[np.ndarray, " P"], rank: int | None) -> _ByGram:
-    num_groups = int(groups.max()) + 1
-    num, size = factor.shape
-    first = np.unique(groups, return_index=True)[1]
-    if num_groups == size and size > 1:
-        return _ByGram(None, first, factor, weights, part, rank)
-    needed = 8 * num_groups * num**2
-    if needed > free_bytes() // 4:
-        raise LaplodeError(
-            f'`precision`="leaf" would keep {num_groups} matrices of {num} × {num}, {needed / 2**30:.1f} GiB, more '
-            'than fits. Take "one".'
-        )
-    # Groups are runs of columns, or all of them.
-    grams = [gram(factor[:, groups == g].T if num_groups > 1 else factor.T) for g in range(num_groups)]
-    return _ByGram(jnp.stack(grams), first, None, weights, part, rank if rank is None or rank < num else None)
-
-
-def _matrices(found: AbstractCurvature) -> list[Array]:
-    if isinstance(found, DenseCurvature):
-        return [found.matrix]
-    if isinstance(found, BlockCurvature):
-        return [block.matrix for block in found.blocks]
-    assert isinstance(found, DiagonalCurvature)
-    return [found.diagonal]
-
-
-def _as_used(posterior: Posterior) -> list[Array]:
-    """The curvature after regularization, in the form of `_matrices`."""
-    if posterior.diagnostics.regularized is None:
-        return _matrices(posterior.curvature)
-    structure = posterior.structure
-    prior = posterior.problem.prior.local(posterior.parameters).diagonal
-    if isinstance(structure, DiagonalPrecision):
-        return [structure.precision - prior]
-    if isinstance(structure, BlockDiagonalPrecision):
-        leaves = [(start, stop) for _, _, start, stop in posterior.parameters.leaves]
-        blocks = zip(structure.blocks, leaves, strict=True)
-        return [b.cholesky @ b.cholesky.T - jnp.diag(prior[slice(*leaf)]) for b, leaf in blocks]
-    return [structure.precision_product(jnp.eye(posterior.size)) - jnp.diag(prior)]
+def form_by_channel(posterior: Posterior) -> AbstractForm:
+    """The posterior's curvature, in a form that knows its channels."""
+    channels = posterior.problem.data.ys.shape[2]
+    if not posterior.curvature.signed or channels == 1:
+        return posterior.form
+    each = [
+        posterior.structure.form(posterior.curvature, At(posterior.flow, _channel(posterior.problem, k)))
+        for k in range(channels)
+    ]
+    join = lambda *parts: jnp.concatenate(parts) if eqx.is_array(parts[0]) else max(parts)
+    return jax.tree.map(join, *each)
 
 
 def _channel(problem: Problem, k: int) -> Problem:
@@ -244,12 +63,16 @@ class Evidence(eqx.Module):
     """log p(Y) of the Laplace approximation as a function of `Hyperparameters`, θ* and its curvature held fixed.
 
     Made by `evidence_function`. Differentiable, jitted by its callers; a call takes no solve.
+
+    Every negative eigenvalue of the likelihood's curvature is regularized here, also where the prior outweighs it: at a
+    fixed θ*, the evidence grows without bound where Λ ceases to be positive definite, and no optimum lies there.
     """
 
     view: Parameters
     problem: Problem
     predictions: Float[Array, "N T F"]
-    log_det: _LogDet
+    log_det: Determinant | GramDeterminant
+    form: AbstractForm
     grouping: Grouping | None = eqx.field(static=True)
     by_channel: bool = eqx.field(static=True)
 
@@ -257,15 +80,9 @@ class Evidence(eqx.Module):
         """log p(Y | θ*) + log p(θ*) + P/2 log 2π − ½ log det Λ, in nats."""
         problem, view = self.problem_at(hyperparameters), self.view
         prior = problem.prior.local(view)
-        log_det = self.log_det(prior.diagonal, self._shrink(hyperparameters.log_scale))
+        log_det = self.log_det(prior, shrink(hyperparameters))
         constant = 0.5 * view.size * math.log(2 * math.pi)
         return problem.log_likelihood(self.predictions) + prior.log_density + constant - 0.5 * log_det
-
-    def _shrink(self, log_scale: Array | None) -> Float[Array, " B"]:
-        """What is left of the information of each part."""
-        if log_scale is None:
-            return jnp.ones(1)
-        return jnp.exp(-2 * log_scale)
 
     def problem_at(self, hyperparameters: Hyperparameters) -> Problem:
         """The problem with these hyperparameters."""
@@ -282,6 +99,11 @@ class Evidence(eqx.Module):
         return eqx.tree_at(lambda p: p.likelihood.scale, problem, scale)
 
 
+def shrink(hyperparameters: Hyperparameters) -> Float[Array, " B"]:
+    """What is left of the information of each channel, or of all."""
+    return jnp.ones(1) if hyperparameters.log_scale is None else jnp.exp(-2 * hyperparameters.log_scale)
+
+
 _NOISES: dict[str, bool | None] = {"channel": True, "one": False, "fixed": None}
 
 
@@ -293,19 +115,28 @@ def evidence_function(
     **Arguments:** as for `maximize_evidence`.
 
     **Returns:** `(function, start)`: `function(hyperparameters)` is in nats, and `function(start)` is
-    `posterior.log_evidence`, where the prior's precision has the form asked for.
+    `posterior.log_evidence`, where the prior's precision has the form asked for and no eigenvalue of the likelihood's
+    curvature is negative.
 
     **Raises:** `LaplodeError` as `maximize_evidence` does.
     """
     grouping, by_channel = _forms(posterior, precision, noise)
     view, problem = posterior.parameters, posterior.problem
     log_precision = None if grouping is None else problem.prior.hyperparameters(view, grouping)
-    log_det = _log_det(posterior, _groups(grouping, posterior), by_channel is True)
+    form = form_by_channel(posterior) if by_channel else posterior.form
+    log_det = determinant(
+        posterior.structure,
+        form,
+        problem.prior.local(view),
+        dataclasses.replace(posterior.regularization, always=True),
+        _groups(grouping, posterior),
+        posterior.diagnostics.condition_number,
+    )
     log_scale = None
     if by_channel is not None:
         log_scale = jnp.zeros(problem.data.ys.shape[2] if by_channel else 1)
     predictions = evaluate(posterior.flow, view.vector)
-    function = Evidence(view, problem, predictions, log_det, grouping, by_channel is True)
+    function = Evidence(view, problem, predictions, log_det, form, grouping, by_channel is True)
     return function, Hyperparameters(log_precision, log_scale)
 
 
@@ -334,14 +165,13 @@ def _forms(posterior: Any, precision: str, noise: str | None) -> tuple[Grouping 
 
 
 def _noise_form(posterior: Posterior, noise: str | None) -> bool | None:
-    likelihood, method = posterior.problem.likelihood, posterior.method
+    likelihood, curvature = posterior.problem.likelihood, posterior.curvature
     scaled = falls = known = False
     if isinstance(likelihood, AbstractScaleLikelihood):
         scaled, falls = likelihood.scale is not None, likelihood.scalable
-        known = falls and (method.curvature == "ggn" or (method.curvature == "hessian" and likelihood.quadratic))
+        known = falls and curvature.falls_with_scale(likelihood.quadratic)
     if noise is None:
-        together = isinstance(posterior.curvature, EigenCurvature) or method.regularization == "jitter"
-        return (None if not known else not together) if scaled else None
+        return (None if not known else posterior.form.knows_channels) if scaled else None
     by_channel = choose("noise", noise, _NOISES)
     if by_channel is None:
         return None
@@ -355,15 +185,10 @@ def _noise_form(posterior: Posterior, noise: str | None) -> bool | None:
         )
     if not known:
         raise LaplodeError(
-            f'`noise`="{noise}": how curvature="{method.curvature}" changes with the scale of {name} is not known '
+            f'`noise`="{noise}": how curvature="{curvature.name}" changes with the scale of {name} is not known '
             'without computing it again. Take a posterior with curvature="ggn", or noise="fixed".'
         )
-    if by_channel and method.regularization == "jitter" and posterior.diagnostics.regularized is not None:
-        raise LaplodeError(
-            '`noise`="channel": how much regularization="jitter" adds changes with the scales. Take noise="one", or '
-            'a posterior with regularization="clip".'
-        )
-    if by_channel and isinstance(posterior.curvature, EigenCurvature):
+    if by_channel and not posterior.form.knows_channels:
         raise LaplodeError(
             '`noise`="channel": the leading eigenpairs of the exact Hessian are of all channels together. Take '
             'noise="one", curvature="ggn", or structure="full".'

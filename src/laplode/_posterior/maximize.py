@@ -12,20 +12,11 @@ import optax
 from jaxtyping import Array, Float, PyTree
 from tqdm.auto import tqdm
 
-from .._algebra.forms import (
-    AbstractCurvature,
-    BlockCurvature,
-    DenseCurvature,
-    DiagonalCurvature,
-    EigenCurvature,
-    FactoredCurvature,
-)
-from .._algebra.structure import FullPrecision
 from .._checks import check_count, check_flag, real_array
 from .._errors import LaplodeError, LaplodeWarning
 from .._fit.refine import refine
-from .evidence import Evidence, Hyperparameters, _forms, evidence_function
-from .laplace import curvature_again, laplace, reassembled
+from .evidence import Evidence, Hyperparameters, _forms, evidence_function, shrink
+from .laplace import laplace, reassembled
 from .posterior import Posterior
 
 # ---- Its maximum
@@ -146,19 +137,20 @@ def maximize_evidence(
 
 def _refined(posterior: Posterior) -> Posterior:
     """The posterior around the optimum of its own problem."""
-    method, where = posterior.method, posterior.parameters.where
-    exact = method.curvature == "hessian" and isinstance(posterior.structure, FullPrecision)
-    options = {field: getattr(method, field) for field in method.__dataclass_fields__}
+    curvature, structure, where = posterior.curvature, posterior.structure, posterior.parameters.where
+    descent = "hessian" if curvature.signed and structure.whole else "ggn"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LaplodeWarning)  # what remains of it at the end is said there
-        fit = refine(
-            posterior.parameters.model,
+        fit = refine(posterior.model, posterior.problem, curvature=descent, where=where, progress=False)
+        return laplace(
+            fit.model,
             posterior.problem,
-            curvature="hessian" if exact else "ggn",
+            curvature=curvature,
+            structure=structure,
+            regularization=posterior.regularization,
             where=where,
             progress=False,
         )
-        return laplace(fit.model, posterior.problem, where=where, progress=False, **options)
 
 
 def _maximum(function: Evidence, start: Hyperparameters, bounds: _Bounds, steps: int) -> Hyperparameters:
@@ -199,29 +191,7 @@ def _lbfgs(function: Evidence, bounds: _Bounds, start: PyTree, steps: int) -> Py
 def _with(posterior: Posterior, function: Evidence, found: Hyperparameters) -> Posterior:
     """The posterior with other hyperparameters."""
     problem = function.problem_at(found)
-    curvature = posterior.curvature
-    if found.log_scale is not None:
-        shrink = jnp.exp(-2 * found.log_scale)
-        if isinstance(curvature, FactoredCurvature):
-            channel = np.nonzero(posterior.problem.informed)[2]
-            each = shrink[channel] if function.by_channel else shrink[0]
-            curvature = FactoredCurvature(curvature.factor, curvature.weights * each)
-        elif function.by_channel and shrink.size > 1:
-            curvature = curvature_again(posterior, problem)
-        else:
-            curvature = _scaled(curvature, shrink[0])
-    return reassembled(posterior, problem, curvature)
-
-
-def _scaled(curvature: AbstractCurvature, by: Float[Array, ""]) -> AbstractCurvature:
-    if isinstance(curvature, DenseCurvature):
-        return DenseCurvature(curvature.matrix * by, curvature.symmetry_defect)
-    if isinstance(curvature, BlockCurvature):
-        return BlockCurvature(tuple(DenseCurvature(b.matrix * by, b.symmetry_defect) for b in curvature.blocks))
-    if isinstance(curvature, EigenCurvature):
-        return EigenCurvature(curvature.vectors, curvature.eigenvalues * by)
-    assert isinstance(curvature, DiagonalCurvature)
-    return DiagonalCurvature(curvature.diagonal * by)
+    return reassembled(posterior, problem, function.form.scaled(shrink(found)))
 
 
 def _warn(posterior: Posterior, function: Evidence, found: Hyperparameters, bounds: _Bounds, settled: bool) -> None:

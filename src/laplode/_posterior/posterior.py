@@ -10,9 +10,10 @@ import numpyro.distributions as dist
 import pandas as pd
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._algebra.forms import AbstractCurvature
-from .._algebra.regularization import Regularized
-from .._algebra.structure import AbstractStructure
+from .._algebra.forms import AbstractForm
+from .._algebra.precision import AbstractPrecision
+from .._algebra.regularization import AbstractRegularization, Regularized
+from .._algebra.structure import AbstractCurvature, AbstractStructure
 from .._devices import free_bytes
 from .._errors import LaplodeError
 from .._model.parameters import Parameters
@@ -26,8 +27,9 @@ class Diagnostics(eqx.Module):
     """What was found on the way to a posterior.
 
     - `symmetry_defect`: ‖H − Hᵀ‖ / ‖H‖ before symmetrization; 0 for curvatures that are symmetric by construction.
-    - `eigenvalue_min`, `eigenvalue_max`: of the precision Λ before regularization.
-    - `condition_number`: of the precision Λ that is used.
+    - `eigenvalue_min`, `eigenvalue_max`: of the precision Λ before regularization, in the metric of the prior: 1 where
+        the data say nothing, and the same in all units of the parameters.
+    - `condition_number`: of the precision Λ that is used, in that metric.
     - `num_negative`: negative eigenvalues of the curvature of the data, beyond rounding; of the data behind `as_prior`
         too.
     - `regularized`: what was changed, None if nothing.
@@ -55,7 +57,7 @@ class Diagnostics(eqx.Module):
             "parameters": f"{self.num_parameters}, {self.effective_dof:.2f} determined by the data",
             "observations": f"{self.num_observations}",
             "symmetry defect": f"{self.symmetry_defect:.1e}",
-            "eigenvalues of Λ": f"{self.eigenvalue_min:.3g} … {self.eigenvalue_max:.3g}",
+            "eigenvalues of Λ": f"{self.eigenvalue_min:.3g} … {self.eigenvalue_max:.3g} times the prior's",
             "condition number": f"{self.condition_number:.3g}",
             "negative eigenvalues": f"{self.num_negative} of the likelihood's curvature",
             "regularized": "nothing" if self.regularized is None else str(self.regularized),
@@ -65,18 +67,6 @@ class Diagnostics(eqx.Module):
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
-
-
-class Method(eqx.Module):
-    """What was asked of `laplace`, for the same to be done again."""
-
-    curvature: str = eqx.field(static=True)
-    structure: str = eqx.field(static=True)
-    regularization: str = eqx.field(static=True)
-    rank: int | None = eqx.field(static=True, default=None)
-    num_probes: int | None = eqx.field(static=True, default=None)
-    batch_size: int | None = eqx.field(static=True, default=None)
-    key: PRNGKeyArray | None = None
 
 
 # Bytes of normal random numbers made at once: several times as much goes into their making.
@@ -97,7 +87,7 @@ def _normals(keys: PRNGKeyArray, size: int) -> Float[Array, "n P"]:
 
 
 @eqx.filter_jit
-def _log_normal(offset: Float[Array, "... P"], structure: AbstractStructure) -> Float[Array, "..."]:
+def _log_normal(offset: Float[Array, "... P"], structure: AbstractPrecision) -> Float[Array, "..."]:
     quadratic = jnp.sum(offset * structure.precision_product(offset), axis=-1)
     return 0.5 * (structure.log_det - offset.shape[-1] * math.log(2 * math.pi) - quadratic)
 
@@ -109,7 +99,7 @@ class _Gaussian(dist.Distribution):
     pytree_data_fields = ("mean_vector", "structure")
 
     def __init__(
-        self, mean_vector: Float[Array, " P"], structure: AbstractStructure, *, validate_args: bool | None = None
+        self, mean_vector: Float[Array, " P"], structure: AbstractPrecision, *, validate_args: bool | None = None
     ):
         self.mean_vector, self.structure = mean_vector, structure
         super().__init__(event_shape=mean_vector.shape, validate_args=validate_args)
@@ -132,7 +122,7 @@ class _Gaussian(dist.Distribution):
 
 
 @eqx.filter_jit
-def _draw(mean: Float[Array, " P"], structure: AbstractStructure, keys: PRNGKeyArray) -> Float[Array, "n P"]:
+def _draw(mean: Float[Array, " P"], structure: AbstractPrecision, keys: PRNGKeyArray) -> Float[Array, "n P"]:
     return mean + structure.root_product(_normals(keys, mean.size))
 
 
@@ -140,21 +130,35 @@ class Posterior(eqx.Module):
     """θ ~ Normal(mean, Λ⁻¹): the Laplace approximation around the model's parameters.
 
     Made by `laplace`. Immutable; may be passed through `jit` and `vmap`.
+
+    - `parameters`, `problem`, `flow`: what it is of: the parameters of the fitted model, the data with likelihood and
+        prior, and the map from parameters to predictions.
+    - `form`: the curvature of −log p(Y | θ), and `built`: the precision Λ that was made of it.
+    - `log_joint`: log p(Y, θ*), in nats.
+    - `diagnostics`: what was found on the way.
+    - `curvature`, `structure`, `regularization`: the strategies that `laplace` was given.
     """
 
     parameters: Parameters
     problem: Problem
     flow: AbstractFlow
-    curvature: AbstractCurvature
-    structure: AbstractStructure
+    form: AbstractForm
+    built: AbstractPrecision
     log_joint: Float[Array, ""]
     diagnostics: Diagnostics
-    method: Method
+    curvature: AbstractCurvature
+    structure: AbstractStructure
+    regularization: AbstractRegularization
 
     @property
     def size(self) -> int:
         """P."""
         return self.parameters.size
+
+    @property
+    def model(self) -> Any:
+        """The fitted model, with parameters in float64."""
+        return self.parameters.model
 
     @property
     def mean(self) -> Float[Array, " P"]:
@@ -163,11 +167,11 @@ class Posterior(eqx.Module):
 
     def sample(self, key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
         """Draw `n` parameter vectors, shape (n, P)."""
-        return _draw(self.mean, self.structure, jax.random.split(key, n))
+        return _draw(self.mean, self.built, jax.random.split(key, n))
 
     def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
         """log Normal(theta; mean, Λ⁻¹), in nats."""
-        return _log_normal(theta - self.mean, self.structure)
+        return _log_normal(theta - self.mean, self.built)
 
     def summary(self, prob: float = 0.94) -> pd.DataFrame:
         """A table of the parameters by name, as the model knows them: mean, sd, and central interval.
@@ -192,7 +196,7 @@ class Posterior(eqx.Module):
         model = posterior.unravel(theta)
         ```
         """
-        return _Gaussian(self.mean, self.structure)
+        return _Gaussian(self.mean, self.built)
 
     def as_prior(self) -> PosteriorPrior:
         """This posterior as the prior of further trajectories: θ ~ Normal(θ*, Λ⁻¹), in unconstrained coordinates.
@@ -214,12 +218,12 @@ class Posterior(eqx.Module):
         **Raises:** `LaplodeError` when the blocks of a `block_diagonal` posterior don't fit in memory side by side.
         """
         prior = self.problem.prior
-        diagonal, rows = self.structure.split(prior.local(self.parameters).precision)
+        diagonal, rows = self.built.split(prior.local(self.parameters).precision)
         return PosteriorPrior(
             mean=self.mean,
             precision=diagonal,
             rows=rows,
-            log_det=self.structure.log_det,
+            log_det=self.built.log_det,
             leaves=tuple(leaf[:2] for leaf in self.parameters.leaves),
             coordinates=prior.coordinates,
         )
@@ -227,27 +231,27 @@ class Posterior(eqx.Module):
     def covariance(self) -> Float[Array, "P P"]:
         """Λ⁻¹, formed only when asked for."""
         self._refuse_if_large("covariance")
-        covariance = self.structure.covariance_product(jnp.eye(self.size))
+        covariance = self.built.covariance_product(jnp.eye(self.size))
         return (covariance + covariance.T) / 2
 
     def precision(self) -> Float[Array, "P P"]:
         """Λ, formed only when asked for."""
         self._refuse_if_large("precision")
-        return self.structure.precision_product(jnp.eye(self.size))
+        return self.built.precision_product(jnp.eye(self.size))
 
     def marginal_std(self) -> Float[Array, " P"]:
         """The standard deviation of each parameter, shape (P,)."""
-        return jnp.sqrt(self.structure.variance())
+        return jnp.sqrt(self.built.variance())
 
     @property
     def log_evidence(self) -> Float[Array, ""]:
         """log p(Y) ≈ log p(Y, θ*) + P/2 log 2π − ½ log det Λ, in nats (MacKay, 1992)."""
-        return self.log_joint + 0.5 * (self.size * math.log(2 * math.pi) - self.structure.log_det)
+        return self.log_joint + 0.5 * (self.size * math.log(2 * math.pi) - self.built.log_det)
 
     def _refuse_if_large(self, name: str) -> None:
         needed = 3 * 8 * self.size**2
         if needed > free_bytes():
             raise LaplodeError(
                 f"`{name}()` would form a {self.size} × {self.size} matrix ({8 * self.size**2 / 2**30:.1f} GiB), more "
-                "than fits. Use marginal_std(), sample(), or posterior.structure.covariance_product(v)."
+                "than fits. Use marginal_std(), sample(), or posterior.built.covariance_product(v)."
             )

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from .._algebra.structure import AbstractStructure, over_columns
+from .._algebra.columns import over_columns
+from .._algebra.precision import AbstractPrecision
 from .._devices import num_devices
 from .._problem.likelihood import AbstractLikelihood
 from .._solve.maps import AbstractFlow, OfModel, flow, linearize
@@ -49,21 +50,21 @@ class Linearized(AbstractMethod):
             del jacobian
         means, draws = zip(*parts, strict=True)
         channels = posterior.problem.data.ys.shape[2]
-        closed_form = LinearTrajectories(around, posterior.structure, grid, width, channels)
+        closed_form = LinearTrajectories(around, posterior.built, grid, width, channels)
         return jnp.concatenate(means), jnp.concatenate(draws, axis=1), closed_form
 
     def values(self, posterior, function, thetas, *, progress):
         value, jacobian = linearize(function)
         draws = value + ((thetas - posterior.mean) @ jacobian.T).reshape(-1, *value.shape)
-        std = jnp.sqrt(_variance(posterior.structure, jacobian)).reshape(value.shape)
-        return draws, LinearFunction(function, posterior.structure, std)
+        std = jnp.sqrt(_variance(posterior.built, jacobian)).reshape(value.shape)
+        return draws, LinearFunction(function, posterior.built, std)
 
 
 class LinearTrajectories(AbstractClosedForm):
     """The linearized predictions `around` θ* at a grid of times."""
 
     around: AbstractFlow
-    precision: AbstractStructure
+    precision: AbstractPrecision
     grid: Grid
     width: int = eqx.field(static=True)  # F, of which the first K are the channels
     channels: int = eqx.field(static=True)
@@ -85,7 +86,7 @@ class LinearFunction(AbstractClosedForm):
     """A linearized function of the model."""
 
     function: OfModel
-    precision: AbstractStructure
+    precision: AbstractPrecision
     std: Float[Array, "..."]
 
     def covariance(self) -> Float[Array, "M M"]:
@@ -120,7 +121,7 @@ def _linear_draws(
 
 @eqx.filter_jit
 def _trajectory_covariances(
-    precision: AbstractStructure, jacobian, shape: tuple[int, ...], channels: int, skip: int
+    precision: AbstractPrecision, jacobian, shape: tuple[int, ...], channels: int, skip: int
 ) -> Float[Array, "N TK TK"]:
     """J Λ⁻¹ Jᵀ for each trajectory, of the locations."""
     num, num_times, _ = shape
@@ -129,6 +130,6 @@ def _trajectory_covariances(
 
 
 @eqx.filter_jit
-def _variance(precision: AbstractStructure, jacobian: Float[Array, "M P"]) -> Float[Array, " M"]:
+def _variance(precision: AbstractPrecision, jacobian: Float[Array, "M P"]) -> Float[Array, " M"]:
     """The diagonal of J Λ⁻¹ Jᵀ, which is not formed."""
     return jax.lax.map(lambda row: precision.predictive_covariance(row[None])[0, 0], jacobian, batch_size=64)

@@ -179,6 +179,6 @@ def straight_log_density(posterior: Posterior, df: float | None, thetas: Float[A
     if df is None:
         return posterior.log_prob(thetas)
     offset, size = thetas - posterior.mean, posterior.size
-    quadratic = jnp.sum(offset * posterior.structure.precision_product(offset), axis=-1)
+    quadratic = jnp.sum(offset * posterior.built.precision_product(offset), axis=-1)
     constant = gammaln((df + size) / 2) - gammaln(df / 2) - 0.5 * size * math.log(df * math.pi)
-    return constant + 0.5 * posterior.structure.log_det - 0.5 * (df + size) * jnp.log1p(quadratic / df)
+    return constant + 0.5 * posterior.built.log_det - 0.5 * (df + size) * jnp.log1p(quadratic / df)

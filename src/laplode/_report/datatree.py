@@ -243,8 +243,8 @@ def posterior_attrs(posterior: Posterior) -> dict[str, Any]:
     """What a posterior is and how it was found, as attributes that any file format takes."""
     diagnostics = posterior.diagnostics
     return {
-        "curvature": posterior.method.curvature,
-        "structure": type(posterior.structure).__name__.removesuffix("Precision"),
+        "curvature": posterior.curvature.name,
+        "structure": posterior.structure.name,
         "regularization": "none" if diagnostics.regularized is None else diagnostics.regularized.kind,
         "newton_decrement": float(diagnostics.newton_decrement),
         "effective_dof": float(diagnostics.effective_dof),

@@ -198,7 +198,7 @@ class _Target(eqx.Module):
     ceiling: Float[Array, ""]
 
     def theta(self, start: Float[Array, " P"], z: Float[Array, "... P"]) -> Float[Array, "... P"]:
-        return start + self.posterior.structure.root_product(z)
+        return start + self.posterior.built.root_product(z)
 
     def potential(self, start: Float[Array, " P"]) -> Callable[[Array], Array]:
         def at(z):
@@ -247,7 +247,7 @@ def _begin(posterior: Posterior, starts: Any, num_chains: int, key: PRNGKeyArray
         values, gradients = _evaluate(unlimited, thetas)
     else:
         normals = _OVERDISPERSION * jax.random.normal(key, (num_chains, size))
-        offsets = posterior.structure.root_product(normals)
+        offsets = posterior.built.root_product(normals)
         least = _evaluate(unlimited, posterior.mean[None])[0]
         scale = np.ones(num_chains)
         for _ in range(_HALVINGS):

@@ -6,16 +6,7 @@ import numpy as np
 import xarray as xr
 from arviz_plots import visuals
 from arviz_plots.plot_collection import PlotCollection
-from jaxtyping import Float
 
-from ..._algebra.forms import (
-    AbstractCurvature,
-    BlockCurvature,
-    DenseCurvature,
-    DiagonalCurvature,
-    EigenCurvature,
-    FactoredCurvature,
-)
 from ..._errors import LaplodeError
 from ..._posterior.posterior import Posterior
 from .shared import _COLORS, _GRAY, _grid, _label, _legend, _log_y, _put, _xy
@@ -48,7 +39,7 @@ def plot_spectrum(posterior: Posterior, *, axes: Any = None, backend: str | None
     precision = np.asarray(local.precision)
     uniform = bool(np.all(precision == precision[0]))
     unit = float(precision[0]) if uniform else 1.0
-    values = unit * np.sort(_relative_spectrum(one.curvature, precision))[::-1]
+    values = unit * np.sort(one.form.spectrum(precision))[::-1]
     rounding = one.size * np.finfo(float).eps * np.max(np.abs(values))
     number = np.arange(1, len(values) + 1)
     positive, negative = values > rounding, values < -rounding
@@ -79,23 +70,3 @@ def plot_spectrum(posterior: Posterior, *, axes: Any = None, backend: str | None
     _log_y(plots)
     _legend(plots, entries, columns=2)
     return plots
-
-
-def _relative_spectrum(curvature: AbstractCurvature, precision: Float[np.ndarray, " P"]) -> Float[np.ndarray, " R"]:
-    """Eigenvalues of Λ0^-½ H Λ0^-½, as many as the curvature knows of."""
-    root = np.sqrt(precision)
-    if isinstance(curvature, DenseCurvature):
-        return np.linalg.eigvalsh(np.asarray(curvature.matrix) / root / root[:, None])
-    if isinstance(curvature, BlockCurvature):
-        stops = np.cumsum([len(block.matrix) for block in curvature.blocks])[:-1]
-        pieces = zip(curvature.blocks, np.split(precision, stops), strict=True)
-        return np.concatenate([_relative_spectrum(block, piece) for block, piece in pieces])
-    if isinstance(curvature, DiagonalCurvature):
-        return np.asarray(curvature.diagonal) / precision
-    if isinstance(curvature, FactoredCurvature):
-        half = np.sqrt(np.asarray(curvature.weights))[:, None] * np.asarray(curvature.factor) / root
-        return np.linalg.eigvalsh(half @ half.T if half.shape[0] <= half.shape[1] else half.T @ half)
-    assert isinstance(curvature, EigenCurvature)
-    # Λ0^-½ V diag(x) Vᵀ Λ0^-½ has the eigenvalues of the small matrix R diag(x) Rᵀ, with Λ0^-½ V = Q R.
-    small: Any = np.linalg.qr((np.asarray(curvature.vectors) / root).T, mode="r")
-    return np.linalg.eigvalsh((small * np.asarray(curvature.eigenvalues)) @ small.T)
