@@ -145,8 +145,8 @@ def _wrong_leaves(probe: _Probe, offset: np.ndarray) -> list[str]:
     for name, _, start, stop in leaves if len(leaves) <= _MOST_LEAVES else ():
         alone = np.zeros_like(offset)
         alone[start:stop] = offset[start:stop]
-        _, slope = _pushed(probe.flow, probe.flow.parameters.vector, alone)
-        error, neighbor = probe.error(alone, slope, _WRONG_PART)
+        _, slope = _pushed(probe.flow, probe.flow.parameters.vector, alone)  # pyright: ignore[reportArgumentType]
+        error, neighbor = probe.error(alone, slope, _WRONG_PART)  # pyright: ignore[reportArgumentType]
         if neighbor is not None and error > _WRONG:
             wrong.append(name)
     return wrong

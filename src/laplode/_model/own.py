@@ -26,7 +26,7 @@ _NO_ARGS = {"key", "inference", "training", "train", "deterministic", "throw", "
 
 def unwrapped(model: Any) -> Any:
     """The model that `eqx.filter_jit` was applied to, so that its parameters have their own names."""
-    while isinstance(model, _Jitted):
+    while isinstance(model, _Jitted):  # pyright: ignore[reportArgumentType]
         model = model.__wrapped__  # pyright: ignore[reportAttributeAccessIssue]
     return model
 

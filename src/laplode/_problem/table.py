@@ -39,17 +39,17 @@ def read_table(
     if value is not None and len(observed) != 1:
         raise LaplodeError("`channels` of a long table, which has a `value`, must be the one column that tells them.")
     keys = [time] if trajectory is None else [trajectory, time]
-    if table[keys].isna().any(axis=None):
+    if table[keys].isna().any(axis=None):  # pyright: ignore[reportArgumentType]
         raise LaplodeError(f"`table` has rows without {' or '.join(map(repr, keys))}. Leave them out.")
-    table = table.assign(**{time: _numbers(table[time], time, unit)})
+    table = table.assign(**{time: _numbers(table[time], time, unit)})  # pyright: ignore[reportArgumentType]
     rows = keys if value is None else [*keys, observed[0]]
     if (repeated := table.duplicated(rows)).any():
         place = dict(table.loc[repeated, rows].iloc[0])
         raise LaplodeError(f"`table` has more than one row at {place}. {REPLICATES}")
-    ids = [None] if trajectory is None else list(pd.unique(table[trajectory]))
+    ids = [None] if trajectory is None else list(pd.unique(table[trajectory]))  # pyright: ignore[reportCallIssue, reportArgumentType]
     names, wide = observed, table
     if value is not None:
-        names = list(pd.unique(table[observed[0]]))
+        names = list(pd.unique(table[observed[0]]))  # pyright: ignore[reportCallIssue, reportArgumentType]
         wide = table.pivot(index=keys, columns=observed[0], values=value).reset_index()
     own = lambda of, name: (of if trajectory is None else of[of[trajectory] == name]).sort_values(time)
     parts = [own(wide, name) for name in ids]

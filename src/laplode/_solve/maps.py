@@ -241,7 +241,7 @@ class ReplayedFlow(AbstractFlow):
         found = accepted_steps(view.model, self.ts[:, 0], self.ts[:, -1], self.y0, self.args)
         if not np.all(found.arrived & (found.number <= self.num_steps)):
             return None
-        return ReplayedFlow(view, found.steps(self.num_steps, self.ts, self.y0, self.args)), found
+        return ReplayedFlow(view, found.steps(self.num_steps, self.ts, self.y0, self.args)), found  # pyright: ignore[reportCallIssue]
 
     def _with(self, starts: Float[Array, "N steps"], ends: Float[Array, "N steps"]) -> "ReplayedFlow":
         return eqx.tree_at(lambda f: (f.steps.starts, f.steps.ends), self, (starts, ends))
