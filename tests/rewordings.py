@@ -3,11 +3,6 @@
 DIFFERS = {
     "depends on the unit": [
         "test_the_unit_of_time[gaussian-evidence]",
-        "test_the_unit_of_states[gaussian-hessian]",
-        "test_the_unit_of_states[gaussian-jitter]",
-        "test_the_unit_of_states[gaussian-hessian low_rank]",
-        "test_the_unit_of_a_parameter[gaussian-abs]",
-        "test_the_unit_of_a_parameter[gaussian-refine hessian]",
     ],
     "what nobody observed still enters derivatives": [
         "test_predictions_of_what_nobody_observed[counts-ggn-inf]",

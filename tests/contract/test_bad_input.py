@@ -99,6 +99,9 @@ ARGUMENTS = {
                    newton_steps="at least 0", where="where"),
     "predict": dict(**SAMPLING, ts="times", y0="new states", args=[3.0, [1.0, 2.0]], mesh=[NOTHING, 4, "all"]),
     "predict_function": dict(**SAMPLING, function=[NOTHING, None, 3]),
+    "LowRank": dict(rank="count or None"),
+    "Hessian": dict(batch_size="count or None", num_probes="count or None", key=["seed", 0.5, NOTHING]),
+    **{name: dict(always="flag") for name in ("Clip", "Abs", "Jitter", "Refuse")},
     "Sampled": dict(df="positive or None"),
     "Geodesic": dict(tolerance="positive", df="positive or None"),
     "field_at": dict(states=[NOTHING, "here", [1.0], [[NAN, 1.0]], [[[1.0]]], 1j], ts=[NOTHING, [0.0, 1.0], NAN],
@@ -139,8 +142,7 @@ ARGUMENTS = {
 NEEDS = {
     ("to_datatree", "key"): dict(prior_predictive=True),
     ("Gaussian", "lower"): dict(upper=4.0),
-    ("laplace", "rank"): dict(structure="low_rank"),
-    ("estimate", "rank"): dict(structure="low_rank"),
+    ("Hessian", "num_probes"): dict(key=KEY),
     ("predict", "args"): dict(y0=[[1.0, 1.0], [1.0, 1.0]]),
     ("to_datatree", "num_samples"): dict(key=KEY),
 }
@@ -184,11 +186,13 @@ def good(growth, growth_posterior):
         "fit": dict(**fitted, optimizer=optimizer, steps=3, key=KEY),
         "predict": dict(**sampling, ts=TS),
         "predict_function": dict(**sampling, function=lambda m: m.rate),
+        **{name: {} for name in ("LowRank", "Hessian", "Clip", "Abs", "Jitter", "Refuse")},
         "Sampled": {},
         "Geodesic": {},
         "field_at": dict(states=[[1.0, 1.0]]),
         "trajectory_at": dict(t=1.0, channel=0),
         **{name: dict(posterior=posterior) for name in OF_A_POSTERIOR},
+        "check_tolerance": dict(posterior=posterior, key=KEY),
         "compare_evidence": dict(posteriors={"a": posterior}),
         "mix": dict(predictions=[draws], log_weights=[0.0]),
         "profile": dict(posterior=posterior, of="rate"),
@@ -215,7 +219,8 @@ def test_there_are_enough_and_no_function_is_left_out():
         "Predictions", "Profile", "FitError", "LaplodeError", "LaplodeWarning",
     }  # fmt: skip
     public = {name for name, value in vars(lp).items() if not name.startswith("_") and callable(value)}
-    assert public - made_by_laplode == set(ARGUMENTS) | {"Poisson", "Linearized"}  # which take nothing
+    take_nothing = {"Poisson", "Linearized", "Full", "BlockDiagonal", "Diagonal", "GaussNewton", "EmpiricalFisher"}
+    assert public - made_by_laplode == set(ARGUMENTS) | take_nothing
     for name, arguments in ARGUMENTS.items():
         assert set(arguments) <= set(inspect.signature(getattr(lp, name)).parameters), name
 

@@ -175,6 +175,12 @@ def test_public_names_have_docstrings(name):
 
 FUNCTIONS = [name for name in PUBLIC if inspect.isfunction(getattr(lp, name))]
 MADE_BY_USERS = [
+    "Clip",
+    "Abs",
+    "Jitter",
+    "Refuse",
+    "Hessian",
+    "LowRank",
     "Gaussian",
     "GaussianPrior",
     "LogNormal",

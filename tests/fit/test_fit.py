@@ -76,7 +76,7 @@ def test_a_neural_ode():
 
 
 def test_losses_are_the_negative_log_joint_and_the_best_is_kept(fitted):
-    problem = decay_problem()
+    problem = fitted.problem  # which knows that the given initial states are no observations
     ts, y0 = problem.data.ts, problem.data.y0
 
     @eqx.filter_jit

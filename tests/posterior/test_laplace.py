@@ -331,7 +331,7 @@ class Bent(eqx.Module):
 
 def test_at_a_strict_minimum_nothing_is_clipped():
     """The prior outweighs what is negative, and the posterior is wider than the prior: exactly so."""
-    scale, seen, log = 1.0, 3.0, 0.5
+    scale, seen, log = 1.0, 5.0, 0.5
     f = np.exp(log)
     bend = (2 * f**2 - f * seen) / scale**2  # d²/dθ² of ½ (exp θ − y)² / scale²
     slope = f * (f - seen) / scale**2

@@ -53,6 +53,11 @@ class AbstractForm(eqx.Module):
         return True
 
     @property
+    def chosen_by_prior(self) -> bool:
+        """Whether it is a part of the matrix, and under another prior another part would count."""
+        return False
+
+    @property
     @abc.abstractmethod
     def matrix(self) -> Float[Array, "P P"]:
         """The matrix, or as much as the form knows of it."""
@@ -244,6 +249,10 @@ class EigenForm(AbstractForm):
     @property
     def knows_channels(self):
         return False
+
+    @property
+    def chosen_by_prior(self):
+        return self.vectors.shape[0] < self.vectors.shape[1]
 
     @property
     def matrix(self):

@@ -87,7 +87,7 @@ _DENSE_SPECTRUM = 128
 
 
 # The part of itself to which an extreme eigenvalue is then found.
-_SPECTRUM_TOLERANCE = 1e-4
+_SPECTRUM_TOLERANCE = 1e-6
 
 
 class FullPrecision(AbstractPrecision):

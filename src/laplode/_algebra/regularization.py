@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._checks import check_flag
 from .._errors import LaplodeError
 
 
@@ -23,6 +24,9 @@ class AbstractRegularization(eqx.Module):
 
     kind: eqx.AbstractClassVar[str]
     always: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        check_flag("always", self.always)
 
     @abc.abstractmethod
     def changed(self, eigenvalues: Float[Array, " R"]) -> Float[Array, " R"]:
@@ -134,7 +138,12 @@ class Jitter(AbstractRegularization):
 
 
 class Refuse(AbstractRegularization):
-    """Nothing is changed: a precision that is not positive definite is an error."""
+    """Nothing is changed: a precision that is not positive definite is an error.
+
+    **Arguments:**
+
+    - `always`: of no effect here.
+    """
 
     kind: ClassVar[str] = "none"
 

@@ -124,6 +124,8 @@ class LowRank(AbstractStructure):
 
     - `rank`: how many directions. By default all min(M, P) for a factored curvature, of which the result is then exact,
         and min(100, P) for the exact Hessian.
+
+    **Raises:** `LaplodeError` when the rank is no positive integer.
     """
 
     rank: int | None = eqx.field(static=True, default=None)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from tqdm.auto import tqdm
 
 from .._checks import check_count, check_flag, real_array
+from .._curvature.strategies import At
 from .._errors import LaplodeError, LaplodeWarning
 from .._fit.refine import refine
 from .evidence import Evidence, Hyperparameters, _forms, evidence_function, shrink
@@ -191,7 +192,10 @@ def _lbfgs(function: Evidence, bounds: _Bounds, start: PyTree, steps: int) -> Py
 def _with(posterior: Posterior, function: Evidence, found: Hyperparameters) -> Posterior:
     """The posterior with other hyperparameters."""
     problem = function.problem_at(found)
-    return reassembled(posterior, problem, function.form.scaled(shrink(found)))
+    form = function.form.scaled(shrink(found))
+    if form.chosen_by_prior:
+        form = posterior.structure.form(posterior.curvature, At(posterior.flow, problem))
+    return reassembled(posterior, problem, form)
 
 
 def _warn(posterior: Posterior, function: Evidence, found: Hyperparameters, bounds: _Bounds, settled: bool) -> None:
