@@ -338,7 +338,7 @@ def test_at_a_strict_minimum_nothing_is_clipped():
     precision = -1.5 * bend
     assert bend < 0
     prior = lp.GaussianPrior(precision, mean=log + slope / precision)  # so that θ is where the gradient vanishes
-    problem = lp.Problem(lp.Trajectories([0.0], [[seen]]), lp.Gaussian(scale), prior)
+    problem = lp.Problem(lp.Trajectories([0.0, 1.0], [[seen], [np.nan]]), lp.Gaussian(scale), prior)
     posterior = lp.laplace(Bent(jnp.array(log)), problem, progress=False)  # without a warning
     np.testing.assert_allclose(posterior.marginal_std(), (precision + bend) ** -0.5, rtol=1e-10)
     assert posterior.marginal_std()[0] > precision**-0.5
