@@ -88,3 +88,18 @@ def test_sensitivities_that_are_errors_of_an_explicit_solver_are_found():
     data = lp.Trajectories(ts, np.exp(decays * ts)[:, None] * u0, y0=u0)
     (found,) = messages(model, lp.Problem(data, lp.Gaussian(0.003), 1e-4))
     assert "solver=diffrax.Kvaerno5()" in found and "rtol=1e-06" in found
+
+
+class Wave(eqx.Module):
+    gain: jax.Array
+    phase: jax.Array
+
+    def __call__(self, t, y, args):
+        return self.gain * jnp.cos(1000 * self.phase) + 0 * y
+
+
+def test_a_sharply_curved_model_is_not_taken_for_a_wrong_derivative():
+    # At the crest no derivative says how far the predictions fall at a distance of a hundredth.
+    model = lp.NeuralODE(Wave(jnp.array(1.0), jnp.array(0.0)))
+    data = lp.Trajectories(np.linspace(0, 2, 6), np.linspace(0, 2, 6)[:, None], y0=[0.0])
+    assert messages(model, lp.Problem(data, lp.Gaussian(1.0), 1.0)) == []

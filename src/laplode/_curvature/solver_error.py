@@ -23,6 +23,10 @@ from .._solve.replay import Accepted
 # predictions contradict them at all of these.
 _LENGTHS = (0.02, -0.02, 0.1, -0.1, 0.005, 0.5)
 
+# Shorter ones, for a model so curved that derivatives at both ends of the others differ by more than this part. They
+# say nothing of a discontinuity, which they may not reach.
+_SHORTER, _CURVED = (1e-3, -1e-3, 1e-4, -1e-4, 1e-5), 0.5
+
 
 # So far may a change of the predictions be from what derivatives say, in standard deviations of the noise for a step of
 # one posterior standard deviation; of a single parameter it may be this part of what they say.
@@ -123,16 +127,20 @@ class _Probe(eqx.Module):
         allowed for. With the error comes the first neighbor that could be solved, or None.
         """
         theta = self.flow.parameters.vector
-        least, first = np.inf, None
-        for length in _LENGTHS:
+        least, first, curved = np.inf, None, True
+        for length in (*_LENGTHS, *_SHORTER):
+            if length in _SHORTER and not curved:
+                break
             neighbor = self.flow.neighbor(theta + length * direction)
             if neighbor is None:
                 continue
             values, end_slope = _pushed(neighbor[0], theta + length * direction, direction)
-            expected = self.weighed((np.asarray(slope) + np.asarray(end_slope)) / 2)
-            error = self.weighed((np.asarray(values) - self.values) / length) - expected
+            start, end = self.weighed(np.asarray(slope)), self.weighed(np.asarray(end_slope))
+            error = self.weighed((np.asarray(values) - self.values) / length) - (start + end) / 2
+            size = float(np.linalg.norm(start + end)) / 2
+            curved = curved and float(np.linalg.norm(start - end)) > _CURVED * size
             first = first or (*neighbor, np.asarray(values))
-            least = min(least, float(np.linalg.norm(error)) - part * float(np.linalg.norm(expected)))
+            least = min(least, float(np.linalg.norm(error)) - part * size)
             if least <= _WRONG:
                 break
         return least, first
