@@ -42,6 +42,7 @@ ORDER = [
     "_solve/second_order",
     "_solve/autodiff",
     "_solve/maps",
+    "_solve/finite",
     "_solve/objective",
     "_solve/frozen",
     "_curvature/hessian",

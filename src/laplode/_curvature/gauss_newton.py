@@ -1,28 +1,33 @@
 """Gauss-Newton and empirical Fisher matrices, as factors."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from .._algebra.forms import FactoredForm
 from .._problem.problem import Problem
+from .._solve.finite import check_finite
 from .._solve.maps import AbstractFlow, linearize
 
 
 def ggn(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredForm:
     """The generalized Gauss-Newton matrix Jᵀ R J, R the Fisher information of each observation in its prediction."""
     predictions, jacobian = linearize(flow, mesh=mesh)
-    return _factored(problem, jacobian, problem.information(predictions))
+    return _factored(flow, problem, jacobian, problem.information(predictions))
 
 
 def fisher(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredForm:
     """The empirical Fisher matrix Σ_m s_m s_mᵀ, s_m the gradient of the log-likelihood of observation m."""
     predictions, jacobian = linearize(flow, mesh=mesh)
-    return _factored(problem, jacobian, problem.likelihood.score(predictions, problem.ys) ** 2)
+    return _factored(flow, problem, jacobian, problem.likelihood.score(predictions, problem.ys) ** 2)
 
 
-def _factored(problem: Problem, jacobian: Float[Array, "N*T*K P"], weights: Float[Array, "N T K"]) -> FactoredForm:
+def _factored(
+    flow: AbstractFlow, problem: Problem, jacobian: Float[Array, "N*T*K P"], weights: Float[Array, "N T K"]
+) -> FactoredForm:
+    check_finite(jnp.sqrt(weights), flow, problem)
     informed = problem.informed
     # A likelihood may take several numbers for each channel, one after the other.
     channel = np.nonzero(informed)[2] % problem.data.ys.shape[2]

@@ -19,6 +19,7 @@ from .._algebra.forms import BlockForm, DenseForm, DiagonalForm, EigenForm, symm
 from .._devices import agreed, everywhere, free_bytes, num_devices, over_rows, sharing_memory
 from .._files import Checkpoint
 from .._problem.problem import Problem
+from .._solve.finite import check_finite
 from .._solve.maps import AbstractFlow
 from .._solve.objective import NegativeLogLikelihood, _loss_derivatives, _Tilted, hessian_vector_product
 
@@ -174,6 +175,7 @@ def hessian(
 
     local = bool(agreed(work.mesh, int(_is_local(flow, work.mesh))))
     _assemble(flow, problem, [_Part(0, matrix)], put, work, batch_size=batch_size, local=local, tilt=tilt)
+    check_finite(matrix, flow, problem)
     return symmetrized(matrix)
 
 
@@ -261,5 +263,6 @@ def hessian_leading(flow: AbstractFlow, problem: Problem, *, rank: int) -> Eigen
     num_products = min(flow.parameters.size, 2 * rank + 10)
     root = jnp.sqrt(problem.prior.local(flow.parameters).precision)
     eigenvalues, vectors = _lanczos(flow, problem, root, num_products)
+    check_finite(eigenvalues, flow, problem)
     leading = jnp.argsort(-jnp.abs(eigenvalues))[:rank]
     return EigenForm(vectors[leading] * root, eigenvalues[leading])

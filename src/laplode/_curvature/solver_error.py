@@ -25,7 +25,7 @@ _LENGTHS = (0.02, -0.02, 0.1, -0.1, 0.005, 0.5)
 
 # Shorter ones, for a model so curved that derivatives at both ends of the others differ by more than this part. They
 # say nothing of a discontinuity, which they may not reach.
-_SHORTER, _CURVED = (1e-3, -1e-3, 1e-4, -1e-4, 1e-5), 0.5
+_SHORTER, _CURVED, _FALLS = (1e-3, -1e-3, 1e-4, -1e-4, 1e-5), 0.5, 0.1
 
 
 # So far may a change of the predictions be from what derivatives say, in standard deviations of the noise for a step of
@@ -127,7 +127,7 @@ class _Probe(eqx.Module):
         allowed for. With the error comes the first neighbor that could be solved, or None.
         """
         theta = self.flow.parameters.vector
-        least, first, curved = np.inf, None, True
+        least, first, curved, before = np.inf, None, True, 0.0
         for length in (*_LENGTHS, *_SHORTER):
             if length in _SHORTER and not curved:
                 break
@@ -140,9 +140,12 @@ class _Probe(eqx.Module):
             size = float(np.linalg.norm(start + end)) / 2
             curved = curved and float(np.linalg.norm(start - end)) > _CURVED * size
             first = first or (*neighbor, np.asarray(values))
-            least = min(least, float(np.linalg.norm(error)) - part * size)
-            if least <= _WRONG:
-                break
+            off = float(np.linalg.norm(error))
+            least = min(least, off - part * size)
+            # An error that falls faster than the length is that of the mean of both derivatives, and has the limit 0.
+            if least <= _WRONG or (length in _SHORTER and off < _FALLS * before):
+                return min(least, _WRONG), first
+            before = off
         return least, first
 
 

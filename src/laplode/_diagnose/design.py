@@ -17,6 +17,7 @@ from .._posterior.posterior import Posterior
 from .._predict.function import of_posterior, value_at_mean
 from .._predict.grid import Grid
 from .._problem.likelihood import AbstractLikelihood, FromDistribution
+from .._solve.finite import check_finite, check_slope
 from .._solve.maps import flow, linearize
 
 # Observations drawn for the expected information of a distribution that names no closed form.
@@ -257,7 +258,10 @@ def _candidates(posterior: Any, ts, y0, args, criterion: str, target: Any) -> tu
         of_target = of_posterior("target", target, posterior)
         value_at_mean(of_target, "target")
         wanted = linearize(of_target)[1]
-    predictions, jacobian = linearize(flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args))
+        check_slope("target", wanted)
+    around = flow(posterior.parameters, grid.solve_ts, grid.y0, grid.args)
+    predictions, jacobian = linearize(around)
+    check_finite(jacobian, around)
     rows = jacobian.reshape(*predictions.shape, -1)[:, grid.skip :]
     predictions = predictions[:, grid.skip :]
     information = _expected_information(posterior.problem.likelihood, predictions)

@@ -17,6 +17,7 @@ from .._checks import check_count, real_array
 from .._errors import FitError, LaplodeError
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
+from .._solve.finite import check_slope
 from .._solve.maps import OfModel, linearize
 from .constrained import Aim, Picture, corrected
 
@@ -264,6 +265,7 @@ class _Path(NamedTuple):
 def _profile(posterior: Posterior, quantity: Any, level: float, num: int, prior: bool, bar: Any) -> Profile:
     view, aim = posterior.parameters, Aim(posterior.problem, quantity, prior)
     start = Picture.at(posterior.flow, aim)
+    check_slope("of", np.append(start.slope, start.value))
     # Of the posterior, so that it is finite where the likelihood alone is flat.
     unit = math.sqrt(Picture.at(posterior.flow, aim._replace(prior=True)).variance)
     start = _centered(start, aim, unit)

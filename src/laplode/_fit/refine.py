@@ -20,6 +20,7 @@ from .._model.given import with_given
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem, check_scale
+from .._solve.finite import check_finite
 from .._solve.frozen import unfrozen
 from .._solve.maps import AbstractFlow, flow, linearize
 from .._solve.objective import NegativeLogJoint
@@ -104,7 +105,9 @@ def refine(
     if exact:
         start.flow.check_second_order()
     route = start.flow.jacobian_route()
-    seen = jnp.max(jnp.abs(_linearized(start.flow, problem, route).jacobian), axis=0)
+    first = _linearized(start.flow, problem, route)
+    check_finite(first.decrement, start.flow, problem)
+    seen = jnp.max(jnp.abs(first.jacobian), axis=0)
     inferred = unfrozen(start.flow, problem, seen)
     if inferred is not start.flow:
         start = point = _Point.at(inferred.parameters, problem)

@@ -25,8 +25,9 @@ from .._files import Checkpoint, Path, check_path
 from .._model.parameters import Parameters, Where
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
+from .._solve.finite import check_finite
 from .._solve.frozen import unfrozen
-from .._solve.maps import AbstractFlow, evaluate, flow
+from .._solve.maps import AbstractFlow, flow
 from .._solve.objective import value_and_gradient
 from .estimate import estimated, planned
 from .posterior import Diagnostics, Posterior
@@ -89,7 +90,7 @@ def laplace(
     _check_checkpoint(checkpoint, devices)
     around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
     value = value_and_gradient(around, problem)
-    _check_finite(*value, around, problem)
+    check_finite(np.append(*value), around, problem)
     inferred = unfrozen(around, problem, value[1])
     if inferred is not around:
         around = inferred
@@ -124,7 +125,9 @@ def _assembled(
 ) -> Posterior:
     view = around.parameters
     prior = problem.prior.local(view)
-    inert = _inert(form, nll_gradient, view)
+    influence = np.asarray(form.influence())
+    check_finite(influence, around, problem)
+    inert = _inert(influence, nll_gradient, view)
     curvature, structure, regularization = strategies
     found = built(structure, form, prior, regularization)
     precision = found.built.precision
@@ -184,32 +187,7 @@ def _checkpoint(
 # ---- Checks on what was found
 
 
-def _check_finite(nll: Array, gradient: Array, around: AbstractFlow, problem: Problem) -> None:
-    if np.isfinite(nll) and np.all(np.isfinite(gradient)):
-        return
-    predictions = evaluate(around, around.parameters.vector)
-    # Traced, a distribution does not refuse what is looked for here.
-    log_prob = eqx.filter_jit(problem.likelihood.log_prob)(predictions, problem.ys)
-    bad = np.argwhere(~np.isfinite(log_prob))
-    if bad.size:
-        i, t, k = (int(j) for j in bad[0])
-        raise LaplodeError(
-            f"`model` gives trajectory {i}, channel {k} a log-likelihood of {float(log_prob[i, t, k])} at time "
-            f"{float(problem.data.ts[i, t]):g}, where it predicts {float(predictions[i, t, k]):g} and "
-            f"{problem.data.ys[i, t, k]:g} was observed. LogNormal and Poisson likelihoods want positive predictions."
-        )
-    raise LaplodeError("The gradient of the log-likelihood at `model` is not finite, though its value is.")
-
-
-def _inert(form: AbstractForm, gradient: Array, view: Parameters) -> tuple[str, ...]:
-    influence = np.asarray(form.influence())
-    if not np.all(np.isfinite(influence)):
-        broken = ", ".join(view.names(np.flatnonzero(~np.isfinite(influence)))[:5])
-        raise LaplodeError(
-            f"The curvature at `model` is not finite in {broken}, though the log-likelihood and its gradient are. A "
-            "norm, a square root or a power at 0, or a function that is cut off, has such second derivatives: add a "
-            'small positive number inside of it, or take curvature="ggn".'
-        )
+def _inert(influence: Float[np.ndarray, " P"], gradient: Array, view: Parameters) -> tuple[str, ...]:
     # Far below rounding: what is left by an exact zero, not a weak dependence.
     threshold = np.finfo(float).eps ** 2 * influence.max()
     without = np.flatnonzero((influence <= threshold) & (np.asarray(gradient) == 0))

@@ -16,6 +16,7 @@ from .._model.neural_ode import NeuralODE, starts
 from .._model.own import predict_trajectories
 from .._posterior.posterior import Posterior
 from .._problem.data import Trajectories, check_args
+from .._solve.finite import check_slope
 from .._solve.maps import OfModel, evaluate
 from .linearized import LinearFunction
 from .method import AbstractMethod, check_draws, draw
@@ -92,6 +93,7 @@ def predict_function(
     draws = jnp.where(ok.reshape(-1, *[1] * (draws.ndim - 1)), draws, jnp.nan)
     if isinstance(closed_form, LinearFunction):
         std = closed_form.std
+        check_slope("function", std)
     else:
         num_ok = int(jnp.sum(ok))
         if num_ok < 2:

@@ -13,6 +13,7 @@ from .._algebra.columns import over_columns
 from .._algebra.precision import AbstractPrecision
 from .._devices import num_devices
 from .._problem.likelihood import AbstractLikelihood
+from .._solve.finite import check_finite
 from .._solve.maps import AbstractFlow, OfModel, flow, linearize
 from .grid import Grid
 from .method import AbstractMethod, Proposal, straight, straight_log_density
@@ -46,6 +47,8 @@ class Linearized(AbstractMethod):
                 by_state = sensitivity(around.part(some))
                 shift = jnp.einsum("ntfd,snd->sntf", by_state, states[:, some] - grid.start.mean[some])
             draws = _linear_draws(likelihood, mean, jacobian, posterior.mean, thetas, shift)
+            if not jnp.all(jnp.isfinite(draws)):  # times at which a model has none are left to `ok`
+                check_finite(jnp.where(jnp.isfinite(mean).reshape(-1, 1), jacobian, 0), around.part(some))
             parts.append((mean[new:, grid.skip :], draws[:, new:, grid.skip :]))
             del jacobian
         means, draws = zip(*parts, strict=True)

@@ -38,7 +38,10 @@ class NegativeLogJoint(eqx.Module):
 
 
 def value_and_gradient(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, ""], Float[Array, " P"]]:
-    """−log p(Y | θ) and its gradient, shape (P,), at the flow's parameters."""
+    """−log p(Y | θ) and its gradient, shape (P,), at the flow's parameters.
+
+    The value is NaN where the likelihood does not allow a prediction, such as a rate below 0: it has no information.
+    """
     if flow.has_reverse():
         return _value_and_gradient(flow, problem)
     predictions, jacobian = linearize(flow)
@@ -47,13 +50,22 @@ def value_and_gradient(flow: AbstractFlow, problem: Problem) -> tuple[Float[Arra
 
 @eqx.filter_jit
 def _value_and_gradient(flow: AbstractFlow, problem: Problem):
-    return jax.value_and_grad(NegativeLogLikelihood(flow, problem))(flow.parameters.vector)
+    def loss(theta):
+        predictions = flow(theta)
+        return -problem.log_likelihood(predictions), predictions
+
+    (value, predictions), gradient = jax.value_and_grad(loss, has_aux=True)(flow.parameters.vector)
+    return _if_allowed(problem, predictions, value), gradient
 
 
 @eqx.filter_jit
 def _value_and_score(problem: Problem, predictions: Float[Array, "N T K"], jacobian: Float[Array, "N*T*K P"]):
     score = problem.likelihood.score(predictions, problem.ys)
-    return -problem.log_likelihood(predictions), -score.ravel() @ jacobian
+    return _if_allowed(problem, predictions, -problem.log_likelihood(predictions)), -score.ravel() @ jacobian
+
+
+def _if_allowed(problem: Problem, predictions: Float[Array, "N T F"], value: Float[Array, ""]) -> Float[Array, ""]:
+    return jnp.where(jnp.all(problem.information(predictions) >= 0), value, jnp.nan)
 
 
 def hessian_vector_product(flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"], vector: Float[Array, " P"]):
