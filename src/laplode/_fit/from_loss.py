@@ -18,6 +18,9 @@ from .._problem.data import Trajectories
 from .._problem.prior import GaussianPrior
 from .._problem.problem import Problem
 from .._problem.scale import AbstractScaleLikelihood, Gaussian, LogNormal
+from .._solve.finite import check_finite
+from .._solve.frozen import check_influence
+from .._solve.maps import flow
 
 # Two gradients are the same when they agree to this, relative to their parts: a wrong factor costs a half.
 _SAME = 1e-3
@@ -140,9 +143,7 @@ def problem_from_loss(
 
     of_squares = _SumOfSquares(view, model, data, transform)
     theta = view.vector
-    total, gradient = _value_and_gradient(of_squares, theta)
-    if not np.isfinite(total) or not np.all(np.isfinite(gradient)):
-        raise LaplodeError("The squared errors of `model` on `data`, or their gradient, are not finite.")
+    gradient = _checked_gradient(of_squares, Problem(data, kind(1.0), 1.0))  # pyright: ignore[reportCallIssue]
     if scale is None:
         scale = _residual_scale(_SumOfSquares(view, view.model, data, transform), theta)
     nats = 1 / (2 * factor * scale**2)
@@ -241,7 +242,25 @@ class _SumOfSquares(eqx.Module):
 
 @eqx.filter_jit
 def _value_and_gradient(function: Callable[[Array], Array], theta: Float[Array, " P"]):
-    return jax.value_and_grad(function)(theta)
+    try:
+        return jax.value_and_grad(function)(theta)
+    except Exception:  # of models without reverse mode; the function's own mistakes are raised by this too
+        return function(theta), jax.jacfwd(function)(theta)
+
+
+def _checked_gradient(of_squares: _SumOfSquares, problem: Problem) -> Float[Array, " P"]:
+    """The gradient at the model, or a `LaplodeError` about what keeps it from being one."""
+    data, view = of_squares.data, of_squares.view
+    around = lambda: flow(view, data.ts, data.y0, data.args)
+    try:
+        total, gradient = _value_and_gradient(of_squares, view.vector)
+    except Exception as error:
+        around().jacobian_route()
+        raise LaplodeError(f"`model` can't be differentiated: {type(error).__name__}: {error}") from error
+    if not np.isfinite(total) or not np.all(np.isfinite(gradient)):
+        check_finite(np.append(gradient, total), around(), problem)
+    check_influence(gradient if total else 1.0)
+    return gradient
 
 
 def _residual_scale(of_squares: _SumOfSquares, theta: Float[Array, " P"]) -> float:

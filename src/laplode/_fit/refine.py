@@ -21,7 +21,7 @@ from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem, check_scale
 from .._solve.finite import check_finite
-from .._solve.frozen import unfrozen
+from .._solve.frozen import check_influence, unfrozen
 from .._solve.maps import AbstractFlow, flow, linearize
 from .._solve.objective import NegativeLogJoint
 from .result import Fit
@@ -108,6 +108,7 @@ def refine(
     first = _linearized(start.flow, problem, route)
     check_finite(first.decrement, start.flow, problem)
     seen = jnp.max(jnp.abs(first.jacobian), axis=0)
+    check_influence(seen)
     inferred = unfrozen(start.flow, problem, seen)
     if inferred is not start.flow:
         start = point = _Point.at(inferred.parameters, problem)

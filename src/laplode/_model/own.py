@@ -91,7 +91,14 @@ def _at_start(model: NeuralODE, ts, y0, args) -> Float[Array, "N T F"]:
 def _check_output(found: Any) -> None:
     """Raise `LaplodeError` unless a model returns one array."""
     if isinstance(found, jax.ShapeDtypeStruct | Array):
-        return
+        if jnp.issubdtype(found.dtype, jnp.floating):
+            return
+        cure = (
+            "take their real part, or real and imaginary parts as channels"
+            if found.dtype.kind == "c"
+            else ("rounding has no derivative; return floating point numbers")
+        )
+        raise LaplodeError(f"`model` returns numbers of type {found.dtype}, not real ones: {cure}.")
     if isinstance(found, diffrax.Solution):
         what, cure = "a diffrax.Solution", "return its values, solution.ys"
     elif isinstance(found, tuple | list):

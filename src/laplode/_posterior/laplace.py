@@ -26,7 +26,7 @@ from .._model.parameters import Parameters, Where
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
 from .._solve.finite import check_finite
-from .._solve.frozen import unfrozen
+from .._solve.frozen import check_influence, unfrozen
 from .._solve.maps import AbstractFlow, flow
 from .._solve.objective import value_and_gradient
 from .estimate import estimated, planned
@@ -192,12 +192,7 @@ def _inert(influence: Float[np.ndarray, " P"], gradient: Array, view: Parameters
     threshold = np.finfo(float).eps ** 2 * influence.max()
     without = np.flatnonzero((influence <= threshold) & (np.asarray(gradient) == 0))
     if without.size == view.size:
-        raise LaplodeError(
-            "No parameter of `model` has any influence on its predictions: the gradient and the curvature are exactly "
-            "zero. Somewhere the parameters that are differentiated are not those that are used, as with "
-            "eqx.combine(template, params), which keeps the template's leaves: write eqx.combine(params, template). "
-            "jax.lax.stop_gradient and rounding to integers do the same."
-        )
+        check_influence(0)
     return view.names(without)
 
 
@@ -221,6 +216,14 @@ def _warn(posterior: Posterior) -> None:
         problems.append(
             f"The data are so strong beside the prior that rounding may be a part of {rounding:.1g} of the smallest "
             f'variances of structure="{posterior.structure.name}". Take structure="full".'
+        )
+    rounding = posterior.size * np.finfo(float).eps * diagnostics.condition_number
+    if posterior.curvature.signed and posterior.structure.whole and rounding > _MOST_ROUNDING:
+        problems.append(
+            f"The eigenvalues of the precision lie far apart (condition number {diagnostics.condition_number:.1g}): "
+            f"rounding in the exact Hessian may be a part of {min(rounding, 1):.1g} of the largest variances. Take "
+            'curvature="ggn", whose root is known, a larger prior precision, or other coordinates: where a layer is '
+            "normalized, a prior pulls its scale to 0 forever."
         )
     if diagnostics.newton_decrement > 0.1:
         problems.append(

@@ -5,15 +5,26 @@ import warnings
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float
 
-from .._errors import LaplodeWarning
+from .._errors import LaplodeError, LaplodeWarning
 from .._problem.problem import Problem
 from .maps import AbstractFlow
 from .objective import value_and_gradient
 
 # How far a leaf is moved to see whether its values matter, as a part of its largest entry.
 _MOVE = 0.01
+
+
+def check_influence(slopes: ArrayLike) -> None:
+    """Raise `LaplodeError` where derivatives by all parameters are exactly 0."""
+    if not np.any(slopes):
+        raise LaplodeError(
+            "No parameter of `model` has any influence on its predictions: the derivatives are exactly zero. Somewhere "
+            "the parameters that are differentiated are not those that are used, as with eqx.combine(template, "
+            "params), which keeps the template's leaves: write eqx.combine(params, template). jax.lax.stop_gradient "
+            "and rounding to integers do the same."
+        )
 
 
 def unfrozen(around: AbstractFlow, problem: Problem, gradient: Float[Array, " P"] | None = None) -> AbstractFlow:

@@ -139,6 +139,7 @@ class AbstractFlow(AbstractMap):
     def check_second_order(self) -> None:
         """Raise `LaplodeError` where there is no forward-over-reverse derivative, showing the line to change."""
         if not _has(_push_gradient, self):
+            self.jacobian_route()  # raises where there are no first ones either
             raise LaplodeError(
                 "`model` has no second derivatives, as with Diffrax's default adjoint. Change the line\n"
                 "    diffrax.diffeqsolve(...)\nto\n    diffrax.diffeqsolve(..., adjoint=diffrax.DirectAdjoint())\n"
