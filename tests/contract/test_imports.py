@@ -57,6 +57,7 @@ ORDER = [
     "_posterior/summary",
     "_posterior/posterior",
     "_posterior/estimate",
+    "_posterior/edge",
     "_posterior/laplace",
     "_posterior/evidence",
     "_posterior/maximize",

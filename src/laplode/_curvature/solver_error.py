@@ -206,7 +206,8 @@ def _coarse(probe: _Probe, found: Accepted) -> list[str]:
                 f"{k} of trajectory {i}, where the noise has a standard deviation of {float(1 / root[i, k]):.2g} and "
                 f"values reach {float(np.max(np.abs(probe.values[i, :, k]))):.2g}: trajectories and standard "
                 f"deviations may be wrong. Take {name}={take:g}, as in NeuralODE(..., stepsize_controller="
-                "diffrax.PIDController(rtol=..., atol=...)), or other units."
+                "diffrax.PIDController(rtol=..., atol=...)), or other units. A fitted noise scale runs to 0 where the "
+                "model meets the data exactly: then give it, or a prior that keeps it away from 0."
             )
     return problems
 

@@ -29,6 +29,7 @@ from .._solve.finite import check_finite
 from .._solve.frozen import check_influence, unfrozen
 from .._solve.maps import AbstractFlow, flow
 from .._solve.objective import value_and_gradient
+from .edge import at_edge
 from .estimate import estimated, planned
 from .posterior import Diagnostics, Posterior
 
@@ -201,7 +202,7 @@ _MOST_ROUNDING = 1e-3
 
 
 def _warn(posterior: Posterior) -> None:
-    diagnostics, problems = posterior.diagnostics, []
+    diagnostics, view, problems = posterior.diagnostics, posterior.parameters, []
     if diagnostics.regularized is not None:
         problems.append(
             f"The precision is not positive definite: the likelihood's exact Hessian has {diagnostics.num_negative} "
@@ -235,6 +236,17 @@ def _warn(posterior: Posterior) -> None:
             f"The Hessian was asymmetric by {diagnostics.symmetry_defect:.1e} (relative) before symmetrization, where "
             "1e-15 is usual: something in the model computes in less than float64, or is not smooth."
         )
+    if any(transform is not None for transform in view.transforms):
+        variance = posterior.built.variance()
+        names = at_edge(view, variance, posterior.problem.prior.local(view).precision)
+        if names:
+            problems.append(
+                f"Data and prior would have {', '.join(names)} at the edge of the support, or beyond: the "
+                "transformation to unconstrained coordinates alone holds the optimum inside, so the Gaussian in these "
+                "says little, and its interval never reaches the edge. Draws that are weighed show what is possible, "
+                "laplode.predict(..., method=laplode.Sampled(df=5), resample=True), and so does laplode.profile; or "
+                "leave the term out of the model."
+            )
     if diagnostics.inert:
         problems.append(f"Parameters without any influence on the predictions: {', '.join(diagnostics.inert)}.")
     for problem in problems:

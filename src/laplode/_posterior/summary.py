@@ -26,10 +26,13 @@ def summary_table(view: Parameters, mean: Float[Array, " P"], std: Float[Array, 
     # About the central value, so that a narrow marginal far from zero keeps its digits.
     center = moments[30]
     first = weights @ (moments - center)
-    second = weights @ (moments - center) ** 2
+    with np.errstate(over="ignore"):
+        second = weights @ (moments - center) ** 2
     edges = [f"eti_{100 * p:g}%" for p in ((1 - prob) / 2, (1 + prob) / 2)]
     columns = ["mean", "sd", *edges]
-    rows = np.stack([center + first, np.sqrt(np.maximum(second - first**2, 0)), low, high], axis=1)
+    with np.errstate(invalid="ignore"):  # moments of a wide lognormal may be infinite
+        spread = np.where(np.isfinite(first), np.sqrt(np.maximum(second - first**2, 0)), np.inf)
+    rows = np.stack([center + first, spread, low, high], axis=1)
     return pd.DataFrame(rows, index=pd.Index([view.name(i) for i in range(view.size)]), columns=pd.Index(columns))
 
 
