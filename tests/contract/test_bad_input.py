@@ -68,7 +68,8 @@ SAMPLING = dict(
 )  # fmt: skip
 ARGUMENTS = {
     "Trajectories": dict(ts="times", ys=[NOTHING, "seen", None, [1.0], [[INF, 1.0]] * 9, [[NAN, NAN]] * 9, TS, [[1j]]],
-                         y0="states", args=[3.0, {"a": 1.0}, np.zeros(3), [np.zeros((5, 2))]]),
+                         y0="states", args=[3.0, {"a": 1.0}, np.zeros(3), [np.zeros((5, 2))]],
+                         clock=[3, "today", ("soon", "D"), ("2021-03-01", "month"), NOTHING]),
     "Gaussian": dict(scale="positive array", lower=[NOTHING, "low", NAN, INF, [[1.0]], 5.0],
                      upper=[NOTHING, NAN, -INF], learned="flag"),
     "LogNormal": dict(scale="positive array", lower=[NOTHING, 0.0, -1.0, NAN], upper=[NOTHING, 0.0, -1.0],

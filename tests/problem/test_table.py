@@ -1,5 +1,6 @@
 """Data as people have them: tables, lists of different lengths, dates, dicts."""
 
+import jax
 import numpy as np
 import pandas as pd
 import pytest
@@ -48,6 +49,33 @@ def test_dates_become_a_named_unit():
     np.testing.assert_allclose(read("h"), [0, 36, 168])
     with pytest.raises(lp.LaplodeError, match=r"`unit` is needed.*counts days from 2021-03-01"):
         read(None)
+    with pytest.raises(lp.LaplodeError, match=r"`unit` must be.*'month'"):
+        read("month")
+    data = lp.Trajectories.from_dataframe(table, time="date", channels="y", unit="h")
+    assert data.clock == ("2021-03-01T00:00:00", "h")
+    np.testing.assert_array_equal(data.dates(data.ts)[0], table["date"].to_numpy())
+
+
+def test_dates_and_names_come_back_in_the_datatree(growth, quiet):
+    table = pd.DataFrame(growth.problem.data.ys.reshape(-1, 2), columns=["x", "z"])
+    days = pd.date_range("2021-03-01", periods=9)
+    table = table.assign(date=np.tile(days, 2), who=pd.Categorical(["b"] * 9 + ["a"] * 9))
+    data = lp.Trajectories.from_dataframe(
+        table, time="date", channels=["x", "z"], trajectory="who", unit="D", y0=["x", "z"]
+    )
+    posterior = quiet(growth.model, lp.Problem(data, lp.Gaussian(0.3), 1.0), curvature="ggn")
+    later = lp.predict(posterior, [0.0, 0.5], num_samples=2, key=jax.random.key(0), progress=False)
+    tree = lp.to_datatree(posterior, later, progress=False)
+    assert list(tree["constant_data"]["trajectory"].values) == ["b", "a"]
+    np.testing.assert_array_equal(tree["constant_data"]["date"], [days, days])
+    half = np.array(["2021-03-01", "2021-03-01T12"], dtype="datetime64[ns]")
+    np.testing.assert_array_equal(tree["predictions_constant_data"]["date"], [half, half])
+
+
+def test_dates_that_could_be_read_in_two_ways_are_not_read():
+    table = pd.DataFrame({"date": ["01/03/2021", "02/03/2021"], "y": [1.0, 2.0]})
+    with pytest.raises(lp.LaplodeError, match="format="):
+        lp.Trajectories.from_dataframe(table, time="date", channels="y", unit="D")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +84,9 @@ def test_dates_become_a_named_unit():
         pytest.param(lambda t: t, dict(channels="fish"), "`channels`='fish' is no column.*'prey'", id="column"),
         pytest.param(lambda t: pd.concat([t, t[:1]]), {}, "more than one row at.*Give replicates as traj", id="twice"),
         pytest.param(lambda t: t.assign(day=None), {}, "rows without 'who' or 'day'", id="no time"),
+        pytest.param(lambda t: t, dict(trajectory=["who", "dose"]), r"`trajectory`=.*is no column", id="two columns"),
+        pytest.param(lambda t: t.assign(prey="few"), {}, r"values in \['prey'\] of 'b' that are no num", id="words"),
+        pytest.param(lambda t: t, dict(y0=["who"]), r"values in \['who'\] of 'b' that are no numbers", id="state"),
         pytest.param(lambda t: t.to_dict(), {}, "`table` must be a pandas DataFrame, got dict", id="dict"),
     ],
 )

@@ -150,6 +150,8 @@ class Trajectories(eqx.Module):
     - `y0`: initial states, shape (N, D) (or (D,) for a single trajectory). None when the model carries its own.
     - `args`: any pytree of arrays with leading axis N (forcing, covariates, dose), handed to the vector field.
     - `channels`, `trajectories`: names, K and N of them, for the coordinates of a DataTree; numbers by default.
+    - `clock`: the date of time 0 and the unit of time, as pandas names it, such as ("2021-03-01", "D"): for dates in a
+        DataTree. `from_dataframe` sets it.
 
     **Raises:** `LaplodeError` naming the argument when shapes disagree, times do not increase, a trajectory holds no
     observation, or a value is not finite.
@@ -161,6 +163,7 @@ class Trajectories(eqx.Module):
     args: PyTree
     channels: tuple[str | int, ...] | None = eqx.field(static=True)
     trajectories: tuple[str | int, ...] | None = eqx.field(static=True)
+    clock: tuple[str, str] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -171,6 +174,7 @@ class Trajectories(eqx.Module):
         *,
         channels: Sequence[str | int] | None = None,
         trajectories: Sequence[str | int] | None = None,
+        clock: tuple[str, str] | None = None,
     ):
         _check_no_dict("ys", ys)
         _check_no_dict("y0", y0)
@@ -200,6 +204,9 @@ class Trajectories(eqx.Module):
         self.args = check_args("args", args, num)
         self.channels = _names("channels", channels, ys.shape[2])
         self.trajectories = _names("trajectories", trajectories, num)
+        self.clock = clock
+        if clock is not None:
+            self.dates(self.ts)
 
     @classmethod
     def from_dataframe(
@@ -234,18 +241,34 @@ class Trajectories(eqx.Module):
 
         **Raises:** `LaplodeError` when a column is missing or two rows are of one trajectory and time.
         """
-        ids, ts, ys, names, firsts = read_table(table, time, channels, value, trajectory, unit)
+        read, firsts = read_table(table, time, channels, value, trajectory, unit)
         columns = lambda chosen: firsts([chosen] if isinstance(chosen, str) else list(chosen))
         states = y0
         if isinstance(y0, str) or (isinstance(y0, list | tuple) and all(isinstance(each, str) for each in y0)):
             states = columns(y0)
         inputs = None if args is None else columns(args)[:, 0] if isinstance(args, str) else columns(args)
-        return cls(ts, ys, states, inputs, channels=names, trajectories=ids)
+        return cls(y0=states, args=inputs, **read)
 
     @property
     def observed(self) -> Bool[np.ndarray, "N T K"]:
         """True where a value was observed."""
         return ~np.isnan(self.ys)
+
+    def dates(self, ts: Float[np.ndarray, "..."]) -> np.ndarray | None:
+        """Times as dates by the `clock`, to the nanosecond; None without one."""
+        if self.clock is None:
+            return None
+        import pandas as pd
+
+        try:
+            first, unit = self.clock
+            one = pd.Timedelta(1, unit).to_timedelta64()  # pyright: ignore
+            nanoseconds = np.round(ts * (one / np.timedelta64(1, "ns")))
+            return np.datetime64(pd.Timestamp(first).tz_localize(None).isoformat(), "ns") + nanoseconds.astype("m8[ns]")
+        except (ValueError, TypeError) as error:
+            raise LaplodeError(
+                f'`clock` must be a date and a unit, such as ("2021-03-01", "D"), got {self.clock!r}: {error}.'
+            ) from None
 
     def until(self, length: int) -> "Trajectories":
         """The first `length` times of every trajectory (a trajectory may have no observation left in them)."""

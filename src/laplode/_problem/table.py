@@ -1,6 +1,6 @@
 """Tables read as trajectories."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +23,9 @@ def read_table(
     value: str | None,
     trajectory: str | None,
     unit: str | None,
-) -> tuple[list[Any] | None, list[np.ndarray], list[np.ndarray], list[str], Callable[[list[str]], np.ndarray]]:
-    """Names of the trajectories, their times, their values, names of the channels, and a function from columns to their
-    values in the first row of each trajectory.
+) -> tuple[dict[str, Any], Callable[[list[str]], np.ndarray]]:
+    """What `Trajectories` are made of, but for states and args; and a function from columns to their values in the
+    first row of each trajectory.
     """
     import pandas as pd
 
@@ -34,14 +34,15 @@ def read_table(
     observed = [channels] if isinstance(channels, str) else list(channels)
     named = [("time", time), ("trajectory", trajectory), ("value", value), *(("channels", c) for c in observed)]
     for name, column in named:
-        if column is not None and column not in table.columns:
+        if column is not None and (not isinstance(column, Hashable) or column not in table.columns):
             raise LaplodeError(f"`{name}`={column!r} is no column of the table, which has {list(table.columns)}.")
     if value is not None and len(observed) != 1:
         raise LaplodeError("`channels` of a long table, which has a `value`, must be the one column that tells them.")
     keys = [time] if trajectory is None else [trajectory, time]
     if table[keys].isna().any(axis=None):  # pyright: ignore[reportArgumentType]
         raise LaplodeError(f"`table` has rows without {' or '.join(map(repr, keys))}. Leave them out.")
-    table = table.assign(**{time: _numbers(table[time], time, unit)})  # pyright: ignore[reportArgumentType]
+    numbers, clock = _numbers(table[time], time, unit)  # pyright: ignore[reportArgumentType]
+    table = table.assign(**{time: numbers})
     rows = keys if value is None else [*keys, observed[0]]
     if (repeated := table.duplicated(rows)).any():
         place = dict(table.loc[repeated, rows].iloc[0])
@@ -54,28 +55,50 @@ def read_table(
     own = lambda of, name: (of if trajectory is None else of[of[trajectory] == name]).sort_values(time)
     parts = [own(wide, name) for name in ids]
     ts = [part[time].to_numpy(float) for part in parts]
-    ys = [part[names].to_numpy(float, na_value=np.nan) for part in parts]
+    ys = [_values(part, name, names) for part, name in zip(parts, ids, strict=True)]
 
     def firsts(columns: list[str]) -> np.ndarray:
         sources = {c: wide if c in wide.columns else table for c in columns}
         for column, source in sources.items():
             if column not in source.columns:
                 raise LaplodeError(f"{column!r} is no column of the table, which has {list(table.columns)}.")
-        return np.array([[own(sources[c], name)[c].iloc[0] for c in columns] for name in ids], float)
+        row = lambda name: [_values(own(sources[c], name).iloc[:1], name, [c])[0, 0] for c in columns]
+        return np.array([row(name) for name in ids])
 
-    return None if trajectory is None else ids, ts, ys, [str(name) for name in names], firsts
+    called = None if trajectory is None else ids
+    return dict(ts=ts, ys=ys, channels=[str(name) for name in names], trajectories=called, clock=clock), firsts
 
 
-def _numbers(times: "pd.Series", name: str, unit: str | None) -> "pd.Series":
-    """Times as numbers: dates are counted from the earliest."""
+def _values(part: "pd.DataFrame", name: Any, columns: list[str]) -> np.ndarray:
+    try:
+        return part[columns].to_numpy(float, na_value=np.nan)
+    except (ValueError, TypeError) as error:
+        place = "" if name is None else f" of {name!r}"
+        raise LaplodeError(f"`table` has values in {columns}{place} that are no numbers: {error}.") from None
+
+
+def _numbers(times: "pd.Series", name: str, unit: str | None) -> tuple["pd.Series", tuple[str, str] | None]:
+    """Times as numbers, and what they are counted from and in: of dates, from the earliest."""
     import pandas as pd
 
     if pd.api.types.is_numeric_dtype(times):
-        return times.astype(float)
+        return times.astype(float), None
+    passed = pd.api.types.is_timedelta64_dtype(times)
     try:
-        dates = times if pd.api.types.is_timedelta64_dtype(times) else pd.to_datetime(times)
+        # Of other ways to write a date, day and month may be exchanged.
+        dates = times if passed else pd.to_datetime(times, format="ISO8601")
     except (ValueError, TypeError) as error:
-        raise LaplodeError(f"`time`={name!r} holds neither numbers nor dates: {error}") from None
+        raise LaplodeError(
+            f"`time`={name!r} holds neither numbers nor dates like 2021-03-01: {error}. Say how they are written, "
+            f"table[{name!r}] = pd.to_datetime(table[{name!r}], format=...)."
+        ) from None
+    first = dates.min()
     if unit is None:
-        raise LaplodeError(f'`unit` is needed, since {name!r} holds dates: unit="D" counts days from {dates.min()}.')
-    return (dates - dates.min()) / pd.Timedelta(1, unit)  # pyright: ignore[reportArgumentType]
+        raise LaplodeError(f'`unit` is needed, since {name!r} holds dates: unit="D" counts days from {first}.')
+    try:
+        one = pd.Timedelta(1, unit)  # pyright: ignore[reportArgumentType]
+    except ValueError:
+        raise LaplodeError(
+            f'`unit` must be "D", "h", "min" or "s", or another of fixed length that pandas knows, got {unit!r}.'
+        ) from None
+    return (dates - first) / one, None if passed else (first.isoformat(), unit)

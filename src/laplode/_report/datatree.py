@@ -326,13 +326,14 @@ def data_groups(data: Trajectories, layout: Layout) -> dict[str, xr.Dataset]:
     """`observed_data` and `constant_data`."""
     grid = {**layout.coords, **_time_coords(data.ts)}
     observed = _dataset({"y": data.ys}, grid, {"y": _CELLS}, layout.attrs, sample_dims=[])
-    return {"observed_data": observed, "constant_data": _constant(data.ts, data.y0, layout)}
+    return {"observed_data": observed, "constant_data": _constant(data.ts, data.y0, data.dates(data.ts), layout)}
 
 
-def _constant(ts: Float[np.ndarray, "N T"], y0: Any, layout: Layout) -> xr.Dataset:
+def _constant(ts: Float[np.ndarray, "N T"], y0: Any, dates: np.ndarray | None, layout: Layout) -> xr.Dataset:
     variables = {"ts": ts} | ({} if y0 is None else {"y0": y0})
     dims = {"ts": ["trajectory", "time"], "y0": ["trajectory", "state"]}
-    return _dataset(variables, {**layout.coords, **_time_coords(ts)}, dims, layout.attrs, sample_dims=[])
+    dataset = _dataset(variables, {**layout.coords, **_time_coords(ts)}, dims, layout.attrs, sample_dims=[])
+    return dataset if dates is None else dataset.assign_coords(date=(dims["ts"], dates))
 
 
 # ---- Groups, of what laplode returns
@@ -393,7 +394,7 @@ def _of(
     there = layout._replace(coords=coords)
     return {
         "predictions": predictive_group(draws, item.ts, there, attrs),
-        "predictions_constant_data": _constant(item.ts, None, there),
+        "predictions_constant_data": _constant(item.ts, None, data.dates(item.ts), there),
     }
 
 
