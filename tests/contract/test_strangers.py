@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optimistix
 import pytest
+from hypothesis import Phase, given, settings, strategies as st
 from jax.experimental.ode import odeint
 
 import laplode as lp
@@ -538,3 +539,79 @@ def test_what_can_not_be_understood_is_refused_in_one_error(name):
         with warnings.catch_warnings(), pytest.raises(lp.LaplodeError, match=match):
             warnings.simplefilter("ignore")
             stage()
+
+
+# ---- No NaN without its flag
+
+
+class Powers(eqx.Module):
+    """Where a value, a first or a second derivative is finite depends on the powers and on where they are taken."""
+
+    rate: Any
+
+    def __call__(self, ts, y0, args):
+        base = jnp.maximum(self.rate * ts - args["shift"], 0.0)
+        return jnp.stack([base ** args["power"] + y0[0], jnp.log(self.rate) - args["shift"] * ts], axis=-1)
+
+
+LIKELIHOODS = {
+    "Gaussian": (lp.Gaussian(0.3), lambda ys: ys),
+    "LogNormal": (lp.LogNormal(0.3), lambda ys: np.exp(ys)),
+    "StudentT": (lp.StudentT(3.0, 0.3), lambda ys: ys),
+    "Poisson": (lp.Poisson(), lambda ys: np.round(np.exp(ys))),
+    "NegativeBinomial": (lp.NegativeBinomial(3.0), lambda ys: np.round(np.exp(ys))),
+}
+
+
+def without_flag(value) -> bool:
+    """Whether there is a NaN that nothing explains: a draw that is `ok`, or any other public number."""
+    if isinstance(value, lp.Predictions):
+        kept = jax.tree.map(lambda x: x[value.ok], (value.f, value.y, value.log_likelihood))
+        return any(np.any(np.isnan(x)) for x in jax.tree.leaves((kept, value.thetas, value.khat, value.log_weights)))
+    if isinstance(value, lp.FunctionPredictions):
+        return any(np.any(np.isnan(x)) for x in (value.mean, value.std, value.draws[value.ok], value.thetas))
+    return any(np.any(np.isnan(x)) for x in map(np.asarray, jax.tree.leaves(value)) if x.dtype.kind == "f")
+
+
+@settings(max_examples=12, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
+@given(
+    st.sampled_from(list(LIKELIHOODS)),
+    st.sampled_from([0.5, 1.0, 1.5, 2.0, 2.5]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([1e-300, 1e-9, 0.25, 1.0, 1e9]),
+    st.sampled_from([("ggn", "low_rank"), ("hessian", "full"), ("hessian", "diagonal")]),
+)
+def test_no_result_holds_a_nan_without_its_flag(likelihood, power, shift, rate, how):
+    likelihood, seen = LIKELIHOODS[likelihood]
+    curvature, structure = how
+    ts, args = np.array([0.0, 0.5, 1.0, 2.0]), {"power": np.array([power]), "shift": np.array([shift])}
+    data = lp.Trajectories(ts, seen(np.random.default_rng(0).normal(size=(1, 4, 2))), [[0.5, 0.0]], args)
+    model, problem = Powers(jnp.array(rate)), lp.Problem(data, likelihood, 1.0)
+    arguments = dict(num_samples=8, key=KEY, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            posterior = lp.laplace(model, problem, curvature=curvature, structure=structure, progress=False)
+        except lp.LaplodeError:
+            return
+        public = [
+            posterior.marginal_std(),
+            posterior.log_evidence,
+            posterior.covariance(),
+            posterior.summary().to_numpy(),
+        ]
+        public.extend(each for each in vars(posterior.diagnostics).values() if isinstance(each, float))
+        stages = [
+            lambda: lp.refine(model, problem, curvature=curvature, steps=20, newton_steps=5, progress=False).model,
+            lambda: lp.predict(posterior, ts, **arguments),
+            lambda: lp.predict(posterior, [0.0, 1.0, 2.0, 3.0], method="sampled", weigh=False, **arguments),
+            lambda: lp.predict_function(posterior, lambda m: m.rate**power, **arguments),
+            lambda: lp.information_gain(posterior, ts).each,
+        ]
+        for stage in stages:
+            try:
+                public.append(stage())
+            except lp.LaplodeError:
+                continue
+    for each in public:
+        assert not without_flag(each), each
