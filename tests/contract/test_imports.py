@@ -53,6 +53,7 @@ ORDER = [
     "_fit/result",
     "_fit/from_loss",
     "_fit/fit",
+    "_fit/trust_region",
     "_fit/refine",
     "_posterior/summary",
     "_posterior/posterior",

@@ -1,5 +1,7 @@
 """Refinement: that it ends at a minimum, leaves saddles, and never returns a worse point."""
 
+from types import SimpleNamespace
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 import laplode as lp
-from laplode._fit.refine import _levenberg_marquardt
+from laplode._fit.refine import _Descent, _GaussNewton, _Newton
 
 
 def joint(model, problem):
@@ -193,16 +195,41 @@ def test_ripples_of_a_loose_solve_do_not_stop_it(wave):
     assert rippled.loss <= rippled.losses.min() + 1e-9
 
 
+class Bounded(eqx.Module):
+    """A model of one's own that throws where its rate is above a bound, as Diffrax does after too many steps."""
+
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        return eqx.error_if(y0 * jnp.exp(self.rate * ts[:, None]), self.rate > 1.0, "too many steps")
+
+
+def test_a_point_where_the_model_throws_is_a_rejected_step():
+    ts = np.linspace(0, 3, 10)
+    data = lp.Trajectories(ts, np.exp(0.95 * ts)[:, None], y0=[1.0])
+    fit = refined(Bounded(jnp.array(-2.0)), lp.Problem(data, lp.Gaussian(0.05), 1e-2), curvature="ggn")
+    assert fit.reason == "converged"
+    np.testing.assert_allclose(fit.model.rate, 0.95, atol=1e-3)
+
+
+@pytest.mark.parametrize("decrement", [-1e-9, np.nan])
+def test_a_decrement_that_is_none_is_not_converged(decrement):
+    point = SimpleNamespace(loss=0.0)
+    descent, picture = _Descent(point, point, (0.0,), 1.0), SimpleNamespace(decrement=decrement, num_negative=0)
+    assert not _GaussNewton(None, 1e-4, 1, True).has_converged(descent, picture)
+    assert not _Newton(None, 1e-4, 1, None).has_converged(descent, picture)
+
+
 def test_ctrl_c_returns_what_was_reached(growth, curve, monkeypatch):
-    calls = []
+    calls, step = [], _GaussNewton.step
 
     def interrupted(*args):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return _levenberg_marquardt(*args)
+        return step(*args)
 
-    monkeypatch.setattr("laplode._fit.refine._levenberg_marquardt", interrupted)
+    monkeypatch.setattr(_GaussNewton, "step", interrupted)
     with pytest.warns(lp.LaplodeWarning, match="interrupted"):
         fit = refined(curve(growth), growth.problem)
     assert fit.reason == "interrupted" and fit.steps == 2

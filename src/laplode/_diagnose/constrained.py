@@ -12,6 +12,7 @@ from .._algebra.forms import FactoredForm
 from .._algebra.low_rank import LowRankPrecision, ModesPrecision, low_rank
 from .._curvature.hessian import hessian
 from .._errors import LaplodeError
+from .._fit.trust_region import MOST_BENT, bent
 from .._model.parameters import Parameters
 from .._problem.problem import Problem
 from .._solve.maps import AbstractFlow, flow
@@ -21,9 +22,6 @@ CONVERGED = 1e-7
 
 # Gauss-Newton steps and, where these stall, Newton steps for one point, at most.
 _MOST_STEPS, _MOST_NEWTON = 40, 15
-
-# A step is bent by at most this part of its length (Transtrum and Sethna, 2012).
-_MOST_BENT = 0.75
 
 # Where the prior is left out, this part of the data's own information makes a metric, too small to pull.
 _METRIC_ALONE = 1e-9
@@ -211,13 +209,11 @@ def _tried(here: Picture, aim: Aim, damping: float) -> AbstractFlow | None:
     """The flow at the end of a damped step; None where it does not come nearer."""
     around, view = here.flow, here.flow.parameters
     step, damped = _step(here.local, here.slope, jnp.asarray(aim.target - here.value), jnp.asarray(damping))
-    bend = jnp.zeros_like(step)
-    if around.has_second_pushforward():
-        bend = _bent(around, here.local, damped, here.slope, step, aim.quantity.bend(view, step))
-        metric = jnp.sqrt(here.local.precision.prior_precision)
-        if float(jnp.linalg.norm(metric * bend)) > 2 * _MOST_BENT * float(jnp.linalg.norm(metric * step)):
-            return None
-    return _kept(here, aim, view.vector + step + 0.5 * bend)
+    if not around.has_second_pushforward():
+        return _kept(here, aim, view.vector + step)
+    acceleration = _bent(around, here.local, damped, here.slope, step, aim.quantity.bend(view, step))
+    moved, ratio = bent(step, acceleration, jnp.sqrt(here.local.precision.prior_precision))
+    return _kept(here, aim, view.vector + moved) if float(ratio) <= 2 * MOST_BENT else None
 
 
 def _kept(here: Picture, aim: Aim, theta: Array) -> AbstractFlow | None:

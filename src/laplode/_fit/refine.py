@@ -25,6 +25,7 @@ from .._solve.frozen import check_influence, unfrozen
 from .._solve.maps import AbstractFlow, flow, linearize
 from .._solve.objective import NegativeLogJoint
 from .result import Fit
+from .trust_region import MOST_BENT, bent, within
 
 # A step that gains less than this, in nats, keeps the grid; so many of them at most.
 _SMALL_GAIN = 0.1
@@ -37,8 +38,12 @@ _MOST_MOVES = 50
 _SPARE = 1.0
 
 
-# The loss of a model that chooses the steps of its solve anew at every call has ripples. Steps may lead over them, to
-# so many nats above the best point at most; after so many without a better one they only go down.
+# The loss of a model that chooses the steps of its solve anew at every call has ripples. Steps may lead over them: to
+# anywhere below the worst of so many last losses (Grippo, Lampariello and Lucidi, 1986), and to so many nats above the
+# best at most. After so many steps without a better point the descent is over.
+_MEMORY = 10
+
+
 _RIPPLE = 10.0
 
 
@@ -47,10 +52,6 @@ _PATIENCE = 30
 
 # So few nats are left to gain that the posterior is not the worse for it.
 _NEAR = 0.1
-
-
-# A Levenberg-Marquardt step is bent by at most this part of its length (Transtrum and Sethna, 2012).
-_MOST_BENT = 0.75
 
 
 def refine(
@@ -101,7 +102,7 @@ def refine(
     model = check_model(model, problem)
     view = parameters(model, where, problem.prior)
     problem = with_given(view, problem)
-    start = point = _Point.at(view, problem)
+    start = _Point.at(view, problem)
     if exact:
         start.flow.check_second_order()
     route = start.flow.jacobian_route()
@@ -111,107 +112,54 @@ def refine(
     check_influence(seen)
     inferred = unfrozen(start.flow, problem, seen)
     if inferred is not start.flow:
-        start = point = _Point.at(inferred.parameters, problem)
-    bent = point.flow.has_second_pushforward()
-    rippled = not point.flow.is_frozen
-    best, since_best = point, 0
-    losses, counts, reason = [point.loss], [0, 0], "budget"
-    ended: tuple[float, int | None] | None = None
+        start = _Point.at(inferred.parameters, problem)
+    surface = _Surface(problem, route, start.flow.has_second_pushforward())
+    total = steps + (newton_steps if exact else 0)
+    with tqdm(total=total, desc="Refine", unit="step", disable=not progress) as bar:
+        descent = _Descent(start, start, (start.loss,), 1e-3 * float(jnp.max(first.structure.strengths)))
+        end = _descend(descent, _GaussNewton(surface, decrement, steps, not exact), bar)
+        counts = [end.descent.steps, 0]
+        if exact and end.reason != "interrupted":
+            batch_size = hessian_batch_size(end.descent.best.flow, problem)
+            end = _descend(end.descent.again(), _Newton(surface, decrement, newton_steps, batch_size), bar)
+            counts[1] = end.descent.steps
+    return _ended(end, surface, start, counts)
 
-    def show(bar, what, found):
-        bar.update(1)
-        bar.set_postfix(loss=f"{point.loss:.6g}", decrement=f"{found:.2g} nats", by=what)
 
-    with tqdm(total=steps + (newton_steps if exact else 0), desc="Refine", unit="step", disable=not progress) as bar:
-        try:
-            damping = None
-            while counts[0] < steps:
-                local = _linearized(point.flow, problem, route)
-                if damping is None:
-                    damping = 1e-3 * float(jnp.max(local.structure.strengths))
-                if not exact and local.decrement < decrement and point.loss <= best.loss + decrement:
-                    reason = "converged"
-                    break
-                below = best.loss + min(_RIPPLE, 2 * float(local.decrement)) if rippled else point.loss
-                following, damping = _levenberg_marquardt(point, problem, local, damping, bent, below)
-                counts[0] += 1
-                if following is None and point.loss > best.loss:
-                    rippled, point, damping = False, best, None  # downhill from here
-                    losses.append(point.loss)
-                    continue
-                if following is None:
-                    reason = "no progress"
-                    break
-                gained, point = point.loss - following.loss, following
-                losses.append(point.loss)
-                best, since_best = (point, 0) if point.loss < best.loss else (best, since_best + 1)
-                if rippled and since_best > _PATIENCE:
-                    rippled, point, damping = False, best, None
-                    losses.append(point.loss)
-                show(bar, "Levenberg-Marquardt", float(local.decrement))
-                # What Gauss-Newton steps gain slowly, Newton steps gain fast.
-                window = _PATIENCE if rippled else 10
-                slow = len(losses) > 2 * window and min(losses[:-window]) - min(losses) < 0.02
-                if exact and (slow or abs(gained) < 1e-3 * decrement):
-                    break
-            point = point if reason == "converged" else best
-            radius = 1.0
-            batch_size = hessian_batch_size(point.flow, problem) if exact else None
-            while exact:
-                region = _Quadratic.at(point, problem, route, batch_size, geodesic=bent)
-                ended = (region.decrement, region.num_negative)
-                if region.num_negative == 0 and region.decrement < decrement:
-                    # On a grid of its own, and by the Hessian as it is.
-                    point = point.renewed(problem) or point
-                    region = _Quadratic.at(point, problem, route, batch_size, geodesic=False)
-                    ended = (region.decrement, region.num_negative)
-                    if region.num_negative == 0 and region.decrement < decrement:
-                        reason = "converged"
-                        break
-                if counts[1] >= newton_steps:
-                    reason = "budget"
-                    break
-                following, radius = _trust_region(point, problem, region, radius, bent)
-                counts[1] += 1
-                if following is None:
-                    reason = "no progress"
-                    break
-                point = following
-                losses.append(point.loss)
-                show(bar, "Newton", region.decrement)
-        except KeyboardInterrupt:
-            reason = "interrupted"
-            point, ended = min(point, best, key=lambda at: at.loss), None
-    # On grids of their own, so that what was gained is no matter of the grid.
+def _ended(end: "_End", surface: "_Surface", start: "_Point", counts: list[int]) -> Fit:
+    """What is returned, on a grid of its own, so that what was gained is no matter of the grid."""
+    problem, reason = surface.problem, end.reason
+    point = end.descent.point if reason == "converged" else end.descent.best
     settled = point.renewed(problem) if point.moves else point
+    newton = end.picture if isinstance(end.picture, _Quadratic) else None
     if settled is None or not settled.loss <= start.loss:
-        settled, ended = start, None
+        settled, newton = start, None
         reason = "no progress" if reason == "converged" else reason
-    if ended is None:
-        ended = (float(_linearized(settled.flow, problem, route).decrement), None)
-    near = reason == "no progress" and ended[0] < _NEAR and not ended[1]
+    local = newton or _linearized(settled.flow, problem, surface.route)
+    decrement, num_negative = float(local.decrement), newton.num_negative if newton else None
+    near = reason == "no progress" and 0 <= decrement < _NEAR and not num_negative
     if reason != "converged" and not near:
         remedy = {
             "budget": "Allow more `steps` or `newton_steps`.",
             "no progress": "No step lowers the loss any more: a tighter tolerance of the solver makes it smoother.",
             "interrupted": "This is the point reached.",
         }[reason]
-        saddle = f" and {ended[1]} directions of negative curvature" if ended[1] else ""
+        saddle = f" and {num_negative} directions of negative curvature" if num_negative else ""
         warnings.warn(
-            f"refine stopped ({reason}) at a Newton decrement of {ended[0]:.2g} nats{saddle}. {remedy}",
+            f"refine stopped ({reason}) at a Newton decrement of {decrement:.2g} nats{saddle}. {remedy}",
             LaplodeWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return Fit(
         settled.flow.parameters.model,
-        np.asarray(losses),
+        np.asarray(end.descent.losses),
         problem,
         loss=settled.loss,
         reason=reason,
         steps=counts[0],
         newton_steps=counts[1],
-        newton_decrement=ended[0],
-        num_negative=ended[1],
+        newton_decrement=decrement,
+        num_negative=num_negative,
     )
 
 
@@ -258,6 +206,74 @@ def _loss(around: AbstractFlow, problem: Problem, theta: Float[Array, " P"]) -> 
     return NegativeLogJoint(around, problem)(theta)
 
 
+# ---- The descent
+
+
+class _Surface(NamedTuple):
+    """What is descended: the loss of a problem, the route to its Jacobian, and whether steps on it can be bent."""
+
+    problem: Problem
+    route: str
+    bent: bool
+
+
+class _Descent(NamedTuple):
+    """The state of a descent: where it is, the best point, all losses, and the damping or the radius of its steps.
+
+    `steps` were taken, the last `idle` of them without a better point.
+    """
+
+    point: _Point
+    best: _Point
+    losses: tuple[float, ...]
+    size: float
+    steps: int = 0
+    idle: int = 0
+
+    def to(self, point: _Point, size: float) -> "_Descent":
+        """The state after a step."""
+        better = point.loss < self.best.loss
+        losses, idle = (*self.losses, point.loss), 0 if better else self.idle + 1
+        return _Descent(point, point if better else self.best, losses, size, self.steps + 1, idle)
+
+    def again(self) -> "_Descent":
+        """The start of another descent from the best point."""
+        return _Descent(self.best, self.best, self.losses, 1.0)
+
+
+class _End(NamedTuple):
+    """How a descent ended, and the last picture of the loss."""
+
+    descent: _Descent
+    reason: str
+    picture: "_Linearized | _Quadratic | None"
+
+
+def _descend(descent: _Descent, by: Any, bar: Any) -> _End:
+    """Steps until there is no need of another, none that gains, or a bound or Ctrl-C ends them."""
+    try:
+        while True:
+            picture = by.picture(descent.point)
+            if by.has_converged(descent, picture):
+                # On a grid of its own, and by the curvature as it is.
+                descent, picture = by.settled(descent, picture)
+                if by.has_converged(descent, picture):
+                    return _End(descent, "converged", picture)
+            if descent.steps >= by.most:
+                return _End(descent, "budget", picture)
+            following, size = by.step(descent, picture)
+            if following is None:
+                return _End(descent._replace(steps=descent.steps + 1), "no progress", picture)
+            descent = descent.to(following, size)
+            bar.update(1)
+            found = f"{float(picture.decrement):.2g} nats"
+            bar.set_postfix(loss=f"{following.loss:.6g}", decrement=found, by=by.name)
+            if by.is_slow(descent):
+                return _End(descent, "no progress", picture)
+    except KeyboardInterrupt:
+        return _End(descent, "interrupted", None)
+
+
 # ---- Levenberg-Marquardt
 
 
@@ -294,17 +310,50 @@ def _damped_step(local: _Linearized, damping) -> tuple[_Linearized, Float[Array,
     return damped, -damped.structure.covariance_product(local.gradient)
 
 
-def _levenberg_marquardt(point: _Point, problem: Problem, local: _Linearized, damping: float, bent: bool, below: float):
-    """The next point, None if there is none below that loss, and the damping to begin with there."""
-    for _ in range(30):
-        damped, step = _damped_step(local, jnp.asarray(damping))
-        theta, ratio, loss = _bend(point.flow, problem, damped, step, bent)
-        if float(loss) < below and float(ratio) < _MOST_BENT:
-            following = point.moved(theta, float(loss), problem)
-            if following is not None:
-                return following, damping / 4
-        damping = max(4 * damping, 1e-8)
-    return None, damping
+class _GaussNewton(NamedTuple):
+    """Levenberg-Marquardt steps, and no other after them if they are the `last`."""
+
+    surface: _Surface
+    decrement: float
+    most: int
+    last: bool
+    name: str = "Levenberg-Marquardt"
+
+    def picture(self, point: _Point) -> _Linearized:
+        """The loss at a point, as far as a step needs it."""
+        return _linearized(point.flow, self.surface.problem, self.surface.route)
+
+    def has_converged(self, descent: _Descent, local: _Linearized) -> bool:
+        """Whether nothing is left to gain."""
+        at_best = descent.point.loss <= descent.best.loss + self.decrement
+        return self.last and at_best and 0 <= float(local.decrement) < self.decrement
+
+    def settled(self, descent: _Descent, local: _Linearized) -> tuple[_Descent, _Linearized]:
+        """The state to end with."""
+        return descent, local
+
+    def step(self, descent: _Descent, local: _Linearized) -> tuple[_Point | None, float]:
+        """The next point, None if there is none that is low enough, and the damping to begin with there."""
+        point, damping, below = descent.point, descent.size, descent.point.loss
+        if not point.flow.is_frozen:
+            below = min(max(descent.losses[-_MEMORY:]), descent.best.loss + min(_RIPPLE, 2 * float(local.decrement)))
+        for _ in range(30):
+            damped, step = _damped_step(local, jnp.asarray(damping))
+            theta, ratio, loss = _tried(point.flow, self.surface, damped, step)
+            if loss < below and ratio < MOST_BENT:
+                following = point.moved(theta, loss, self.surface.problem)
+                if following is not None:
+                    return following, damping / 4
+            damping = max(4 * damping, 1e-8)
+        return None, damping
+
+    def is_slow(self, descent: _Descent) -> bool:
+        """Whether steps gain no more, or what Newton steps gain faster."""
+        if self.last:
+            return descent.idle > _PATIENCE
+        losses, window = descent.losses, 10 if descent.point.flow.is_frozen else _PATIENCE
+        slow = len(losses) > 2 * window and min(losses[:-window]) - min(losses) < 0.02
+        return slow or abs(losses[-2] - losses[-1]) < 1e-3 * self.decrement
 
 
 # ---- Newton
@@ -326,9 +375,9 @@ class _Quadratic(NamedTuple):
     decrement: float
 
     @classmethod
-    def at(cls, point: _Point, problem: Problem, route: str, batch_size: int | None, *, geodesic: bool) -> "_Quadratic":
-        around = point.flow
-        local = _linearized(around, problem, route)
+    def at(cls, point: _Point, surface: _Surface, batch_size: int | None, *, geodesic: bool) -> "_Quadratic":
+        around, problem = point.flow, surface.problem
+        local = _linearized(around, problem, surface.route)
         tilt = _tilt(local).reshape(problem.informed.shape) if geodesic else None
         found = hessian(around, problem, batch_size=batch_size, tilt=tilt)
         prior = problem.prior.local(around.parameters)
@@ -343,27 +392,6 @@ class _Quadratic(NamedTuple):
         decrement = 0.5 * float(np.sum(along**2 / np.maximum(np.abs(eigenvalues), rounding)))
         return cls(local, eigenvalues, root[:, None] * vectors, along, num_negative, decrement)
 
-    def step(self, radius: float) -> tuple[np.ndarray, float, float]:
-        """The best step within `radius`, its length, and the decrease it promises."""
-        lowest = self.eigenvalues[0]
-        along = lambda shift: -self.gradient / (self.eigenvalues + shift)
-        length = lambda shift: float(np.linalg.norm(along(shift)))
-        scale = max(abs(lowest), abs(self.eigenvalues[-1]))
-        least = max(0.0, -lowest) + 1e-12 * scale
-        if lowest > 0 and length(0.0) <= radius:
-            step = along(0.0)
-        elif length(least) <= radius:  # the gradient has no part along the negative curvature: go there all the same
-            step = along(least)
-            step[0] += math.copysign(math.sqrt(max(radius**2 - length(least) ** 2, 0)), -self.gradient[0])
-        else:
-            low, high = least, least + float(np.linalg.norm(self.gradient)) / radius
-            for _ in range(100):
-                middle = math.sqrt(low * high)
-                low, high = (middle, high) if length(middle) > radius else (low, middle)
-            step = along(high)
-        promised = -float(self.gradient @ step + 0.5 * np.sum(self.eigenvalues * step**2))
-        return self.vectors @ step, float(np.linalg.norm(step)), promised
-
 
 @eqx.filter_jit
 def _tilt(local: _Linearized) -> Float[Array, " N*T*K"]:
@@ -371,33 +399,69 @@ def _tilt(local: _Linearized) -> Float[Array, " N*T*K"]:
     return local.weights * (local.jacobian @ -local.structure.covariance_product(local.gradient))
 
 
+def _tried(around: AbstractFlow, surface: _Surface, local: _Linearized, step: Array) -> tuple[Array, float, float]:
+    """The end of a step, by how much it was bent, and the loss there: infinite where the model can't be solved."""
+    try:
+        theta, ratio, loss = _bend(around, surface.problem, local, step, surface.bent)
+        return theta, float(ratio), float(loss)
+    except RuntimeError as error:  # thrown by the solve of a model of one's own
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        return around.parameters.vector, 0.0, math.inf
+
+
 @eqx.filter_jit
-def _bend(around: AbstractFlow, problem: Problem, local: _Linearized, step, bent: bool):
-    """A step bent by its geodesic acceleration, the length of that beside its own, and the loss after it."""
+def _bend(around: AbstractFlow, problem: Problem, local: _Linearized, step, bends: bool):
     theta = around.parameters.vector
-    bend = jnp.zeros_like(step)
-    if bent:
+    acceleration = jnp.zeros_like(step)
+    if bends:
         push = lambda at: jax.jvp(around, (at,), (step,))[1]
         second = jax.jvp(push, (theta,), (step,))[1]  # f''[step, step]
-        bend = -local.structure.covariance_product((local.weights * second.ravel()) @ local.jacobian)
-    metric = jnp.sqrt(local.structure.prior_precision)
-    ratio = jnp.linalg.norm(metric * bend) / jnp.linalg.norm(metric * step)
-    following = theta + step + 0.5 * bend
-    return following, ratio, _loss(around, problem, following)
+        acceleration = -local.structure.covariance_product((local.weights * second.ravel()) @ local.jacobian)
+    moved, ratio = bent(step, acceleration, jnp.sqrt(local.structure.prior_precision))
+    return theta + moved, ratio, _loss(around, problem, theta + moved)
 
 
-def _trust_region(point: _Point, problem: Problem, region: _Quadratic, radius: float, bent: bool):
-    """The next point, None if there is none, and the radius to begin with there."""
-    while radius > 1e-9:
-        step, length, promised = region.step(radius)
-        theta, ratio, loss = _bend(point.flow, problem, region.local, jnp.asarray(step), bent)
-        loss = float(loss)
-        good = math.isfinite(loss) and promised > 0 and float(ratio) < _MOST_BENT
-        kept = (point.loss - loss) / promised if good else -1.0
-        if kept > 0.05:
-            following = point.moved(theta, loss, problem)
-            if following is not None:
-                grown = 2 * radius if kept > 0.75 and length > 0.9 * radius else radius
-                return following, grown if kept > 0.25 else 0.5 * length
-        radius = 0.25 * min(length, radius)
-    return None, radius
+class _Newton(NamedTuple):
+    """Newton steps in a trust region, on the exact Hessian."""
+
+    surface: _Surface
+    decrement: float
+    most: int
+    batch_size: int | None
+    name: str = "Newton"
+
+    def picture(self, point: _Point) -> _Quadratic:
+        """The loss at a point, as far as a step needs it."""
+        return _Quadratic.at(point, self.surface, self.batch_size, geodesic=self.surface.bent)
+
+    def has_converged(self, descent: _Descent, region: _Quadratic) -> bool:
+        """Whether the point is a minimum, and nothing is left to gain."""
+        return region.num_negative == 0 and 0 <= region.decrement < self.decrement
+
+    def settled(self, descent: _Descent, region: _Quadratic) -> tuple[_Descent, _Quadratic]:
+        """The state to end with."""
+        point = descent.point.renewed(self.surface.problem) or descent.point
+        region = _Quadratic.at(point, self.surface, self.batch_size, geodesic=False)
+        return descent._replace(point=point, best=point), region
+
+    def step(self, descent: _Descent, region: _Quadratic) -> tuple[_Point | None, float]:
+        """The next point, None if there is none, and the radius to begin with there."""
+        point, radius = descent.point, descent.size
+        while radius > 1e-9:
+            step, promised = within(region.eigenvalues, region.gradient, radius)
+            length = float(np.linalg.norm(step))
+            theta, ratio, loss = _tried(point.flow, self.surface, region.local, jnp.asarray(region.vectors @ step))
+            good = math.isfinite(loss) and promised > 0 and ratio < MOST_BENT
+            kept = (point.loss - loss) / promised if good else -1.0
+            if kept > 0.05:
+                following = point.moved(theta, loss, self.surface.problem)
+                if following is not None:
+                    grown = 2 * radius if kept > 0.75 and length > 0.9 * radius else radius
+                    return following, grown if kept > 0.25 else 0.5 * length
+            radius = 0.25 * min(length, radius)
+        return None, radius
+
+    def is_slow(self, descent: _Descent) -> bool:
+        """Every step gains, or there is none."""
+        return False

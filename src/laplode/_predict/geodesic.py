@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from .._devices import everywhere, num_devices, over_rows
 from .._errors import LaplodeWarning
+from .._fit.trust_region import MOST_BENT, bent
 from .method import Proposal, check_df, check_number, straight, straight_log_density
 from .sampled import AbstractSolved
 from .surface import Surface, _damped_solve, _num_predictions, _Origin, _solved, log_volume
@@ -113,10 +114,7 @@ _FIRST = 0.02
 _FASTER, _SLOWER = 2.0, 0.7
 
 
-# A step is bent by at most this part of its length (Transtrum and Sethna, 2012); below the other it is hardly bent.
-_MOST_BENT = 0.75
-
-
+# Below this part of its length a step is hardly bent.
 _HARDLY_BENT = 0.1
 
 
@@ -184,17 +182,14 @@ def _attempt(surface: Surface, origin: _Origin, lane: _Lane) -> _Lane:
     solve = _damped_solve(tangent, 1 + lane.damping)
     gradient = here[0] + here[1] @ tangent
     step = -solve(gradient)
-    ratio, bent = jnp.zeros(()), step
+    ratio, moved = jnp.zeros(()), step
     if surface.bends:
-        bend = surface.bend(lane.theta, step / surface.root_prior)
-        acceleration = -solve(bend @ tangent)
-        ratio = jnp.linalg.norm(acceleration) / (jnp.linalg.norm(step) + jnp.finfo(float).tiny)
-        bent = step + 0.5 * acceleration
-    theta = lane.theta + bent / surface.root_prior
+        moved, ratio = bent(step, -solve(surface.bend(lane.theta, step / surface.root_prior) @ tangent), 1.0)
+    theta = lane.theta + moved / surface.root_prior
     seen = surface.solved(theta)
     gained = distance(here) - distance(off(theta, seen))
     # Outside of what a model or a likelihood allows nothing is finite, and the comparison fails.
-    kept = (gained >= 0) & (ratio < _MOST_BENT)
+    kept = (gained >= 0) & (ratio < MOST_BENT)
     # At least the squared length, along the surface, of the step without damping.
     left = -(1 + lane.damping) * (gradient @ step)
     near = jnp.minimum(left, jnp.where(kept, gained, jnp.inf)) < origin.tolerance**2
