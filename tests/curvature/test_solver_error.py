@@ -1,5 +1,6 @@
 """What `laplace` says of a solver that is not exact enough, and of derivatives that are not those of the solution."""
 
+import re
 import warnings
 
 import diffrax
@@ -103,3 +104,33 @@ def test_a_sharply_curved_model_is_not_taken_for_a_wrong_derivative():
     model = lp.NeuralODE(Wave(jnp.array(1.0), jnp.array(0.0)))
     data = lp.Trajectories(np.linspace(0, 2, 6), np.linspace(0, 2, 6)[:, None], y0=[0.0])
     assert messages(model, lp.Problem(data, lp.Gaussian(1.0), 1.0)) == []
+
+
+class Exchange(eqx.Module):
+    """Two pools that exchange fast, one of which loses: data see the loss, and of the exchange the ratio alone."""
+
+    speed: jax.Array
+    ratio: jax.Array
+    loss: jax.Array
+
+    def __call__(self, t, y, args):
+        flow = jnp.exp(self.speed) * (y[0] - self.ratio * y[1])
+        return jnp.stack([-flow, flow - self.loss * y[1]])
+
+
+@pytest.mark.parametrize(
+    ("solver", "scale", "said"),
+    [
+        pytest.param(diffrax.Tsit5(), 1e-3, r"speed.*errors of the solver \(Tsit5, rtol.*Kvaerno5", id="explicit"),
+        pytest.param(diffrax.Kvaerno5(), 1e-3, None, id="implicit"),
+        # Solutions at neighboring values, which begin off the slow manifold, are less exact than the derivatives.
+        pytest.param(diffrax.Kvaerno5(), 1e-2, None, id="implicit, far neighbors"),
+    ],
+)
+def test_a_stiff_field_is_told_of_its_solver_and_not_of_a_discontinuity(solver, scale, said):
+    ts, y0, speed = np.linspace(0, 4, 8), np.array([1 / 3, 2 / 3]), np.log(3e3)
+    # Its slow solution: the exchange is in balance all the time.
+    ys = np.exp(-0.6 / 1.5 * ts)[:, None] * y0
+    model = lp.NeuralODE(Exchange(*map(jnp.array, (speed, 0.5, 0.6))), solver=solver, max_steps=20_000)
+    found = messages(model, lp.Problem(lp.Trajectories(ts, ys, y0), lp.Gaussian(scale), 1e-2))
+    assert re.search(said, found[0]) and len(found) == 1 if said else found == []

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._errors import LaplodeError
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
 from .._solve.maps import ReplayedFlow
@@ -31,6 +32,10 @@ _SHORTER, _CURVED, _FALLS = (1e-3, -1e-3, 1e-4, -1e-4, 1e-5), 0.5, 0.1
 # So far may a change of the predictions be from what derivatives say, in standard deviations of the noise for a step of
 # one posterior standard deviation; of a single parameter it may be this part of what they say.
 _WRONG, _WRONG_PART = 0.3, 0.1
+
+
+# Tolerances so many times smaller tell errors of the solver from a discontinuity.
+_TIGHTER = 100.0
 
 
 # Errors that the tolerance allows in a step are too large from this part of the noise on.
@@ -70,8 +75,11 @@ def solver_problems(flow: Any, problem: Problem, form: Any, built: Any, prior: L
     problems = _differs_from_replay(probe, *neighbor) + _coarse(probe, neighbor[1])
     if problems or not error > _WRONG:
         return problems
+    cause = _cause(probe, problem, direction, slope, error)
+    if cause == "neighbors":  # the derivatives at θ* are right
+        return []
     named = _wrong_leaves(probe, signs * np.sqrt(np.asarray(built.variance())))
-    if named:
+    if named and cause == "model":
         return [
             f"The derivatives in {', '.join(named)} are not those of the solution: solved again at neighboring values, "
             "the predictions change otherwise. So it is where a discontinuity of the vector field lies at a time or "
@@ -79,9 +87,10 @@ def solver_problems(flow: Any, problem: Problem, form: Any, built: Any, prior: L
             "deviations, of other parameters too, are wrong. Solve such a model in pieces between its "
             "discontinuities, or make the switch smooth."
         ]
+    where = ", ".join(named) or "directions that the data determine weakly or not at all"
     return [
-        "In directions that the data determine weakly or not at all, the derivatives of the predictions are errors of "
-        f"the solver ({type(flow.parameters.model.solver).__name__}, {_tolerances(flow)}): solved again at neighboring "
+        f"In {where}, the derivatives of the predictions are errors of the solver "
+        f"({type(flow.parameters.model.solver).__name__}, {_tolerances(flow)}): solved again at neighboring "
         f"parameters, the predictions differ by {error:.2g} standard deviations of the posterior from what they say. "
         "Standard deviations there are too small. A stiff field wants an implicit solver, NeuralODE(..., "
         "solver=diffrax.Kvaerno5()); otherwise take tolerances 100 times smaller. laplode.check_tolerance measures it."
@@ -161,6 +170,23 @@ def _wrong_leaves(probe: _Probe, offset: np.ndarray) -> list[str]:
         if neighbor is not None and error > _WRONG:
             wrong.append(name)
     return wrong
+
+
+def _cause(probe: _Probe, problem: Problem, direction: Array, slope: Array, error: float) -> str:
+    """What derivatives and neighboring solutions disagree by: "solver", "neighbors" or "model".
+
+    With a smaller tolerance, derivatives change by about as much as they were off; or it is the neighbors that change,
+    so that they agree now; or neither does.
+    """
+    try:
+        tight = probe.flow.tightened(_TIGHTER, spare=0.5)
+    except LaplodeError:  # there is none, or it takes too many steps
+        return "model"
+    values, other = _pushed(tight, tight.parameters.vector, direction)
+    if float(np.linalg.norm(probe.weighed(np.asarray(other) - np.asarray(slope)))) > 0.5 * error:
+        return "solver"
+    there = _Probe(tight, np.asarray(values), np.sqrt(np.asarray(problem.information(values))))
+    return "neighbors" if there.error(direction, other)[0] <= _WRONG else "model"
 
 
 def _differs_from_replay(probe: _Probe, there: ReplayedFlow, found: Accepted, values: np.ndarray) -> list[str]:

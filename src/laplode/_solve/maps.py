@@ -101,8 +101,8 @@ class AbstractFlow(AbstractMap):
         """The same map around another point, in any transformation."""
 
     @abc.abstractmethod
-    def tightened(self, factor: float) -> "AbstractFlow":
-        """The same map by a solver whose tolerances are `factor` times smaller.
+    def tightened(self, factor: float, spare: float = 0.0) -> "AbstractFlow":
+        """The same map by a solver whose tolerances are `factor` times smaller, with room for `spare` times more steps.
 
         **Raises:** `LaplodeError` when its steps are not chosen by a tolerance, or there are too many of them.
         """
@@ -176,7 +176,7 @@ class ForeignFlow(AbstractFlow):
     def renewed(self, theta):
         return self
 
-    def tightened(self, factor):
+    def tightened(self, factor, spare=0.0):
         raise LaplodeError(
             f"`posterior` is of a {type(self.parameters.model).__name__}, whose solver laplode does not know: "
             "only a NeuralODE has a tolerance here. Compare with a posterior of your model at a smaller one."
@@ -247,7 +247,7 @@ class ReplayedFlow(AbstractFlow):
     def _with(self, starts: Float[Array, "N steps"], ends: Float[Array, "N steps"]) -> "ReplayedFlow":
         return eqx.tree_at(lambda f: (f.steps.starts, f.steps.ends), self, (starts, ends))
 
-    def tightened(self, factor):
+    def tightened(self, factor, spare=0.0):
         rest = self.parameters.rest
         has_tolerance = lambda node: hasattr(node, "rtol") and hasattr(node, "atol")
         # A controller around another has the tolerances of that one, and can't be given others.
@@ -267,7 +267,7 @@ class ReplayedFlow(AbstractFlow):
                 f"`posterior` can't be compared with tolerances {factor:g} times smaller: with max_steps = "
                 f"{view.model.max_steps} the solve does not arrive. Allow more steps."
             )
-        room = int(np.max(np.asarray(found.number)))
+        room = min(int((1 + spare) * np.max(np.asarray(found.number))), view.model.max_steps)
         return ReplayedFlow(view, found.steps(room, self.ts, self.y0, self.args))  # pyright: ignore[reportCallIssue]
 
     # What is replayed has all derivatives that its vector field has.
