@@ -65,6 +65,69 @@ def test_the_problem_has_the_gradient_of_the_loss(growth, data, name):
     np.testing.assert_allclose(gradient_of_problem(growth.model, problem), expected, rtol=1e-7)
 
 
+def weighted(model, data, weights):
+    """Σ w (f − y)²."""
+    predicted = jax.vmap(model)(jnp.asarray(data.ts), jnp.asarray(data.y0))
+    return jnp.sum(weights * (predicted - jnp.asarray(data.ys)) ** 2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_weights_make_scales_by_channel_and_a_mask(growth, data, masked):
+    weights = np.broadcast_to([4.0, 0.25], data.ys.shape).copy()
+    if masked:
+        weights[:, ::3] = 0
+    loss = lambda m: weighted(m, data, weights) + L2 * penalty(m)
+    given = weights if masked else weights[0, 0]
+    problem, found = lp.problem_from_loss(growth.model, data, loss, squares="sum", weights=given, l2=L2, scale=0.2)
+    np.testing.assert_allclose(problem.likelihood.scale, [0.1, 0.4], rtol=1e-14)
+    assert problem.num_observations == np.sum(weights > 0)
+    expected = found.nats_per_loss * gradient_of_loss(growth.model, loss)
+    np.testing.assert_allclose(gradient_of_problem(growth.model, problem), expected, rtol=1e-7)
+    assert "weighted squares" in str(found)
+
+
+def test_weights_give_the_noise_at_a_weight_of_one(growth, data):
+    weights = np.array([4.0, 0.25])
+    _, found = lp.problem_from_loss(growth.model, data, squares="sum", weights=weights, precision=1.0)
+    num = data.ys.size
+    np.testing.assert_allclose(found.scale**2, weighted(growth.model, data, weights) / num, rtol=1e-10)
+
+
+@pytest.mark.parametrize("function", [jnp.sqrt, jnp.log])
+def test_a_root_or_a_logarithm_of_the_squares_has_their_minimum(growth, data, function):
+    loss = lambda m: function(squares(m, data) / data.ys.size)
+    problem, found = lp.problem_from_loss(growth.model, data, loss, precision=1e-9, scale=0.2)
+    assert "same minimum" in str(found)
+    expected = found.nats_per_loss * gradient_of_loss(growth.model, loss)
+    ours = gradient_of_problem(growth.model, problem)
+    cosine = ours @ expected / (jnp.linalg.norm(ours) * jnp.linalg.norm(expected))
+    np.testing.assert_allclose(cosine, 1, rtol=1e-10)
+    with pytest.raises(lp.LaplodeError, match="no multiple"):  # with a penalty the minimum is another
+        lp.problem_from_loss(growth.model, data, lambda m: loss(m) + L2 * penalty(m), l2=L2)
+
+
+def test_what_a_loss_is_instead_is_named(growth, data):
+    claim = dict(precision=1.0)
+    predicted = lambda m: jax.vmap(m)(jnp.asarray(data.ts), jnp.asarray(data.y0))
+    with pytest.raises(lp.LaplodeError, match=r"weights=\[1, 0.5\] and squares=4\."):
+        lp.problem_from_loss(growth.model, data, lambda m: weighted(m, data, np.array([4.0, 2.0])), **claim)
+    with pytest.raises(lp.LaplodeError, match=r"\(L1\).*StudentT"):
+        lp.problem_from_loss(growth.model, data, lambda m: jnp.mean(jnp.abs(predicted(m) - data.ys)), **claim)
+    with pytest.raises(lp.LaplodeError, match="put 0 in its place before"):
+        holes = np.where(np.arange(data.ys.shape[1])[:, None] == 2, np.nan, data.ys)
+        loss = lambda m: jnp.nansum((predicted(m) - holes) ** 2)
+        lp.problem_from_loss(growth.model, lp.Trajectories(data.ts, holes, data.y0), loss, **claim)
+
+
+@pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")  # the model is at no minimum
+def test_only_what_was_trained_is_compared(growth, data):
+    loss = lambda m: squares(m, data) / data.ys.size + L2 * m.gain**2
+    problem, found = lp.problem_from_loss(growth.model, data, loss, where="gain", l2=L2, scale=0.2)
+    assert found.difference < 1e-12
+    posterior = lp.laplace(growth.model, problem, where="gain", curvature="ggn", progress=False)
+    assert posterior.size == 1
+
+
 def test_weight_decay_is_half_a_penalty(growth, data):
     loss = lambda m: squares(m, data) / data.ys.size
     problem, by_decay = lp.problem_from_loss(growth.model, data, loss, weight_decay=2 * L2, scale=0.2)
@@ -163,6 +226,9 @@ def test_a_loss_in_float32_meets_a_model_in_float32(growth, data):
         pytest.param(dict(squares=0), "`squares` must be", id="no squares"),
         pytest.param(dict(errors="relative"), "`errors` must be one of", id="errors"),
         pytest.param(dict(l2=-1.0), "`l2` must be a number of at least 0", id="negative"),
+        pytest.param(dict(weights=[1.0, -1.0]), "`weights` must be finite", id="negative weights"),
+        pytest.param(dict(weights=np.ones(7)), "`weights` must have shape", id="shape of weights"),
+        pytest.param(dict(weights=np.arange(36.0).reshape(2, 9, 2)), "differ within a channel", id="weights in time"),
         pytest.param(dict(precision=0.0), "`precision` must be a positive", id="precision"),
         pytest.param(dict(loss=3, precision=1.0), "`loss` must be a function", id="no function"),
         pytest.param(dict(loss=lambda m: m.rate, precision=1.0), r"one number, got shape \(2,\)", id="vector"),
