@@ -91,6 +91,32 @@ def test_any_likelihood_is_stationary(growth, curve, likelihood, curvature):
         assert moved(1) > fit.loss and moved(-1) > fit.loss
 
 
+class Power(eqx.Module):
+    """θ⁵⁰ t: to be off by 0.5% moves a standard error by a quarter."""
+
+    x: jax.Array
+
+    def __call__(self, ts, y0):
+        return (self.x**50 * ts)[:, None]
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_default_decrement_leaves_standard_errors_right(curvature, side):
+    ts = np.linspace(0.5, 1, 4)
+    problem = lp.Problem(lp.Trajectories(ts, 1.1 * ts[:, None]), lp.Gaussian(0.5), 1.0)
+    error = lambda x: lp.laplace(Power(x), problem, curvature=curvature, progress=False).marginal_std()[0]
+    best = refined(Power(jnp.array(1.0)), problem, curvature=curvature, decrement=1e-14).model.x
+    exact = error(best)
+    slope = lambda x: 50 * x**49
+    assert abs(slope(1.005 * best) / slope(best) - 1) > 0.25  # of which the standard error is the inverse
+    # From as far off as a decrement of 1e-4 allows, where it may end at once, and from farther.
+    for off in (0.99 * np.sqrt(2e-4) * exact, 0.02):
+        fit = refined(Power(best + side * off), problem, curvature=curvature)
+        assert fit.reason == "converged"
+        np.testing.assert_allclose(error(fit.model.x), exact, rtol=1e-2)
+
+
 def test_counts():
     ts = np.linspace(0, 3, 12)
     ys = np.random.default_rng(0).poisson(20 * np.exp(-0.5 * ts))[:, None]

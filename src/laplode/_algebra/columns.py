@@ -1,10 +1,12 @@
-"""Products with wide matrices by blocks of columns, so that what is made on the way stays small beside them."""
+"""Products with wide matrices by blocks of columns, so that what is made on the way stays small; tall ones by BLAS."""
 
 from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 # Columns of a wide matrix taken at a time, so that what is made of them stays small beside it.
@@ -61,3 +63,12 @@ def scaled_gram(matrix: Float[Array, "A P"], columns: Float[Array, " P"], minus:
         return total + rows @ rows.T
 
     return over_columns(add, jnp.zeros((matrix.shape[0],) * 2), matrix.shape[1])
+
+
+def gram(rows: Float[Array, "M P"]) -> Float[Array, "P P"]:
+    """Xᵀ X."""
+    if isinstance(rows, Tracer) or {device.platform for device in rows.devices()} != {"cpu"}:
+        return rows.T @ rows
+    # NumPy's BLAS uses that the result is symmetric, for half of the work; XLA does not.
+    host = np.asarray(rows)
+    return jnp.asarray(host.T @ host)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from .._devices import free_bytes
 from .._errors import LaplodeError
+from .columns import gram
 from .low_rank import ModesPrecision, low_rank
 from .precision import AbstractPrecision, FullPrecision
 from .regularization import AbstractRegularization
@@ -499,15 +499,6 @@ def _full_by_root(factor: Float[Array, "M P"], weights: Float[Array, " M"], prec
 @jax.jit
 def _weighted(factor: Float[Array, "M P"], weights: Float[Array, " M"]) -> Float[Array, "M P"]:
     return jnp.sqrt(weights)[:, None] * factor
-
-
-def gram(rows: Float[Array, "M P"]) -> Float[Array, "P P"]:
-    """Xᵀ X."""
-    if isinstance(rows, Tracer) or {device.platform for device in rows.devices()} != {"cpu"}:
-        return rows.T @ rows
-    # NumPy's BLAS uses that the result is symmetric, for half of the work; XLA does not.
-    host = np.asarray(rows)
-    return jnp.asarray(host.T @ host)
 
 
 def symmetrized(matrix: np.ndarray) -> DenseForm:

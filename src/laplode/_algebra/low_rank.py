@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._errors import LaplodeError
-from .columns import cross_gram, minus_product, scaled_gram
+from .columns import cross_gram, gram, minus_product, scaled_gram
 from .precision import AbstractPrecision, Eigenpairs
 
 
@@ -213,12 +213,20 @@ def _extremes(precision: LowRankPrecision | ModesPrecision, prior_precision: Flo
     return float(both.min()), float(both.max())
 
 
-@eqx.filter_jit
 def _by_eigenvectors(
     factor: Float[Array, "M P"], weights: Float[Array, " M"], prior_precision: Array, rank: int | None
 ):
-    half = jnp.sqrt(weights)[:, None] * factor / jnp.sqrt(prior_precision)
-    strengths, vectors = jnp.linalg.eigh(half.T @ half)
+    return _of_gram(gram(_half(factor, weights, prior_precision)), prior_precision, rank)
+
+
+@jax.jit
+def _half(factor: Float[Array, "M P"], weights: Float[Array, " M"], prior_precision: Array) -> Float[Array, "M P"]:
+    return jnp.sqrt(weights)[:, None] * factor / jnp.sqrt(prior_precision)
+
+
+@eqx.filter_jit
+def _of_gram(matrix: Float[Array, "P P"], prior_precision: Float[Array, " P"], rank: int | None) -> ModesPrecision:
+    strengths, vectors = jnp.linalg.eigh(matrix)
     kept = slice(0 if rank is None else max(len(strengths) - rank, 0), None)
     return ModesPrecision(prior_precision, vectors.T[kept], jnp.maximum(strengths[kept], 0))
 

@@ -53,7 +53,9 @@ class MatchedLoss(eqx.Module):
     found: str = "not compared"
 
     def __str__(self) -> str:
-        checked = self.found + ("" if self.difference is None else f", gradients differ by {self.difference:.1e}")
+        checked = self.found + (
+            "" if self.difference is None else f", gradients differ by {self.difference:.1e} (relative)"
+        )
         balance = "no penalty" if self.imbalance is None else f"imbalance at the model {self.imbalance:.2g}"
         return f"noise scale {self.scale:.4g}, {self.nats_per_loss:.4g} nats per unit of loss; {checked}, {balance}"
 

@@ -289,7 +289,11 @@ class _Linearized(eqx.Module):
 
 def _linearized(around: AbstractFlow, problem: Problem, route: str) -> _Linearized:
     predictions, jacobian = linearize(around, route)
-    return _Linearized(jacobian, *_whitened(around.parameters, problem, predictions, jacobian))
+    weights, gradient, rows, precision = _whitened(around.parameters, problem, predictions, jacobian)
+    # Outside of any transformation, where a Gram matrix is a matter of NumPy's BLAS.
+    found = FactoredForm(jacobian, weights, np.zeros(len(weights), int)).plus_rows(rows)
+    structure = low_rank(found.factor, found.weights, precision)
+    return _Linearized(jacobian, weights, structure, gradient, _decrement(structure, gradient))
 
 
 @eqx.filter_jit
@@ -297,10 +301,12 @@ def _whitened(view: Parameters, problem: Problem, predictions, jacobian: Float[A
     weights = problem.information(predictions).ravel()
     score = problem.likelihood.score(predictions, problem.ys).ravel()
     prior = problem.prior.local(view)
-    gradient = prior.gradient - score @ jacobian
-    found = FactoredForm(jacobian, weights, np.zeros(len(weights), int)).plus_rows(prior.rows)
-    structure = low_rank(found.factor, found.weights, prior.precision)
-    return weights, structure, gradient, 0.5 * structure.inverse_quadratic(gradient)
+    return weights, prior.gradient - score @ jacobian, prior.rows, prior.precision
+
+
+@eqx.filter_jit
+def _decrement(structure: LowRankPrecision | ModesPrecision, gradient: Float[Array, " P"]) -> Float[Array, ""]:
+    return 0.5 * structure.inverse_quadratic(gradient)
 
 
 @eqx.filter_jit
