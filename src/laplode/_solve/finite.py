@@ -75,7 +75,7 @@ def _in_likelihood(around: AbstractFlow, problem: Problem) -> str | None:
     kinds = {
         "a log-likelihood": (value, np.isfinite(value)),
         "a Fisher information": (information, np.isfinite(information) & (information >= 0)),
-        "a derivative of the log-likelihood": (score, np.isfinite(score)),
+        "a derivative of the log-likelihood": (score, np.isfinite(score) | ~problem.informed),
     }
     predictions = np.asarray(found)
     for what, (values, good) in kinds.items():
