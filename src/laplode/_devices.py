@@ -1,5 +1,6 @@
-"""Devices: their memory, and work in rows spread over a mesh of them, in one process or in several."""
+"""Devices: compiling for them, their memory, and work in rows spread over a mesh, in one process or in several."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from ._errors import LaplodeError
+
+# XLA's older code generator for CPUs takes half the time for the programs of a solve, and they run as fast. JAX 0.11 no
+# longer has it.
+_OLDER = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
+
+
+def compiled(function: Callable) -> Any:
+    """`eqx.filter_jit` for the program of a solve."""
+    return _jitted(function, _OLDER)
+
+
+def compiled_draws(function: Callable) -> Any:
+    """`eqx.filter_jit` for a program of random numbers: what is optimized more takes ten times longer to compile."""
+    return _jitted(function, {**_OLDER, "xla_backend_optimization_level": 1})
+
+
+def _jitted(function: Callable, options: dict[str, Any]) -> Any:
+    program = eqx.filter_jit(function, compiler_options=options)  # pyright: ignore[reportCallIssue]
+    part = eqx.filter_jit(function)  # of another program, which has options of its own
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        # Within a program, new arrays are traced too.
+        traced = any(isinstance(x, Tracer) for x in jax.tree.leaves((args, kwargs, jnp.zeros(()))))
+        return (part if traced else program)(*args, **kwargs)
+
+    return call
 
 
 def free_bytes() -> int:

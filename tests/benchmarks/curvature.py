@@ -93,7 +93,7 @@ def run_ggn():
 
     (_, jacobian), first, seconds = clock(lambda: linearize(around), 7)
     report("laplode: J", first, seconds)
-    matrix, first_ggn, seconds_ggn = clock(lambda: ggn(around, problem).matrix(), 5)
+    matrix, first_ggn, seconds_ggn = clock(lambda: ggn(around, problem, linearize(around)).matrix(), 5)
     report("laplode: dense GGN", first_ggn, seconds_ggn)
 
     forward = plain(view, problem.data, diffrax.ForwardMode())

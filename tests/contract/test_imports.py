@@ -52,6 +52,7 @@ ORDER = [
     "_curvature/solver_error",
     "_fit/result",
     "_fit/from_loss",
+    "_fit/optimizer",
     "_fit/fit",
     "_fit/trust_region",
     "_fit/refine",

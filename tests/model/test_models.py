@@ -17,7 +17,7 @@ from laplode._curvature.gauss_newton import ggn
 from laplode._model.neural_ode import starts
 from laplode._model.own import check_model, predict_trajectory
 from laplode._model.parameters import parameters
-from laplode._solve.maps import flow
+from laplode._solve.maps import flow, linearize
 
 PAGE = (Path(__file__).parents[2] / "notebooks" / "how_to" / "models.md").read_text()
 HEADINGS = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
@@ -97,7 +97,8 @@ def test_predictions_and_derivatives_are_right(snippets, heading):
         np.testing.assert_allclose(found, f, rtol=0, atol=1e-5 * np.abs(f).max())
         return
     assert slope is not None
-    found = ggn(flow(view, data.ts, data.y0, data.args), problem)
+    around = flow(view, data.ts, data.y0, data.args)
+    found = ggn(around, problem, linearize(around))
     information = np.full(f.shape, 0.3**-2)
     if predicted:
         information = np.concatenate([np.exp(-2 * f[..., 2:]), np.full_like(f[..., 2:], 2.0)], axis=-1)

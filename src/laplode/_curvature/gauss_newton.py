@@ -3,24 +3,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from .._algebra.forms import FactoredForm
 from .._problem.problem import Problem
 from .._solve.finite import check_finite
-from .._solve.maps import AbstractFlow, linearize
+from .._solve.maps import AbstractFlow
 
 
-def ggn(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredForm:
+def ggn(flow: AbstractFlow, problem: Problem, linear: tuple[Array, Array]) -> FactoredForm:
     """The generalized Gauss-Newton matrix Jᵀ R J, R the Fisher information of each observation in its prediction."""
-    predictions, jacobian = linearize(flow, mesh=mesh)
+    predictions, jacobian = linear
     return _factored(flow, problem, jacobian, problem.information(predictions))
 
 
-def fisher(flow: AbstractFlow, problem: Problem, mesh: Mesh | None = None) -> FactoredForm:
+def fisher(flow: AbstractFlow, problem: Problem, linear: tuple[Array, Array]) -> FactoredForm:
     """The empirical Fisher matrix Σ_m s_m s_mᵀ, s_m the gradient of the log-likelihood of observation m."""
-    predictions, jacobian = linearize(flow, mesh=mesh)
+    predictions, jacobian = linear
     return _factored(flow, problem, jacobian, problem.likelihood.score(predictions, problem.ys) ** 2)
 
 

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import matfree.decomp
@@ -16,12 +15,12 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm.auto import tqdm
 
 from .._algebra.forms import BlockForm, DenseForm, DiagonalForm, EigenForm, symmetrized
-from .._devices import agreed, everywhere, free_bytes, num_devices, over_rows, sharing_memory
+from .._devices import agreed, compiled, everywhere, free_bytes, num_devices, over_rows, sharing_memory
 from .._files import Checkpoint
 from .._problem.problem import Problem
 from .._solve.finite import check_finite
-from .._solve.maps import AbstractFlow
-from .._solve.objective import NegativeLogLikelihood, _loss_derivatives, _Tilted, hessian_vector_product
+from .._solve.maps import AbstractFlow, evaluate
+from .._solve.objective import _loss_derivatives, _Tilted, hessian_vector_product
 
 # Tangents between two looks at the progress bar; more at once gain a processor nothing.
 _CHUNK = 64
@@ -42,7 +41,7 @@ class Work(NamedTuple):
 _QUIETLY = Work(progress=False)
 
 
-@eqx.filter_jit
+@compiled
 def _hessian_rows(shared: tuple[Callable[[Array], Array], Array, int], tangents: Int[Array, " C"], _=None):
     """Rows of the Hessian of a scalar function (a pytree) at θ, `batch` of the `tangents` at a time; no sums."""
     function, theta, batch = shared
@@ -121,13 +120,14 @@ def _assemble(
     done = state["done"]
     if done == theta.size:
         return
+    tilt = jnp.zeros(problem.informed.shape) if tilt is None else tilt  # one program for both
     rest = None
     if state["local"]:
         function, rest = _localized(flow, problem, tilt, mesh)
         budget = _CACHE_BYTES
     else:
         flow.check_second_order()
-        function = NegativeLogLikelihood(flow, problem) if tilt is None else _Tilted(flow, problem, tilt)
+        function = _Tilted(flow, problem, tilt)
         budget = min(free_bytes() // sharing_memory(mesh) // 4, 2**29)
     if state["batch_size"] is None:
         state["batch_size"] = agreed(mesh, _batch_size(function, theta, budget))
@@ -185,17 +185,17 @@ def _is_local(flow: AbstractFlow, mesh: Mesh | None = None) -> bool:
     return flow.parameters.size > _FEW_PARAMETERS and needed is not None and needed < free // 4
 
 
-def _localized(flow: AbstractFlow, problem: Problem, tilt: Float[Array, "N T K"] | None, mesh: Mesh | None):
-    cotangents, weights = _loss_derivatives(flow, problem)
-    cotangents = cotangents if tilt is None else cotangents + tilt
-    return flow.local_hessian(cotangents, weights, mesh)
+def _localized(flow: AbstractFlow, problem: Problem, tilt: Float[Array, "N T K"], mesh: Mesh | None):
+    cotangents, weights = _loss_derivatives(problem, evaluate(flow, flow.parameters.vector))
+    return flow.local_hessian(cotangents + tilt, weights, mesh)
 
 
 def hessian_batch_size(flow: AbstractFlow, problem: Problem) -> int | None:
     """What `hessian` would find out about its `batch_size` by tracing, for who calls it often; None if no matter."""
     if not _is_local(flow):
         return None
-    return _batch_size(_localized(flow, problem, None, None)[0], flow.parameters.vector, _CACHE_BYTES)
+    nothing = jnp.zeros(problem.informed.shape)
+    return _batch_size(_localized(flow, problem, nothing, None)[0], flow.parameters.vector, _CACHE_BYTES)
 
 
 def hessian_blocks(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, work: Work = _QUIETLY) -> BlockForm:
@@ -233,7 +233,7 @@ def hessian_diagonal_stochastic(
     return DiagonalForm(_hutchinson(flow, problem, num_probes, key)[None])
 
 
-@eqx.filter_jit
+@compiled
 def _hutchinson(flow: AbstractFlow, problem: Problem, num_probes: int, key: PRNGKeyArray) -> Float[Array, " P"]:
     theta = flow.parameters.vector
     probe = matfree.stochtrace.sampler_signs(theta, num=1)
@@ -244,7 +244,7 @@ def _hutchinson(flow: AbstractFlow, problem: Problem, num_probes: int, key: PRNG
     return jnp.mean(jax.lax.map(lambda key: estimate(product, key), keys, batch_size=8), axis=0)
 
 
-@eqx.filter_jit
+@compiled
 def _lanczos(flow: AbstractFlow, problem: Problem, root: Float[Array, " P"], num_products: int):
     theta = flow.parameters.vector
     tridiagonalize = matfree.decomp.tridiag_sym(num_products, reortho="full", custom_vjp=False)

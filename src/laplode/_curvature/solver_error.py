@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from .._devices import compiled
 from .._errors import LaplodeError
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
@@ -105,7 +106,7 @@ def _determined(built: Any, prior: LocalPrior, signs: Float[Array, " P"], inert:
     return jnp.where(inert, drawn, drawn - built.covariance_product(from_prior))
 
 
-@eqx.filter_jit
+@compiled
 def _pushed(flow: ReplayedFlow, theta: Float[Array, " P"], direction: Float[Array, " P"]):
     """Predictions, and their derivative along a direction."""
     return jax.jvp(flow, (jnp.asarray(theta),), (jnp.asarray(direction),))

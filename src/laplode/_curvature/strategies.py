@@ -4,14 +4,14 @@ from typing import ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from .._algebra.forms import BlockForm, DiagonalForm, FactoredForm
 from .._algebra.structure import AbstractCurvature
 from .._checks import check_count, check_key
 from .._errors import LaplodeError
 from .._problem.problem import Problem
-from .._solve.maps import AbstractFlow
+from .._solve.maps import AbstractFlow, linearize
 from .gauss_newton import fisher, ggn
 from .hessian import (
     Work,
@@ -26,11 +26,16 @@ _BY_ROWS = 'curvature="hessian" and structure="full", "block_diagonal" or "diago
 
 
 class At(NamedTuple):
-    """Where a curvature is taken, and how the work is done."""
+    """Where a curvature is taken, and how the work is done; with predictions and their Jacobian, if they are known."""
 
     flow: AbstractFlow
     problem: Problem
     work: Work = Work(progress=False)
+    known: tuple[Array, Array] | None = None
+
+    def linear(self) -> tuple[Array, Array]:
+        """Predictions (N, T, F) and their Jacobian (N·T·F, P)."""
+        return self.known or linearize(self.flow, mesh=self.work.mesh)
 
 
 def _refuse_checkpoint(at: At) -> None:
@@ -134,7 +139,7 @@ class GaussNewton(_Factored):
         return True
 
     def _factor(self, at):
-        return ggn(at.flow, at.problem, at.work.mesh)
+        return ggn(at.flow, at.problem, at.linear())
 
 
 class EmpiricalFisher(_Factored):
@@ -143,7 +148,7 @@ class EmpiricalFisher(_Factored):
     name: ClassVar[str] = "fisher"
 
     def _factor(self, at):
-        return fisher(at.flow, at.problem, at.work.mesh)
+        return fisher(at.flow, at.problem, at.linear())
 
 
 CURVATURES = {each.name: each for each in (Hessian, GaussNewton, EmpiricalFisher)}

@@ -3,7 +3,6 @@
 from typing import NamedTuple, Protocol
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -15,7 +14,8 @@ from .._errors import LaplodeError
 from .._fit.trust_region import MOST_BENT, bent
 from .._model.parameters import Parameters
 from .._problem.problem import Problem
-from .._solve.maps import AbstractFlow, flow
+from .._solve.maps import AbstractFlow, flow, linearize, second_along
+from .._solve.objective import negative_log_joint
 
 # A point has converged when its constrained Newton decrement is below this, in nats.
 CONVERGED = 1e-7
@@ -92,7 +92,7 @@ class Picture(NamedTuple):
     @classmethod
     def at(cls, around: AbstractFlow, aim: Aim) -> "Picture":
         """The picture at the flow's parameters."""
-        local = _local(around, aim.problem, around.jacobian_route(), aim.weight)
+        local = _local(around.parameters, aim.problem, *linearize(around), aim.weight)
         value, slope = aim.quantity.linear(around.parameters)
         multiplier, decrement, variance = _held(local, slope)
         loss, likelihood, at = float(local.loss), float(local.likelihood), float(value)
@@ -108,9 +108,7 @@ class Picture(NamedTuple):
 
 
 @eqx.filter_jit
-def _local(around: AbstractFlow, problem: Problem, route: str, weight: float) -> _Local:
-    view = around.parameters
-    predictions, jacobian = around.linearized(view.vector, route)
+def _local(view: Parameters, problem: Problem, predictions: Array, jacobian: Array, weight: float) -> _Local:
     weights = problem.information(predictions).ravel()
     score = problem.likelihood.score(predictions, problem.ys).ravel()
     prior = problem.prior.local(view)
@@ -146,21 +144,12 @@ def _step(local: _Local, slope: Float[Array, " P"], off: Array, damping: Array):
 
 @eqx.filter_jit
 def _bent(
-    around: AbstractFlow, local: _Local, damped: LowRankPrecision | ModesPrecision, slope, step, bend_of_quantity: Array
+    second: Float[Array, " M"], local: _Local, damped: LowRankPrecision | ModesPrecision, slope, bend_of_quantity: Array
 ):
     """The acceleration of a curve that keeps to the residuals' and the constraint's second order."""
-    theta = around.parameters.vector
-    push = lambda at: jax.jvp(around, (at,), (step,))[1]
-    second = jax.jvp(push, (theta,), (step,))[1].ravel()
     free = damped.covariance_product((local.weights * second) @ local.jacobian)
     along = damped.covariance_product(slope)
     return -free - along * (bend_of_quantity - slope @ free) / (slope @ along)
-
-
-@eqx.filter_jit
-def _loss(around: AbstractFlow, problem: Problem, theta: Float[Array, " P"], weight: float) -> Float[Array, ""]:
-    likelihood = -problem.log_likelihood(around(theta))
-    return likelihood - weight * problem.prior.log_density(around.parameters, theta)
 
 
 def corrected(here: Picture, aim: Aim, target: float) -> Picture | None:
@@ -172,7 +161,7 @@ def corrected(here: Picture, aim: Aim, target: float) -> Picture | None:
             return None
         around = found.flow
         try:
-            fresh = flow(around.parameters, around.ts, around.y0, around.args, like=start, spare=1.0)
+            fresh = flow(around.parameters, around.ts, around.y0, around.args, like=start)
         except LaplodeError:
             return None
         here = Picture.at(fresh, aim)
@@ -211,7 +200,8 @@ def _tried(here: Picture, aim: Aim, damping: float) -> AbstractFlow | None:
     step, damped = _step(here.local, here.slope, jnp.asarray(aim.target - here.value), jnp.asarray(damping))
     if not around.has_second_pushforward():
         return _kept(here, aim, view.vector + step)
-    acceleration = _bent(around, here.local, damped, here.slope, step, aim.quantity.bend(view, step))
+    second = second_along(around, step).ravel()
+    acceleration = _bent(second, here.local, damped, here.slope, aim.quantity.bend(view, step))
     moved, ratio = bent(step, acceleration, jnp.sqrt(here.local.precision.prior_precision))
     return _kept(here, aim, view.vector + moved) if float(ratio) <= 2 * MOST_BENT else None
 
@@ -220,7 +210,7 @@ def _kept(here: Picture, aim: Aim, theta: Array) -> AbstractFlow | None:
     """The flow at θ, if that is better than here."""
     around, view = here.flow, here.flow.parameters
     there = eqx.tree_at(lambda f: f.parameters.selected, around, view.with_vector(theta))
-    loss = float(_loss(around, aim.problem, theta, aim.weight))
+    loss = float(negative_log_joint(around, aim.problem, theta, aim.weight))
     value = float(aim.quantity.linear(there.parameters)[0])
     before = here.merit(here.loss, here.value, aim)
     return there if here.merit(loss, value, aim) < before + 1e-12 * abs(before) else None

@@ -14,16 +14,19 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
 from .._checks import check_count, check_key
+from .._devices import compiled
 from .._errors import FitError, LaplodeError, LaplodeWarning
-from .._files import Checkpoint, Path, text_of
+from .._files import Checkpoint, Path
 from .._model.given import with_given
-from .._model.neural_ode import starts
+from .._model.neural_ode import NeuralODE, starts
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
 from .._problem.scale import AbstractScaleLikelihood
-from .._solve.maps import ForeignFlow
+from .._solve.maps import ForeignFlow, replayed
 from .._solve.objective import NegativeLogLikelihood
+from .._solve.replay import accepted_steps, padded_size
+from .optimizer import AbstractUpdate, optimizer_of, update_of
 from .result import Fit
 
 # Optimization steps between two looks at the loss.
@@ -31,8 +34,9 @@ _CHUNK = 25
 
 
 class _State(eqx.Module):
-    """One restart. `losses` is a buffer of one chunk; `alive` turns false at the first step that is not finite, and
-    `gradient_failed` says that the loss still was.
+    """One restart. `losses` is a buffer of one chunk, of which `done` steps are; `alive` turns false at the first step
+    that is not finite, and `gradient_failed` says that the loss still was. `needed` is how many steps of the solver the
+    last step took.
     """
 
     trainable: PyTree
@@ -42,6 +46,8 @@ class _State(eqx.Module):
     best: PyTree
     best_loss: Array
     losses: Array
+    done: Array
+    needed: Array
 
 
 class _Stage(NamedTuple):
@@ -99,8 +105,7 @@ def fit(
     arguments.
     """
     check_problem(problem)
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise LaplodeError(f"`optimizer` must be an Optax optimizer such as optax.adam(1e-2), got {optimizer!r}.")
+    optimizer = optimizer_of(optimizer)
     for name, value in (("steps", steps), ("restarts", restarts), ("checkpoint_every", checkpoint_every)):
         check_count(name, value)
     check_key("key", key)
@@ -134,7 +139,12 @@ def fit(
         best=trainable,
         best_loss=infinite,
         losses=jnp.zeros((restarts, _CHUNK)),
+        done=jnp.zeros(restarts, int),
+        needed=jnp.zeros(restarts, int),
     )
+    one = jax.tree.map(lambda x: x[0], (state.optimizer_state, trainable))
+    update = update_of(optimizer, *one)
+    room = _room(view, problem)
     share = [steps // len(lengths)] * len(lengths)
     share[-1] += steps - sum(share)
     losses: list[np.ndarray] = []
@@ -142,7 +152,7 @@ def fit(
     at = _Stage(None, 0, 0)
     saved: Checkpoint | None = None
     if checkpoint is not None:
-        saved = _checkpoint(checkpoint, view, problem, optimizer, state, (lengths, share))
+        saved = _checkpoint(checkpoint, view, problem, update, state, (lengths, share))
         state, losses, at = _read(saved, state) or (state, losses, at)
     ran = written = sum(part.shape[1] for part in losses)
 
@@ -182,12 +192,16 @@ def fit(
                     # What was best on a shorter series is not comparable.
                     state = eqx.tree_at(lambda s: (s.best, s.best_loss), state, (state.trainable, infinite))
                     at = _Stage(before, index, 0)
-                stage = eqx.tree_at(lambda p: p.data, problem, problem.data.until(lengths[index]))
+                stage = _shortened(problem, lengths[index], masked=room is not None)
                 for done in range(at.done, share[index], _CHUNK):
                     num = min(_CHUNK, share[index] - done)
-                    state = _advance(view, stage, optimizer, state, jnp.asarray(num))
+                    if not losses:
+                        bar.set_postfix_str("compiling")
+                    state, room = _advanced(view, stage, update, state, num, room)
                     losses.append(np.asarray(state.losses)[:, :num])
                     at, ran = at._replace(done=done + num), ran + num
+                    if len(losses) == 1:
+                        bar.unpause()  # the time that compilation took says nothing of the steps to come
                     if not np.any(state.alive):
                         raise _diverged(losses, steps, np.asarray(state.gradient_failed), result())
                     bar.update(num)
@@ -205,13 +219,14 @@ def fit(
     return best
 
 
-def _checkpoint(path: Path, view: Parameters, problem: Problem, optimizer, state: _State, steps: Any) -> Checkpoint:
-    """The optimizer is told by what it computes."""
-    update = jax.make_jaxpr(jax.vmap(optimizer.update))(state.trainable, state.optimizer_state, state.trainable)
+def _checkpoint(
+    path: Path, view: Parameters, problem: Problem, update: AbstractUpdate, state: _State, steps: Any
+) -> Checkpoint:
+    told = (state.optimizer_state, update.identity, jax.tree.leaves(update))
     arguments = {
         "`model`, `where`, `initialize`, `key` or `restarts`": (state.trainable, view),
         "`problem`": problem,
-        "`optimizer` (or the version of JAX or Optax)": (state.optimizer_state, text_of(update), update.consts),
+        "`optimizer` (or the version of JAX or Optax)": told,
         "`steps` or `horizons`": steps,
     }
     return Checkpoint(path, "fit", arguments)
@@ -295,48 +310,98 @@ def _found(problem: Problem) -> Problem:
     return eqx.tree_at(lambda p: p.likelihood, problem, likelihood)
 
 
-@eqx.filter_jit
-def _advance(view: Parameters, problem: Problem, optimizer, state: _State, num: Array) -> _State:
-    """`num` steps of every restart."""
+def _shortened(problem: Problem, length: int, *, masked: bool) -> Problem:
+    """The problem with the first `length` times.
+
+    If `masked`, the others stay as repetitions of the last of them, without observations: every horizon then has the
+    shapes of the whole, and is served by one program.
+    """
+    if not masked:
+        return eqx.tree_at(lambda p: p.data, problem, problem.data.until(length))
+    ts, ys = problem.data.ts.copy(), problem.data.ys.copy()
+    ts[:, length:] = ts[:, length - 1 : length]
+    ys[:, length:] = np.nan
+    return eqx.tree_at(lambda p: (p.data.ts, p.data.ys), problem, (ts, ys))
+
+
+def _room(view: Parameters, problem: Problem) -> int | None:
+    """Room for steps of the solver, from those at the first guess; None for a model with a solver of its own."""
+    model = view.model
+    if not isinstance(model, NeuralODE):
+        return None
+    inputs = jax.tree.map(jnp.asarray, (starts(model, problem.data.y0, len(problem.data.ts)), problem.data.args))
+    found = accepted_steps(model, jnp.asarray(problem.data.ts[:, 0]), jnp.asarray(problem.data.ts[:, -1]), *inputs)
+    number = np.where(found.arrived, found.number, 0)
+    return _roomier(view, int(np.max(number)), len(number))
+
+
+def _roomier(view: Parameters, needed: int, num_trajectories: int) -> int:
+    """Twice the steps that were needed, since a fit takes more of them as it learns, and each new size compiles."""
+    return min(padded_size(2 * needed, num_trajectories * view.size), view.rest.max_steps)
+
+
+def _advanced(view: Parameters, problem: Problem, update: AbstractUpdate, state: _State, num: int, room: int | None):
+    """The state after `num` steps more, with the room for steps of the solver that they took."""
+    state = eqx.tree_at(lambda s: s.done, state, jnp.zeros_like(state.done))
+    while True:
+        state = _advance(view, problem, update, state, jnp.asarray(num), room)
+        if room is None or np.all(np.asarray(state.done) >= num):
+            return state, room
+        room = _roomier(view, int(np.max(state.needed)), len(problem.data.ts))
+
+
+@compiled
+def _advance(view: Parameters, problem: Problem, update: AbstractUpdate, state: _State, num: Array, room: int | None):
+    """Up to `num` steps of every restart, fewer where a solve takes more steps than there is room for."""
     data = problem.data
 
     def likelihood(trainable):
         selected, scaled = _split(problem, trainable)
         here = Parameters(selected, view.rest, view.transforms)
-        theta = here.vector
-        # The plain solve, with Diffrax's own reverse mode: its steps adapt as the parameters move.
-        y0 = jax.tree.map(jnp.asarray, starts(here.model, data.y0, len(data.ts)))
-        flow = ForeignFlow(here, jnp.asarray(data.ts), y0, data.args)
-        return NegativeLogLikelihood(flow, scaled)(theta)
+        ts, y0 = jnp.asarray(data.ts), jax.tree.map(jnp.asarray, starts(here.model, data.y0, len(data.ts)))
+        if room is None:
+            flow, needed, arrived = ForeignFlow(here, ts, y0, data.args), jnp.zeros((), int), True
+        else:
+            flow, found = replayed(here, ts, y0, data.args, room)
+            needed, arrived = jnp.max(found.number), jnp.all(found.arrived)
+        return jnp.where(arrived, NegativeLogLikelihood(flow, scaled)(here.vector), jnp.inf), needed
 
     def prior(trainable):
         here = Parameters(_split(problem, trainable)[0], view.rest, view.transforms)
         return -problem.prior.log_density(here, here.vector)
 
-    def step(i, state: _State) -> _State:
-        value, gradient = jax.value_and_grad(likelihood)(state.trainable)
+    def step(state: _State) -> _State:
+        (value, needed), gradient = jax.value_and_grad(likelihood, has_aux=True)(state.trainable)
         more, pull = jax.value_and_grad(prior)(state.trainable)
         # What the data do not see, as behind `stop_gradient`, the prior does not move either.
         seen = lambda slope, pull: slope + jnp.where(jnp.any(slope != 0), pull, 0)
         value, gradient = value + more, jax.tree.map(seen, gradient, pull)
+        fits = True if room is None else needed <= room
         finite = jnp.isfinite(value)
         for leaf in jax.tree.leaves(gradient):
             finite &= jnp.all(jnp.isfinite(leaf))
         alive = state.alive & finite
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.trainable)
+        loss = lambda trainable: likelihood(trainable)[0] + prior(trainable)
+        updates, optimizer_state = update(gradient, state.optimizer_state, state.trainable, value, loss)
         keep = lambda condition, new, old: jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
         better = alive & (value < state.best_loss)
-        return _State(
+        following = _State(
             trainable=keep(alive, optax.apply_updates(state.trainable, updates), state.trainable),
             optimizer_state=keep(alive, optimizer_state, state.optimizer_state),
             alive=alive,
             gradient_failed=state.gradient_failed | (state.alive & ~finite & jnp.isfinite(value)),
             best=keep(better, state.trainable, state.best),
             best_loss=jnp.where(better, value, state.best_loss),
-            losses=state.losses.at[i].set(jnp.where(state.alive, value, jnp.nan)),
+            losses=state.losses.at[state.done].set(jnp.where(state.alive, value, jnp.nan)),
+            done=state.done + 1,
+            needed=needed,
         )
+        return eqx.tree_at(lambda s: s.needed, keep(fits, following, state), needed)
 
-    return jax.vmap(lambda state: jax.lax.fori_loop(0, num, step, state))(state)
+    def going(state: _State):
+        return (state.done < num) & (True if room is None else state.needed <= room)
+
+    return jax.vmap(lambda state: jax.lax.while_loop(going, step, state))(state)
 
 
 def _diverged(losses: list[np.ndarray], steps: int, gradient_failed: np.ndarray, best: Fit | None) -> FitError:

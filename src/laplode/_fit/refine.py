@@ -5,7 +5,6 @@ import warnings
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -22,8 +21,8 @@ from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem, check_scale
 from .._solve.finite import check_finite
 from .._solve.frozen import check_influence, unfrozen
-from .._solve.maps import AbstractFlow, flow, linearize
-from .._solve.objective import NegativeLogJoint
+from .._solve.maps import AbstractFlow, flow, linearize, second_along
+from .._solve.objective import negative_log_joint
 from .result import Fit
 from .trust_region import MOST_BENT, bent, within
 
@@ -32,10 +31,6 @@ _SMALL_GAIN = 0.1
 
 
 _MOST_MOVES = 50
-
-
-# Room for more steps of the solve, as a part of those at the start: without it, a point that takes more compiles anew.
-_SPARE = 1.0
 
 
 # The loss of a model that chooses the steps of its solve anew at every call has ripples. Steps may lead over them: to
@@ -113,7 +108,7 @@ def refine(
     inferred = unfrozen(start.flow, problem, seen)
     if inferred is not start.flow:
         start = _Point.at(inferred.parameters, problem)
-    surface = _Surface(problem, route, start.flow.has_second_pushforward())
+    surface = _Surface(problem, route, start.flow.is_frozen or start.flow.has_second_pushforward())
     total = steps + (newton_steps if exact else 0)
     with tqdm(total=total, desc="Refine", unit="step", disable=not progress) as bar:
         descent = _Descent(start, start, (start.loss,), 1e-3 * float(jnp.max(first.structure.strengths)))
@@ -178,8 +173,8 @@ class _Point(NamedTuple):
     def at(cls, view: Parameters, problem: Problem, like: AbstractFlow | None = None) -> "_Point":
         """The point on a grid of its own."""
         data = problem.data
-        around = flow(view, data.ts, data.y0, data.args, like=like, spare=_SPARE)
-        return cls(around, float(_loss(around, problem, view.vector)), 0)
+        around = flow(view, data.ts, data.y0, data.args, like=like)
+        return cls(around, float(negative_log_joint(around, problem, view.vector)), 0)
 
     def moved(self, theta: Float[Array, " P"], loss: float, problem: Problem) -> "_Point | None":
         """The point at `theta`, where the loss on the present grid is `loss`; None where it can't be solved."""
@@ -198,12 +193,6 @@ class _Point(NamedTuple):
         except LaplodeError:
             return None
         return point if point.loss < below else None
-
-
-@eqx.filter_jit
-def _loss(around: AbstractFlow, problem: Problem, theta: Float[Array, " P"]) -> Float[Array, ""]:
-    """−log p(Y | θ) − log p(θ), on a frozen grid."""
-    return NegativeLogJoint(around, problem)(theta)
 
 
 # ---- The descent
@@ -408,8 +397,10 @@ def _tilt(local: _Linearized) -> Float[Array, " N*T*K"]:
 def _tried(around: AbstractFlow, surface: _Surface, local: _Linearized, step: Array) -> tuple[Array, float, float]:
     """The end of a step, by how much it was bent, and the loss there: infinite where the model can't be solved."""
     try:
-        theta, ratio, loss = _bend(around, surface.problem, local, step, surface.bent)
-        return theta, float(ratio), float(loss)
+        second = second_along(around, step) if surface.bent else jnp.zeros(surface.problem.informed.shape)
+        moved, ratio = _bent(local, step, second.ravel())
+        theta = around.parameters.vector + moved
+        return theta, float(ratio), float(negative_log_joint(around, surface.problem, theta))
     except RuntimeError as error:  # thrown by the solve of a model of one's own
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
@@ -417,15 +408,9 @@ def _tried(around: AbstractFlow, surface: _Surface, local: _Linearized, step: Ar
 
 
 @eqx.filter_jit
-def _bend(around: AbstractFlow, problem: Problem, local: _Linearized, step, bends: bool):
-    theta = around.parameters.vector
-    acceleration = jnp.zeros_like(step)
-    if bends:
-        push = lambda at: jax.jvp(around, (at,), (step,))[1]
-        second = jax.jvp(push, (theta,), (step,))[1]  # f''[step, step]
-        acceleration = -local.structure.covariance_product((local.weights * second.ravel()) @ local.jacobian)
-    moved, ratio = bent(step, acceleration, jnp.sqrt(local.structure.prior_precision))
-    return theta + moved, ratio, _loss(around, problem, theta + moved)
+def _bent(local: _Linearized, step: Float[Array, " P"], second: Float[Array, " N*T*K"]):
+    acceleration = -local.structure.covariance_product((local.weights * second) @ local.jacobian)
+    return bent(step, acceleration, jnp.sqrt(local.structure.prior_precision))
 
 
 class _Newton(NamedTuple):

@@ -27,8 +27,8 @@ from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
 from .._solve.finite import check_finite
 from .._solve.frozen import check_influence, unfrozen
-from .._solve.maps import AbstractFlow, flow
-from .._solve.objective import value_and_gradient
+from .._solve.maps import AbstractFlow, flow, linearize
+from .._solve.objective import is_small, value_and_gradient
 from .edge import at_edge
 from .estimate import estimated, planned
 from .posterior import Diagnostics, Posterior
@@ -90,24 +90,31 @@ def laplace(
     devices = check_mesh(mesh)
     _check_checkpoint(checkpoint, devices)
     around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
-    value = value_and_gradient(around, problem)
+    known, value = _first_order(around, problem, plan.curvature, devices)
     check_finite(np.append(*value), around, problem)
     inferred = unfrozen(around, problem, value[1])
     if inferred is not around:
         around = inferred
-        value = value_and_gradient(around, problem)
+        known, value = _first_order(around, problem, plan.curvature, devices)
     if progress:
         tqdm.write(str(estimated(plan, around, problem)))
     strategies = (plan.curvature, plan.structure, regularize)
     saved = None
     if checkpoint is not None:
         saved = _checkpoint(checkpoint, around, problem, value[0], strategies[:2], num_devices(devices))
-    form = plan.structure.form(plan.curvature, At(around, problem, Work(progress, devices, saved)))
+    form = plan.structure.form(plan.curvature, At(around, problem, Work(progress, devices, saved), known))
     posterior = _assembled(around, problem, form, strategies, *value)
     _warn(posterior)
     for text in solver_problems(around, problem, form, posterior.built, problem.prior.local(around.parameters)):
         warnings.warn(text, LaplodeWarning, stacklevel=2)
     return posterior
+
+
+def _first_order(around: AbstractFlow, problem: Problem, curvature: AbstractCurvature, devices: Mesh | None):
+    """Predictions and Jacobian, if the curvature is made of it or it costs little; −log p(Y | θ) and its gradient."""
+    wanted = not curvature.signed or is_small(around, problem)
+    known = linearize(around, mesh=devices) if wanted else None
+    return known, value_and_gradient(around, problem, known)
 
 
 def reassembled(posterior: Posterior, problem: Problem, form: AbstractForm) -> Posterior:

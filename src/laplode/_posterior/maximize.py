@@ -2,14 +2,14 @@
 
 import math
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float, PyTree
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, PyTree
 from tqdm.auto import tqdm
 
 from .._checks import check_count, check_flag, real_array
@@ -32,35 +32,6 @@ _SETTLED = 1e-3
 
 # Within this of a bound, in e-folds, an optimum has run to it.
 _AT_BOUND = 0.01
-
-
-class _Bounds(NamedTuple):
-    """log hyperparameters between bounds, as functions of coordinates that have none."""
-
-    low: Hyperparameters
-    high: Hyperparameters
-
-    @classmethod
-    def of(cls, start: Hyperparameters, precision_bounds, scale_bounds, moved: Array | float) -> "_Bounds":
-        fill = lambda x, value: None if x is None else jnp.full(x.shape, math.log(value))
-        shift = lambda x: None if x is None else x - moved
-        low, high = (
-            Hyperparameters(fill(start.log_precision, p), shift(fill(start.log_scale, s)))
-            for p, s in zip(precision_bounds, scale_bounds, strict=True)
-        )
-        return cls(low, high)
-
-    def inside(self, free: PyTree) -> Hyperparameters:
-        # About one e-fold for a step of one, in the middle.
-        between = lambda u, a, b: a + (b - a) * jax.nn.sigmoid(4 * u / (b - a))
-        return jax.tree.map(between, free, self.low, self.high)
-
-    def free(self, inside: Hyperparameters) -> PyTree:
-        def invert(x, a, b):
-            part = jnp.clip((x - a) / (b - a), 1e-3, 1 - 1e-3)
-            return (b - a) / 4 * (jnp.log(part) - jnp.log1p(-part))
-
-        return jax.tree.map(invert, inside, self.low, self.high)
 
 
 def maximize_evidence(
@@ -121,13 +92,13 @@ def maximize_evidence(
             if online:
                 posterior = _refined(posterior)
             function, start = evidence_function(posterior, precision=precision, noise=noise)
-            bounds = _Bounds.of(start, precision_bounds, scale_bounds, moved)
+            bounds = _bounds(start, precision_bounds, scale_bounds, moved)
             found = _maximum(function, start, bounds, steps)
             posterior = _with(posterior, function, found)
             moved = moved if found.log_scale is None else moved + found.log_scale
             bar.update(1)
             bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
-            gained = float(function(found) - function(start))
+            gained = float(_value_and_gradient(function, found)[0] - _value_and_gradient(function, start)[0])
             settled = settled or gained < _SETTLED
             left -= 1
             if settled or not left:
@@ -154,39 +125,40 @@ def _refined(posterior: Posterior) -> Posterior:
         )
 
 
-def _maximum(function: Evidence, start: Hyperparameters, bounds: _Bounds, steps: int) -> Hyperparameters:
+def _bounds(start: Hyperparameters, precision_bounds, scale_bounds, moved: Array | float) -> tuple[PyTree, PyTree]:
+    """The lowest and the highest log hyperparameters; scales are multiples of what they were `moved` ago."""
+    low, high = (
+        Hyperparameters(
+            None if start.log_precision is None else jnp.full(start.log_precision.shape, math.log(p)),
+            None if start.log_scale is None else jnp.full(start.log_scale.shape, math.log(s)) - moved,
+        )
+        for p, s in zip(precision_bounds, scale_bounds, strict=True)
+    )
+    return low, high
+
+
+def _maximum(function: Evidence, start: Hyperparameters, bounds: tuple[PyTree, PyTree], steps: int) -> Hyperparameters:
     """The best hyperparameters that L-BFGS finds; the start, if none is better."""
-    found = bounds.inside(_lbfgs(function, bounds, bounds.free(start), steps))
-    value = lambda h: float(_value(function, h))
-    return found if value(found) >= value(start) else start
+    import scipy.optimize  # it takes a while to import, and few ask for it
+
+    flat, unravel = ravel_pytree(start)
+    low, high = (np.asarray(ravel_pytree(bound)[0]) for bound in bounds)
+
+    def loss(flat):
+        value, gradient = _value_and_gradient(function, unravel(jnp.asarray(flat)))
+        good = np.isfinite(value)  # Λ is positive definite
+        return (-float(value), -np.asarray(ravel_pytree(gradient)[0])) if good else (np.inf, np.zeros_like(low))
+
+    inside = np.clip(flat, low, high)
+    between = np.stack([low, high], axis=1)
+    options = {"maxiter": steps, "ftol": 0.0, "gtol": _FLAT}
+    found = scipy.optimize.minimize(loss, inside, jac=True, method="L-BFGS-B", bounds=between, options=options)
+    return unravel(jnp.asarray(found.x)) if found.fun <= loss(flat)[0] else start
 
 
 @eqx.filter_jit
-def _value(function: Evidence, hyperparameters: Hyperparameters) -> Float[Array, ""]:
-    return function(hyperparameters)
-
-
-@eqx.filter_jit
-def _lbfgs(function: Evidence, bounds: _Bounds, start: PyTree, steps: int) -> PyTree:
-    optimizer = optax.lbfgs()
-
-    def loss(free):
-        value = -function(bounds.inside(free))
-        return jnp.where(jnp.isnan(value), jnp.inf, value)  # where Λ is not positive definite
-
-    value_and_grad = optax.value_and_grad_from_state(loss)
-
-    def step(carry):
-        free, state, _ = carry
-        value, gradient = value_and_grad(free, state=state)
-        updates, state = optimizer.update(gradient, state, free, value=value, grad=gradient, value_fn=loss)
-        return optax.apply_updates(free, updates), state, optax.tree.norm(gradient)
-
-    def going(carry):
-        count = optax.tree.get(carry[1], "count")
-        return (count < steps) & (carry[2] > _FLAT)
-
-    return jax.lax.while_loop(going, step, (start, optimizer.init(start), jnp.asarray(jnp.inf)))[0]
+def _value_and_gradient(function: Evidence, hyperparameters: Hyperparameters):
+    return jax.value_and_grad(lambda h, f: f(h))(hyperparameters, function)
 
 
 def _with(posterior: Posterior, function: Evidence, found: Hyperparameters) -> Posterior:
@@ -198,18 +170,20 @@ def _with(posterior: Posterior, function: Evidence, found: Hyperparameters) -> P
     return reassembled(posterior, problem, form)
 
 
-def _warn(posterior: Posterior, function: Evidence, found: Hyperparameters, bounds: _Bounds, settled: bool) -> None:
-    said = []
+def _warn(
+    posterior: Posterior, function: Evidence, found: Hyperparameters, bounds: tuple[PyTree, PyTree], settled: bool
+) -> None:
+    said, (low, high) = [], bounds
     if found.log_precision is not None:
         assert function.grouping is not None
         names = posterior.problem.prior.hyperparameter_names(posterior.parameters, function.grouping)
         meaning = ("the prior is as good as flat there", "the data want these parameters at the prior's mean")
-        said += _at_bounds(names, found.log_precision, bounds.low.log_precision, bounds.high.log_precision, meaning)
+        said += _at_bounds(names, found.log_precision, low.log_precision, high.log_precision, meaning)
     if found.log_scale is not None:
         names = [f"the noise scale of channel {k}" for k in range(found.log_scale.size)]
         names = names if function.by_channel else ["the noise scale"]
         meaning = ("the model runs through the observations", "the model explains nothing")
-        said += _at_bounds(names, found.log_scale, bounds.low.log_scale, bounds.high.log_scale, meaning)
+        said += _at_bounds(names, found.log_scale, low.log_scale, high.log_scale, meaning)
     if not settled:
         said.append("The evidence has not settled: allow more `rounds`.")
     elif posterior.diagnostics.newton_decrement > 0.1:

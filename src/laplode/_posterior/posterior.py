@@ -14,7 +14,7 @@ from .._algebra.forms import AbstractForm
 from .._algebra.precision import AbstractPrecision
 from .._algebra.regularization import AbstractRegularization, Regularized
 from .._algebra.structure import AbstractCurvature, AbstractStructure
-from .._devices import free_bytes
+from .._devices import compiled_draws, free_bytes
 from .._errors import LaplodeError
 from .._model.parameters import Parameters
 from .._problem.prior import PosteriorPrior
@@ -121,7 +121,7 @@ class _Gaussian(dist.Distribution):
         return self.structure.variance()
 
 
-@eqx.filter_jit
+@compiled_draws
 def _draw(mean: Float[Array, " P"], structure: AbstractPrecision, keys: PRNGKeyArray) -> Float[Array, "n P"]:
     return mean + structure.root_product(_normals(keys, mean.size))
 

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from tqdm.auto import tqdm
 
-from .._devices import everywhere, num_devices, over_rows
+from .._devices import compiled, everywhere, num_devices, over_rows
 from .._errors import LaplodeWarning
 from .._fit.trust_region import MOST_BENT, bent
 from .method import Proposal, check_df, check_number, straight, straight_log_density
@@ -150,7 +150,7 @@ class _Lane(eqx.Module):
     arrived: Bool[Array, ""]
 
 
-@eqx.filter_jit
+@compiled
 def _start(shared: tuple[Surface, _Origin], velocities: Float[Array, "S P"], _):
     surface, origin = shared
     tangent = surface.tangent(origin.theta)
@@ -209,7 +209,7 @@ def _attempt(surface: Surface, origin: _Origin, lane: _Lane) -> _Lane:
     return select(lane.arrived, lane, new)
 
 
-@eqx.filter_jit
+@compiled
 def _advance(shared: tuple[Surface, _Origin], lanes: _Lane, _):
     surface, origin = shared
 

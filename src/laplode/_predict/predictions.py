@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from .._devices import compiled_draws
 from .._errors import LaplodeError
 from .._problem.likelihood import AbstractLikelihood
 
@@ -119,7 +120,7 @@ def parts(predictions: Float[Array, "S N T F"], y: Float[Array, "S N T K"]) -> d
     return {"f": predictions[..., :channels], "y": y, "scale": scale}
 
 
-@eqx.filter_jit
+@compiled_draws
 def with_noise(
     likelihood: AbstractLikelihood, predictions: Float[Array, "S N T F"], ok: Bool[Array, " S"], key: PRNGKeyArray
 ):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
-from .._devices import num_devices, over_rows
+from .._devices import compiled, num_devices, over_rows
 from .._errors import LaplodeError
 from .._model.neural_ode import starts
 from .._model.own import predict_trajectories
@@ -38,7 +38,7 @@ def solve_at(
     return over_rows(mesh, _solve_at, (posterior.parameters, ts, y0, args), thetas)[0]
 
 
-@eqx.filter_jit
+@compiled
 def _solve_at(shared: tuple[Parameters, Any, Any, Any], thetas: Float[Array, "B P"], _):
     return jax.vmap(ft.partial(_solve, *shared))(thetas), ()
 
@@ -51,7 +51,7 @@ def solve_from(
     return over_rows(mesh, _solve_from, (posterior.parameters, ts, args), (states, rows[:, : posterior.size]))[0]
 
 
-@eqx.filter_jit
+@compiled
 def _solve_from(shared: tuple[Parameters, Any, Any], rows: tuple[Float[Array, "B N D"], Float[Array, "B P"]], _):
     view, ts, args = shared
     return jax.vmap(lambda y0, theta: _solve(view, ts, y0, args, theta))(*rows), ()

@@ -9,7 +9,7 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._devices import free_bytes
+from .._devices import compiled, free_bytes
 from .._errors import LaplodeError
 from .._posterior.posterior import Posterior
 from .._problem.likelihood import AbstractLikelihood
@@ -125,7 +125,7 @@ class Surface(eqx.Module):
         return self.bends and self.root_prior.size <= _FEW
 
 
-@eqx.filter_jit
+@compiled
 def log_volume(
     surface: Surface, mean: Float[Array, " P"], lines: Float[Array, "S P"], thetas: Float[Array, "S P"]
 ) -> Float[Array, " S"]:
@@ -173,14 +173,14 @@ def _damped_solve(tangent: Float[Array, "M+R P"], ridge: Float[Array, ""]):
     return inner
 
 
-@eqx.filter_jit
+@compiled
 def _root_information(likelihood: AbstractLikelihood, predictions: Array, information: Array, observed: Array):
     """In the coordinate in which the likelihood is stable."""
     _, scale = jax.jvp(likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
     return jnp.sqrt((information / scale**2).ravel()[observed])
 
 
-@eqx.filter_jit
+@compiled
 def _solved(surface: Surface, theta: Float[Array, " P"]) -> Float[Array, " M+R"]:
     return surface.solved(theta)
 

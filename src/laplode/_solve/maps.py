@@ -8,6 +8,7 @@ mixed modes.
 
 import abc
 import dataclasses
+import functools as ft
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -17,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from .._devices import over_rows
+from .._devices import compiled, over_rows
 from .._errors import LaplodeError
 from .._model.neural_ode import NeuralODE, starts
 from .._model.own import predict_trajectories
@@ -339,17 +340,17 @@ def flow(
     room = 0 if like is None else like.num_steps
     if num_steps > room:
         room = num_steps + int(spare * num_steps)
-    room = min(padded_size(room), model.max_steps)
+    room = min(padded_size(room, len(ts) * view.size), model.max_steps)
     return ReplayedFlow(view, found.steps(room, ts, y0, args))  # pyright: ignore[reportCallIssue]
 
 
 def replayed(
     view: Parameters, ts: Float[Array, "N T"], y0: Array | None, args: PyTree, num_steps: int
-) -> tuple[ReplayedFlow, Bool[Array, ""]]:
+) -> tuple[ReplayedFlow, Accepted]:
     """The solution map of a `NeuralODE` on the steps of its adaptive solve, for use in any transformation.
 
     The steps themselves are not differentiated, and there is no callback to the host. Where a solve fails or takes more
-    than `num_steps` steps, the flag is False and the map's values mean nothing; `accepted_steps` tells which it was.
+    than `num_steps` steps, the map's values mean nothing.
 
     **Arguments:**
 
@@ -357,13 +358,12 @@ def replayed(
     - `ts`, `y0`, `args`: as float arrays; `y0` as `starts` returns it. A last time may be repeated.
     - `num_steps`: room for steps, in each trajectory.
 
-    **Returns:** the map, and whether every solve arrived within `num_steps` steps.
+    **Returns:** the map, and what the solves did.
     """
     frozen = jax.tree.map(lambda x: jax.lax.stop_gradient(x) if eqx.is_inexact_array(x) else x, (view.model, y0, args))
     model, *inputs = frozen
     found = accepted_steps(model, ts[:, 0], ts[:, -1], *inputs)
-    ok = jnp.all(found.arrived & (found.number <= num_steps))
-    return ReplayedFlow(view, found.steps(num_steps, ts, y0, args)), ok  # pyright: ignore[reportCallIssue]
+    return ReplayedFlow(view, found.steps(num_steps, ts, y0, args)), found  # pyright: ignore[reportCallIssue]
 
 
 def _check_arrived(found: Accepted, end: Float[Array, " N"], max_steps: int) -> None:
@@ -380,18 +380,69 @@ def _check_arrived(found: Accepted, end: Float[Array, " N"], max_steps: int) -> 
     )
 
 
-@eqx.filter_jit
 def evaluate(flow: AbstractMap, theta: Float[Array, " P"]) -> Float[Array, "..."]:
     """The predictions at `theta`, compiled."""
+    padded = _padded(flow)
+    found = _evaluate(padded, theta)
+    return found if padded is flow else _first(found, flow.ts.shape[1])  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@compiled
+def _evaluate(flow: AbstractMap, theta: Float[Array, " P"]):
     return flow(theta)
 
 
-@eqx.filter_jit
+def _padded(flow: AbstractMap) -> AbstractMap:
+    """The map at a few times more, so that one program serves other numbers of times; itself, if that has a cost."""
+    if not isinstance(flow, ReplayedFlow):
+        return flow
+    num = flow.ts.shape[1]
+    spare = padded_size(num, flow.num_trajectories * flow.parameters.size) - num
+    return (
+        eqx.tree_at(lambda f: f.steps.ts, flow, np.pad(flow.ts, ((0, 0), (0, spare)), mode="edge")) if spare else flow
+    )
+
+
+@ft.partial(jax.jit, static_argnums=2)
+def _first_rows(predictions: Float[Array, "N all F"], jacobian: Float[Array, "N*all*F P"], num: int):
+    rows = jacobian.reshape(*predictions.shape, -1)[:, :num]
+    return predictions[:, :num], rows.reshape(-1, rows.shape[-1])
+
+
+@ft.partial(jax.jit, static_argnums=1)
+def _first(values: Float[Array, "N all ..."], num: int) -> Float[Array, "N T ..."]:
+    return values[:, :num]
+
+
+# Second derivatives on frozen steps are differences over this part of a step, as in Transtrum and Sethna (2012).
+_DIFFERENCE = 0.1
+
+
+def second_along(flow: AbstractFlow, step: Float[Array, " P"]) -> Float[Array, "N T F"]:
+    """The second derivative of the predictions at the present parameters along a step.
+
+    On frozen steps predictions are smooth, and differences of them take no other program. Where a solve chooses its
+    steps anew, they would be noise.
+    """
+    if not flow.is_frozen:
+        return _second_along(flow, step)
+    theta = flow.parameters.vector
+    before, here, after = (evaluate(flow, theta + part * step) for part in (-_DIFFERENCE, 0, _DIFFERENCE))
+    return (before + after - 2 * here) / _DIFFERENCE**2
+
+
+@compiled
+def _second_along(flow: AbstractFlow, step: Float[Array, " P"]):
+    push = lambda at: jax.jvp(flow, (at,), (step,))[1]
+    return jax.jvp(push, (flow.parameters.vector,), (step,))[1]
+
+
+@compiled
 def _linearized(flow: AbstractMap, theta, route: str):
     return flow.linearized(theta, route)
 
 
-@eqx.filter_jit
+@compiled
 def _linearized_rows(shared: tuple[type[AbstractFlow], Parameters, str], rows: dict[str, PyTree], _):
     """Predictions (N, T, F) and their Jacobian (N, T·F, P) of some trajectories; no sums."""
     kind, view, route = shared
@@ -410,7 +461,9 @@ def linearize(
     """
     route = route or flow.jacobian_route()
     if mesh is None or not isinstance(flow, AbstractFlow):
-        return _linearized(flow, flow.parameters.vector, route)
+        padded = _padded(flow)
+        found = _linearized(padded, flow.parameters.vector, route)
+        return found if padded is flow else _first_rows(*found, flow.ts.shape[1])  # pyright: ignore
     shared = (type(flow), flow.parameters, route)
     (predictions, jacobian), _ = over_rows(mesh, _linearized_rows, shared, flow.rows)
     return predictions, jacobian.reshape(-1, flow.parameters.size)

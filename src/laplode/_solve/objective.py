@@ -5,9 +5,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._devices import compiled
 from .._model.parameters import Parameters
 from .._problem.problem import Problem
-from .maps import AbstractFlow, linearize
+from .maps import AbstractFlow, evaluate, linearize
+
+# A Jacobian with no more entries than this takes less time than the program of a gradient takes to compile.
+_SMALL = 2**20
 
 
 class NegativeLogLikelihood(eqx.Module):
@@ -21,34 +25,48 @@ class NegativeLogLikelihood(eqx.Module):
 
 
 def log_joint(
-    problem: Problem, view: Parameters, theta: Float[Array, " P"], predictions: Float[Array, "N T F"]
+    problem: Problem,
+    view: Parameters,
+    theta: Float[Array, " P"],
+    predictions: Float[Array, "N T F"],
+    prior: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, ""]:
-    """log p(Y | predictions) + log p(θ) in nats, with the predictions at θ at hand."""
-    return problem.log_likelihood(predictions) + problem.prior.log_density(view, theta)
+    """log p(Y | predictions) + log p(θ) in nats, the latter times `prior`, with the predictions at θ at hand."""
+    return problem.log_likelihood(predictions) + prior * problem.prior.log_density(view, theta)
 
 
-class NegativeLogJoint(eqx.Module):
-    """θ ↦ −log p(Y | θ) − log p(θ), in nats."""
-
-    flow: AbstractFlow
-    problem: Problem
-
-    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
-        return -log_joint(self.problem, self.flow.parameters, theta, self.flow(theta))
+_log_joint = eqx.filter_jit(log_joint)
 
 
-def value_and_gradient(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, ""], Float[Array, " P"]]:
+def negative_log_joint(
+    flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"], prior: float = 1.0
+) -> Float[Array, ""]:
+    """−log p(Y | θ) − log p(θ), in nats, the latter times `prior`.
+
+    The program of the solve serves any likelihood and prior.
+    """
+    return -_log_joint(problem, flow.parameters, theta, evaluate(flow, theta), jnp.asarray(prior))
+
+
+def value_and_gradient(
+    flow: AbstractFlow, problem: Problem, linear: tuple[Array, Array] | None = None
+) -> tuple[Float[Array, ""], Float[Array, " P"]]:
     """−log p(Y | θ) and its gradient, shape (P,), at the flow's parameters.
 
     The value is NaN where the likelihood does not allow a prediction, such as a rate below 0: it has no information.
+    `linear` are the predictions and their Jacobian there, if they are known.
     """
-    if flow.has_reverse():
+    if linear is None and flow.has_reverse() and not is_small(flow, problem):
         return _value_and_gradient(flow, problem)
-    predictions, jacobian = linearize(flow)
-    return _value_and_score(problem, predictions, jacobian)
+    return _value_and_score(problem, *(linear or linearize(flow)))
 
 
-@eqx.filter_jit
+def is_small(flow: AbstractFlow, problem: Problem) -> bool:
+    """Whether the Jacobian costs next to nothing, so that no other program of derivatives is worth its compilation."""
+    return flow.is_frozen and problem.informed.size * flow.parameters.size <= _SMALL
+
+
+@compiled
 def _value_and_gradient(flow: AbstractFlow, problem: Problem):
     def loss(theta):
         predictions = flow(theta)
@@ -87,9 +105,8 @@ class _Tilted(eqx.Module):
 
 
 @eqx.filter_jit
-def _loss_derivatives(flow: AbstractFlow, problem: Problem) -> tuple[Float[Array, "N T F"], Float[Array, "N T F F"]]:
-    """First and second derivatives of −log p(y | f) in the predictions f at each time."""
-    predictions = flow(flow.parameters.vector)
+def _loss_derivatives(problem: Problem, predictions: Float[Array, "N T F"]):
+    """First (N, T, F) and second derivatives (N, T, F, F) of −log p(y | f) in the predictions f at each time."""
     score = problem.likelihood.score
     each = jax.vmap(jax.vmap(lambda f, y: (-score(f, y), -jax.jacfwd(score)(f, y))))
     return each(predictions, problem.ys)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from .._devices import compiled
 from .._model.neural_ode import NeuralODE
 
 
@@ -64,13 +65,21 @@ class Accepted(NamedTuple):
         return Steps(self.starts[:, :num], self.ends[:, :num], ts, y0, args)
 
 
-def padded_size(num: int) -> int:
-    """`num` or a little more, at most an eighth: a few sizes only, so that what was compiled for one serves others."""
+# Up to this many entries of a Jacobian of one state, what padding adds to its cost is not felt, and compilation is.
+_CHEAP = 2**20
+
+
+def padded_size(num: int, cost: int = 1) -> int:
+    """`num` or a little more: a few sizes only, so that what was compiled for one serves others.
+
+    If `num` times its `cost`, the numbers that are computed for each, is little, that is the next power of two, and 16
+    at least; otherwise at most an eighth more.
+    """
     granule = max(4, 2 ** (num.bit_length() - 4))
-    return num + (-num) % granule
+    return max(16, 2 ** (num - 1).bit_length()) if num * cost <= _CHEAP else num + (-num) % granule
 
 
-@eqx.filter_jit
+@compiled
 def accepted_steps(model: NeuralODE, t0: Float[Array, " N"], t1: Float[Array, " N"], y0, args) -> Accepted:
     """The steps that the step size controller accepts from t0 to t1, and the state in which each solve ended.
 

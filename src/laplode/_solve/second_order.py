@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from .._devices import over_rows
+from .._devices import compiled, over_rows
 from .._model.neural_ode import NeuralODE
 from .._model.parameters import Parameters
-from .replay import Steps, _explicit_tableau, _observed, _replay_explicit
+from .replay import Steps, _explicit_tableau, _observed, _replay_explicit, padded_size
 from .sensitivity import _fill, _Readings, _Solved
 
 
@@ -43,7 +43,7 @@ class LocalLagrangian(eqx.Module):
         # Steps of length zero and stages that nothing is made of have no adjoint: they are left out.
         times, stages, adjoints = (np.asarray(x) for x in (times, stages, adjoints))
         used = np.nonzero(np.any(adjoints != 0, axis=-1))
-        spare = (-len(used[0])) % 64  # a little padding lets a compiled function serve again
+        spare = padded_size(len(used[0]), parameters.size) - len(used[0])  # what was compiled serves again
         padded = tuple(np.concatenate([index, np.zeros(spare, int)]) for index in used)
         self.times, self.stages = jnp.asarray(times[padded]), jnp.asarray(stages[padded])
         self.adjoints = jnp.asarray(np.concatenate([adjoints[used], np.zeros((spare, adjoints.shape[-1]))]))
@@ -91,7 +91,7 @@ def local_hessian(
     return LocalLagrangian(parameters, steps, *points, cotangents), rest  # pyright: ignore[reportCallIssue]
 
 
-@eqx.filter_jit
+@compiled
 def _cross_terms(view: Parameters, steps: Steps, derivatives: tuple[Array, Array]):
     """What the Lagrangian is made of, times, stages, adjoints, observed states, initial adjoints; and all but M_θθ."""
     cotangents, weights = derivatives
