@@ -2,7 +2,7 @@
 """What the first calls of a process cost, in units of U: the first jitted value and gradient of a plain `diffeqsolve`.
 
     python tests/benchmarks/cold.py            the path in one process; without, then twice with JAX's persistent cache
-    python tests/benchmarks/cold.py step       a step of `fit` beside the same step on `diffeqsolve`, compiled, and memory
+    python tests/benchmarks/cold.py step       a step of `fit` beside the same step on `diffeqsolve`, and memory
 
 Each process measures its own U first. Run it with nothing else on the machine.
 """
