@@ -68,6 +68,7 @@ ORDER = [
     "_predict/solves",
     "_predict/importance",
     "_predict/predictions",
+    "_predict/check_grid",
     "_predict/method",
     "_predict/linearized",
     "_predict/sampled",

@@ -380,6 +380,113 @@ def test_any_number_of_draws(growth_posterior, num_samples):
     np.testing.assert_allclose(predictions.f, linearized.f, rtol=0.2)
 
 
+# ---- Times that a model takes for something else than the user does
+
+
+class Stepped(eqx.Module):
+    """Euler's method with the first interval for its step, in closed form; or another step."""
+
+    rate: jax.Array
+    dt: float | None = eqx.field(static=True, default=None)
+
+    def __call__(self, ts, y0):
+        dt = ts[1] - ts[0] if self.dt is None else self.dt
+        return y0 * (1 - self.rate * dt) ** ((ts - ts[0])[:, None] / dt)
+
+
+def stepped_posterior(dt=None, ts=(0.0, 0.5, 1.0, 1.5, 2.0)):
+    ts = np.array(ts)
+    data = lp.Trajectories(ts, np.asarray(Stepped(jnp.array(0.7), dt)(ts, np.ones(1))), np.ones((1, 1)))
+    return lp.laplace(Stepped(jnp.array(0.7), dt), lp.Problem(data, lp.Gaussian(0.01), 1e-3), progress=False)
+
+
+@pytest.mark.parametrize("times", [np.linspace(0, 4, 101), [1.25, 2.0, 4.0]], ids=["finer", "forecast"])
+@pytest.mark.parametrize("y0", [None, [[2.0]]], ids=["observed", "new"])
+def test_a_model_whose_steps_depend_on_the_times_is_found_out(times, y0):
+    with pytest.warns(lp.LaplodeWarning, match=r"(?s)at time .*standard deviation.*dt0 = ts\[1\] - ts\[0\]"):
+        draw(stepped_posterior(), times, y0)
+
+
+def test_a_model_whose_steps_do_not_depend_on_the_times_passes():
+    posterior = stepped_posterior(0.5)
+    draw(posterior, np.linspace(0, 4, 101))  # warnings are errors
+    draw(posterior, [3.0, 4.0, 5.0])
+    draw(stepped_posterior(), [0.0, 0.5, 1.0, 1.5, 2.0])  # the data's own times
+
+
+class Ending(eqx.Module):
+    """A solve that an event ends when the state falls below a level."""
+
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        y = y0 * jnp.exp(-self.rate * (ts - ts[0]))[:, None]
+        return jnp.where(y > 0.3, y, jnp.inf)
+
+
+@pytest.mark.parametrize("method", ["linearized", "sampled"])
+def test_an_event_leaves_the_times_before_it(method):
+    ts = np.linspace(0, 1, 6)
+    data = lp.Trajectories(ts, np.exp(-ts)[:, None], np.ones((1, 1)))
+    posterior = lp.laplace(Ending(jnp.array(1.0)), lp.Problem(data, lp.Gaussian(0.01), 1e-3), progress=False)
+    with pytest.warns(lp.LaplodeWarning, match="no finite prediction at θ. in channel 0 of trajectory 0 at time 1.5"):
+        found = draw(posterior, [0.0, 0.5, 1.0, 1.5], method=method, weigh=False)
+    assert np.all(found.ok) and np.all(np.isfinite(found.y[:, :, :3]))
+    assert np.all(np.isnan(found.y[:, :, 3])) and np.all(np.isnan(found.mean[:, 3]))
+    with pytest.raises(lp.LaplodeError, match="predicts nan in channel 0 of trajectory 0"):
+        draw(posterior, [0.0, 1.0], [[0.1]], method=method, weigh=False)
+
+
+class Forced(eqx.Module):
+    gain: jax.Array
+
+    def __call__(self, ts, y0, args):
+        return y0 + self.gain * jax.vmap(args.evaluate)(ts)[:, None]
+
+
+def test_a_forcing_beyond_its_times_is_said():
+    ts = np.linspace(0, 1, 5)
+    forcing = jax.vmap(diffrax.LinearInterpolation)(ts[None], ts[None] ** 2)
+    data = lp.Trajectories(ts, (ts**2)[:, None], np.zeros((1, 1)), forcing)
+    posterior = lp.laplace(Forced(jnp.array(1.0)), lp.Problem(data, lp.Gaussian(0.1), 1e-3), progress=False)
+    draw(posterior, [0.0, 0.3, 1.0])
+    with pytest.warns(lp.LaplodeWarning, match="a LinearInterpolation in `args` .* from 0 to 1 only"):
+        draw(posterior, [0.0, 0.5, 1.5])
+
+
+# ---- What it costs
+
+
+def test_draws_too_many_for_memory_are_refused(growth_posterior):
+    with pytest.raises(lp.LaplodeError, match=r"`num_samples` = 1000000000000 draws .* GiB are free"):
+        draw(growth_posterior, [0.0, 1.0], num_samples=10**12)
+
+
+TRACED = []
+
+
+class Counted(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, t, y, args):
+        TRACED.append(t)
+        return -self.rate * y
+
+
+def test_another_number_of_times_takes_no_other_program_of_the_solve():
+    ts = np.linspace(0, 1, 6)
+    data = lp.Trajectories(ts, np.exp(-ts)[:, None], np.ones((1, 1)))
+    problem = lp.Problem(data, lp.Gaussian(0.1), 1.0)
+    posterior = lp.laplace(lp.NeuralODE(Counted(jnp.array(1.0))), problem, curvature="ggn", progress=False)
+    draw(posterior, np.linspace(0, 1, 18))
+    before = len(TRACED)
+    for num in (20, 31):
+        found = draw(posterior, np.linspace(0, 1, num))
+        assert found.mean.shape == (1, num, 1) and found.covariance().shape == (1, num, num)
+        np.testing.assert_allclose(found.mean[0, -1, 0], np.exp(-1), rtol=1e-6)
+    assert before and len(TRACED) == before
+
+
 # ---- Bad input
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from .._devices import check_mesh
 from .._errors import LaplodeWarning, strategy
 from .._posterior.posterior import Posterior
+from .check_grid import check_fits, check_forcing, check_reached, check_steps
 from .geodesic import Geodesic
 from .grid import Grid
 from .linearized import Linearized
@@ -66,8 +67,9 @@ def predict(
 
     **Returns:** `Predictions`.
 
-    **Raises:** `LaplodeError` when an argument does not fit. Warns (`LaplodeWarning`) when solves or geodesic
-    draws failed or k̂ is high.
+    **Raises:** `LaplodeError` when an argument does not fit, or so many draws are more than memory holds. Warns
+    (`LaplodeWarning`) when solves or geodesic draws failed, k̂ is high, the model ends before the last time, an
+    interpolated forcing is asked for beyond its times, or a model's steps depend on the times asked for.
 
     Immer, Korzepa and Bauer (2021), "Improving predictions of Bayesian neural nets via local linearization"; Vehtari et
     al. (2024), "Pareto smoothed importance sampling".
@@ -77,6 +79,8 @@ def predict(
     mesh = check_mesh(mesh)
     start = UncertainStart.of(y0) if isinstance(y0, dist.Distribution) else None
     grid = dataclasses.replace(Grid.of(posterior, ts, y0 if start is None else start.mean, args), start=start)
+    check_fits(posterior, grid, num_samples)
+    check_forcing(posterior.model, grid)
     key_theta, key_noise, key_start = jax.random.split(key, 3)
     draws = draw(posterior, how, key_theta, num_samples, weigh=weigh, resample=resample, mesh=mesh, progress=progress)
     states = grid.draw_states(key_start, num_samples)
@@ -90,6 +94,8 @@ def predict(
         key=key,
         y0=None if start is None else states,
     )
+    check_reached(grid, found)
+    check_steps(posterior, grid, found)
     failed = int(jnp.sum(draws.ok & ~found.ok))
     if failed:
         warnings.warn(how.failure(failed, num_samples), LaplodeWarning, stacklevel=2)
@@ -127,7 +133,7 @@ def _predictions(
     y0: Float[Array, "S N D"] | None = None,
 ) -> Predictions:
     likelihood = posterior.problem.likelihood
-    ok, predictions, y = with_noise(likelihood, predictions, draws.ok, key_noise)
+    ok, mean, predictions, y = with_noise(likelihood, mean, predictions, draws.ok, key_noise)
     return Predictions(
         ts=grid.ts,
         mean=mean[..., : y.shape[-1]],

@@ -36,7 +36,8 @@ class Predictions(eqx.Module):
     """Trajectories drawn from a posterior.
 
     - `ts`: times, (N, T).
-    - `mean`: the prediction at the posterior mean θ*, (N, T, K).
+    - `mean`: the prediction at the posterior mean θ*, (N, T, K); NaN, as are the draws, where there is none, as
+        after an event that ends the solve.
     - `f`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
     - `y`: the same with observation noise, (S, N, T, K).
     - `scale`: where the model predicts the noise scale (or concentration), draws of it, (S, N, T, K); else None.
@@ -122,14 +123,22 @@ def parts(predictions: Float[Array, "S N T F"], y: Float[Array, "S N T K"]) -> d
 
 @compiled_draws
 def with_noise(
-    likelihood: AbstractLikelihood, predictions: Float[Array, "S N T F"], ok: Bool[Array, " S"], key: PRNGKeyArray
+    likelihood: AbstractLikelihood,
+    mean: Float[Array, "N T F"],
+    predictions: Float[Array, "S N T F"],
+    ok: Bool[Array, " S"],
+    key: PRNGKeyArray,
 ):
-    """Which draws are trajectories that the likelihood allows, the draws, and the draws with noise."""
+    """Which draws are trajectories that the likelihood allows, the mean, the draws, and the draws with noise.
+
+    Where there is no finite prediction at θ*, as after an event, all of them are NaN, and draws may be what they like.
+    """
+    there = jnp.isfinite(mean)
     # Where the prediction lies outside of what a likelihood allows, a LogNormal's is negative, its stable form is NaN.
     allowed = jnp.isfinite(predictions) & ~jnp.isnan(likelihood.stabilize(predictions))
-    ok = ok & jnp.all(allowed, axis=(1, 2, 3))
-    keep = lambda x: jnp.where(ok[:, None, None, None], x, jnp.nan)
-    return ok, keep(predictions), keep(likelihood.sample(key, predictions))
+    ok = ok & jnp.all(allowed | ~there, axis=(1, 2, 3))
+    keep = lambda x: jnp.where(ok[:, None, None, None] & there[..., : x.shape[-1]], x, jnp.nan)
+    return ok, jnp.where(there, mean, jnp.nan), keep(predictions), keep(likelihood.sample(key, predictions))
 
 
 @eqx.filter_jit

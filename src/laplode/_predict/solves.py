@@ -67,8 +67,8 @@ def advice():
         raise LaplodeError(
             "`model` raised while solving at a draw from the posterior, which wanders further than a fit does. Let it "
             "return what it has instead, diffrax.diffeqsolve(..., throw=False), so that failed draws can be "
-            "counted; or "
-            'use method="linearized", which solves at the posterior mean only. It said: '
+            'counted; or predict with method="linearized" and weigh=False, which solves at the posterior mean only. It '
+            "said: "
             f"{said.group(1) if said else error}"
         ) from error
 
