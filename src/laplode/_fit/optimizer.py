@@ -82,7 +82,7 @@ def optimizer_of(optimizer: Any) -> optax.GradientTransformationExtraArgs:
     **Raises:** `LaplodeError` when it is no Optax optimizer.
     """
     if isinstance(optimizer, optax.MultiSteps):
-        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)
+        optimizer = optax.GradientTransformationExtraArgs(optimizer.init, optimizer.update)  # pyright: ignore
     if not isinstance(optimizer, optax.GradientTransformation):
         raise LaplodeError(f"`optimizer` must be an Optax optimizer such as optax.adam(1e-2), got {optimizer!r}.")
     return optax.with_extra_args_support(optimizer)
