@@ -16,6 +16,7 @@ PACKAGE = Path(lp.__file__).parent
 # The rooms in the order of the data's way, and within each room its files: each imports only what stands before it.
 ORDER = [
     "_errors",
+    "_show",
     "_checks",
     "_devices",
     "_files",

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
@@ -12,6 +11,7 @@ from .._algebra.precision import Eigenpairs
 from .._errors import LaplodeError
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
+from .._show import Shown
 
 # Of more directions without any information than this, no basis is made.
 _MOST_EMPTY = 64
@@ -21,7 +21,7 @@ _MOST_EMPTY = 64
 _MOST_NAMES, _ENOUGH = 8, 0.95
 
 
-class Identifiability(eqx.Module):
+class Identifiability(Shown):
     """What the data say of the parameters, beside the prior. The coordinates are those of θ, in prior deviations.
 
     - `directions`: a `pandas.DataFrame`, a row for each direction, the least determined first: "strength" x, the
@@ -44,7 +44,7 @@ class Identifiability(eqx.Module):
         """The directions that are left to the prior."""
         return self.directions.loc[np.asarray(self.directions["determined"]) < self.threshold]
 
-    def __str__(self) -> str:
+    def _shown(self):
         size, determined = np.sum(np.asarray(self.leaves[["size", "determined"]]), axis=0)
         uninformed = self.uninformed.to_dict("records")
         lines = [

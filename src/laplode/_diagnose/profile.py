@@ -1,5 +1,6 @@
 """Profiles: the best fit at each value of a quantity, and the interval that the data allow for it."""
 
+import html
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -90,12 +91,15 @@ class Profile(NamedTuple):
             "moves": ", ".join(self.moves[:3]),
         }
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         parts = " and ".join(f"{low:.4g} to {high:.4g}" for low, high in self.intervals)
         return (
             f"{self.name} = {self.estimate:.4g}, {self.level:.0%} {parts} (Gaussian {self.laplace[0]:.4g} to "
             f"{self.laplace[1]:.4g}): {self.verdict}. {self.why}"
         )
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(repr(self))}</pre>"
 
 
 def profile_table(profiles: Sequence[Profile]) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from .._problem.data import Trajectories
 from .._problem.prior import GaussianPrior
 from .._problem.problem import Problem
 from .._problem.scale import AbstractScaleLikelihood, Gaussian, LogNormal
+from .._show import Shown
 from .._solve.finite import check_finite
 from .._solve.frozen import check_influence
 from .._solve.maps import flow
@@ -32,7 +33,7 @@ _SAME = 1e-3
 _AWAY = 0.02
 
 
-class MatchedLoss(eqx.Module):
+class MatchedLoss(Shown):
     """What a loss amounts to as a problem. Made by `problem_from_loss`; `print` shows it in a line.
 
     - `scale`: the noise scale of its likelihood, given or estimated.
@@ -52,7 +53,7 @@ class MatchedLoss(eqx.Module):
     imbalance: float | None
     found: str = "not compared"
 
-    def __str__(self) -> str:
+    def _shown(self):
         checked = self.found + (
             "" if self.difference is None else f", gradients differ by {self.difference:.1e} (relative)"
         )

@@ -2,14 +2,14 @@
 
 from typing import Any
 
-import equinox as eqx
 import numpy as np
 from jaxtyping import Float
 
 from .._problem.problem import Problem
+from .._show import Shown, rows
 
 
-class Fit(eqx.Module):
+class Fit(Shown):
     """A fitted model, as `fit` and `refine` return it.
 
     - `model`: the best model found.
@@ -40,6 +40,16 @@ class Fit(eqx.Module):
     horizons: tuple[tuple[int, int], ...] = ()
     restarts: tuple[Any, ...] = ()
     restart_losses: Float[np.ndarray, " restarts"] | None = None
+
+    def _shown(self):
+        taken = f"{self.steps} steps" + (f" and {self.newton_steps} Newton steps" if self.newton_steps else "")
+        named = {"loss": f"{self.loss:.6g} nats", "ended": f"{self.reason}, after {taken}"}
+        if self.newton_decrement is not None:
+            negative = f", {self.num_negative} directions of negative curvature" if self.num_negative else ""
+            named["decrement"] = f"{self.newton_decrement:.2g} nats left to gain{negative}"
+        following = "laplace" if self.converged else "refine"
+        named["next"] = f"{following}(fit.model, fit.problem)"
+        return rows(named, f"Fit of {type(self.model).__name__}")
 
     @property
     def converged(self) -> bool:

@@ -19,11 +19,12 @@ from .._errors import LaplodeError
 from .._model.parameters import Parameters
 from .._problem.prior import PosteriorPrior
 from .._problem.problem import Problem
+from .._show import Shown, rows
 from .._solve.maps import AbstractFlow
 from .summary import summary_table
 
 
-class Diagnostics(eqx.Module):
+class Diagnostics(Shown):
     """What was found on the way to a posterior.
 
     - `symmetry_defect`: ‖H − Hᵀ‖ / ‖H‖ before symmetrization; 0 for curvatures that are symmetric by construction.
@@ -51,9 +52,9 @@ class Diagnostics(eqx.Module):
     effective_dof: float
     inert: tuple[str, ...] = eqx.field(static=True)
 
-    def __str__(self) -> str:
+    def _shown(self):
         inert = ", ".join(self.inert[:5]) + (f", … ({len(self.inert)} in all)" if len(self.inert) > 5 else "")
-        rows = {
+        named = {
             "parameters": f"{self.num_parameters}, {self.effective_dof:.2f} determined by the data",
             "observations": f"{self.num_observations}",
             "symmetry defect": f"{self.symmetry_defect:.1e}",
@@ -65,8 +66,7 @@ class Diagnostics(eqx.Module):
             "Newton decrement": f"{self.newton_decrement:.3g} nats",
             "without influence": inert or "none",
         }
-        width = max(map(len, rows))
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+        return rows(named)
 
 
 # Bytes of normal random numbers made at once: several times as much goes into their making.
@@ -126,7 +126,7 @@ def _draw(mean: Float[Array, " P"], structure: AbstractPrecision, keys: PRNGKeyA
     return mean + structure.root_product(_normals(keys, mean.size))
 
 
-class Posterior(eqx.Module):
+class Posterior(Shown):
     """θ ~ Normal(mean, Λ⁻¹): the Laplace approximation around the model's parameters.
 
     Made by `laplace`. Immutable; may be passed through `jit` and `vmap`.
@@ -149,6 +149,18 @@ class Posterior(eqx.Module):
     curvature: AbstractCurvature
     structure: AbstractStructure
     regularization: AbstractRegularization
+
+    def _shown(self):
+        found, how = self.diagnostics, f"{self.curvature.name}, {self.structure.name}"
+        changed = "" if found.regularized is None else f", {found.regularized}"
+        named = {
+            "parameters": f"{self.size}, {found.effective_dof:.2f} determined by {found.num_observations} observations",
+            "curvature": f"{how}{changed}",
+            "decrement": f"{found.newton_decrement:.2g} nats left to gain",
+            "log evidence": f"{float(self.log_evidence):.6g} nats",
+            "next": "predict(posterior, ts, key=...), posterior.summary(), posterior.diagnostics",
+        }
+        return rows(named, f"Posterior of {type(self.parameters.rest).__name__}")
 
     @property
     def size(self) -> int:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from .._devices import compiled_draws
 from .._errors import LaplodeError
 from .._problem.likelihood import AbstractLikelihood
+from .._show import Shown, rows
 
 
 class AbstractClosedForm(eqx.Module):
@@ -32,7 +33,7 @@ class NotSaved(AbstractClosedForm):
         )
 
 
-class Predictions(eqx.Module):
+class Predictions(Shown):
     """Trajectories drawn from a posterior.
 
     - `ts`: times, (N, T).
@@ -74,6 +75,17 @@ class Predictions(eqx.Module):
     _closed_form: AbstractClosedForm | None
     key: PRNGKeyArray | None = None
     y0: Float[Array, "S N D"] | None = None
+
+    def _shown(self):
+        num, (trajectories, times, channels) = self.f.shape[0], self.mean.shape
+        named = {
+            "predicted": f"{trajectories} trajectories at {times} times, {channels} channels",
+            "draws": f"{num} by method={self.method!r}, {int(np.sum(~np.asarray(self.ok)))} failed",
+        }
+        if self.khat is not None:
+            named["Pareto k̂"] = f"{self.khat:.2f}, good below {min(1 - 1 / np.log10(max(num, 2)), 0.7):.2f}"
+        named["next"] = "predictions.interval(0.9), plot_trajectories(posterior, predictions), to_datatree(...)"
+        return rows(named, "Predictions")
 
     def interval(self, prob: float = 0.9, *, noise: bool = True) -> tuple[Float[np.ndarray, "N T K"], ...]:
         """The central interval of the draws at each time, each value for itself.
