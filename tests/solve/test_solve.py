@@ -219,3 +219,56 @@ def test_replayed_steps_have_the_gradient_of_the_solve_without_a_callback():
     np.testing.assert_allclose(value, expected, rtol=1e-13)
     np.testing.assert_allclose(gradient, slope, rtol=1e-11)
     assert np.max(jax.jit(loss, static_argnums=1)(view.vector, 4)[1][1]) > 4
+
+
+class LogOfSecond(eqx.Module):
+    """What is seen is of no use at the start: the logarithm of 0, and its derivative."""
+
+    def __call__(self, y, args):
+        return jnp.log(jnp.abs(y[1:2]))
+
+
+def test_what_nobody_observed_has_no_part_in_derivatives():
+    field = lambda rate: lp.NeuralODE(Filling(jnp.array(rate)), observe=LogOfSecond())
+    ts = np.linspace(0, 2, 6)
+    ys = np.array(field(0.8)(ts, jnp.array([1.0, 0.0])))
+    ys[0] = np.nan
+    whole = lp.Problem(lp.Trajectories(ts, ys, y0=[1.0, 0.0]), lp.Gaussian(0.1), 1.0)
+    for curvature in ("ggn", "hessian"):
+        found = lp.laplace(field(0.8), whole, curvature=curvature, progress=False)
+        assert np.isfinite(found.marginal_std()[0])
+        assert found.diagnostics.num_observations == 5
+    # The posterior of the values that were observed, by differences of the closed form log(1 − exp(−rate t)).
+    slope = lambda t: t * np.exp(-0.8 * t) / (1 - np.exp(-0.8 * t))
+    precision = 1 + np.sum((slope(ts[1:]) / 0.1) ** 2)
+    np.testing.assert_allclose(found.marginal_std(), precision**-0.5, rtol=1e-4)
+
+
+class Filling(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, t, y, args):
+        return self.rate * y[0] * jnp.array([-1.0, 1.0])
+
+
+class Late(eqx.Module):
+    """A model of one's own that has no second derivatives at times that nobody observed."""
+
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        return y0 * jnp.exp(-self.rate * ts)[:, None] / jnp.where(ts > 1.5, 0.0, 1.0)[:, None]
+
+
+def test_a_model_of_ones_own_is_not_asked_for_what_nobody_observed():
+    ts = np.linspace(0, 2, 5)
+    ys = np.exp(-0.7 * ts)[:, None]
+    short = lp.Problem(lp.Trajectories(ts[:4], ys[:4], y0=[1.0]), lp.Gaussian(0.1), 1.0)
+    ys[4:] = np.nan
+    long = lp.Problem(lp.Trajectories(ts, ys, y0=[1.0]), lp.Gaussian(0.1), 1.0)
+    for curvature in ("ggn", "hessian"):
+        one, other = (
+            lp.laplace(Late(jnp.array(0.7)), each, curvature=curvature, progress=False) for each in (short, long)
+        )
+        np.testing.assert_allclose(one.marginal_std(), other.marginal_std(), rtol=1e-12)
+        np.testing.assert_allclose(one.log_evidence, other.log_evidence, rtol=1e-12)

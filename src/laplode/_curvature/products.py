@@ -65,4 +65,5 @@ def curvature_products(model: Any, problem: Problem, *, where: Where = None) -> 
     model = check_model(model, problem)
     view = parameters(model, where, problem.prior)
     problem = with_given(view, problem)
-    return CurvatureProducts(flow(view, problem.data.ts, problem.data.y0, problem.data.args), problem)
+    data = problem.data
+    return CurvatureProducts(flow(view, data.ts, data.y0, data.args, seen=problem.seen), problem)

@@ -161,7 +161,8 @@ def corrected(here: Picture, aim: Aim, target: float) -> Picture | None:
             return None
         around = found.flow
         try:
-            fresh = flow(around.parameters, around.ts, around.y0, around.args, like=start)
+            data = aim.problem.data
+            fresh = flow(around.parameters, data.ts, data.y0, data.args, like=start, seen=aim.problem.seen)
         except LaplodeError:
             return None
         here = Picture.at(fresh, aim)

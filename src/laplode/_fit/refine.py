@@ -173,7 +173,7 @@ class _Point(NamedTuple):
     def at(cls, view: Parameters, problem: Problem, like: AbstractFlow | None = None) -> "_Point":
         """The point on a grid of its own."""
         data = problem.data
-        around = flow(view, data.ts, data.y0, data.args, like=like)
+        around = flow(view, data.ts, data.y0, data.args, like=like, seen=problem.seen)
         return cls(around, float(negative_log_joint(around, problem, view.vector)), 0)
 
     def moved(self, theta: Float[Array, " P"], loss: float, problem: Problem) -> "_Point | None":

@@ -84,7 +84,7 @@ def estimate(
     """
     plan = planned(model, problem, curvature, structure, where)
     problem = plan.problem
-    around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
+    around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args, seen=problem.seen)
     jax.block_until_ready(value_and_gradient(around, problem))
     start = time.perf_counter()
     jax.block_until_ready(value_and_gradient(around, problem))

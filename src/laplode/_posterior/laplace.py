@@ -89,7 +89,7 @@ def laplace(
     plan.structure.check(plan.curvature, regularize)
     devices = check_mesh(mesh)
     _check_checkpoint(checkpoint, devices)
-    around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args)
+    around = flow(plan.view, problem.data.ts, problem.data.y0, problem.data.args, seen=problem.seen)
     known, value = _first_order(around, problem, plan.curvature, devices)
     check_finite(np.append(*value), around, problem)
     inferred = unfrozen(around, problem, value[1])

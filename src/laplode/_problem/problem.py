@@ -116,6 +116,11 @@ class Problem(eqx.Module):
         observed = self.observed
         return np.tile(observed, (1, 1, self.prediction_shape[1] // observed.shape[2]))
 
+    @property
+    def seen(self) -> Bool[np.ndarray, "N T"]:
+        """True for the times at which something was observed."""
+        return np.any(self.observed, axis=2)
+
     def information(self, predictions: Float[Array, "N T F"]) -> Float[Array, "N T F"]:
         """Fisher information of the data in each prediction: 0 where nothing was observed."""
         return _information(self.likelihood, predictions, self.ys)

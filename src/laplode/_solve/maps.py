@@ -10,7 +10,7 @@ import abc
 import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import diffrax
 import equinox as eqx
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._devices import compiled, over_rows
 from .._errors import LaplodeError
@@ -159,17 +159,39 @@ class AbstractFlow(AbstractMap):
         raise NotImplementedError
 
 
+class _Seen(NamedTuple):
+    """The times that a model is asked for, and which of these predictions stands at each of all times."""
+
+    asked: tuple[int, ...]
+    source: tuple[int, ...]
+
+
 class ForeignFlow(AbstractFlow):
-    """Any model, differentiated automatically."""
+    """Any model, differentiated automatically.
+
+    Where nobody observed anything, a prediction may be of no use, and so would be derivatives of it, even times 0.
+    `seen` says which times a model is not asked for; the prediction at another time stands there, and counts nothing.
+    """
 
     parameters: Parameters
     ts: Float[Array, "N T"]
     y0: Array | None
     args: PyTree
+    seen: "_Seen | None" = eqx.field(static=True, default=None)
     is_frozen: ClassVar[bool] = False
 
     def __call__(self, theta):
         return self.solved(theta)
+
+    def solved(self, theta):
+        if self.seen is None:
+            return super().solved(theta)
+        model, ts = self.parameters.unravel(theta), self.ts[:, np.array(self.seen.asked)]
+        return predict_trajectories(model, ts, self.y0, self.args)[:, np.array(self.seen.source)]
+
+    @property
+    def rows(self):
+        return {name: value for name, value in super().rows.items() if name != "seen"}
 
     def starting(self, y0):
         return dataclasses.replace(self, y0=y0)
@@ -208,6 +230,11 @@ class ReplayedFlow(AbstractFlow):
         return self.steps.num_steps
 
     @property
+    def _span(self) -> tuple[Float[Array, " N"], Float[Array, " N"]]:
+        """Where the solves begin and end. The times at which they are read off may lie inside."""
+        return self.steps.starts[:, 0], self.steps.ends[:, -1]
+
+    @property
     def num_states(self):
         y0 = None if self.y0 is None else self.y0[0]
         return jax.eval_shape(self.parameters.model.initial_state, y0).size
@@ -227,7 +254,7 @@ class ReplayedFlow(AbstractFlow):
     def renewed(self, theta):
         """If the solve fails, keep the steps. If it takes more steps than fit, merge neighbors."""
         model, room = self.parameters.unravel(theta), self.num_steps
-        found = accepted_steps(model, self.ts[:, 0], self.ts[:, -1], self.y0, self.args)
+        found = accepted_steps(model, *self._span, self.y0, self.args)
         kept = jnp.round(jnp.arange(room + 1) * jnp.maximum(found.number / room, 1.0)[:, None]).astype(int)
         pick = lambda new, index, old: jnp.where(found.arrived[:, None], jnp.take_along_axis(new, index, axis=1), old)
         return self._with(
@@ -240,7 +267,7 @@ class ReplayedFlow(AbstractFlow):
         None where the solve fails or takes more steps than there is room for.
         """
         view = eqx.tree_at(lambda p: p.selected, self.parameters, self.parameters.with_vector(theta))
-        found = accepted_steps(view.model, self.ts[:, 0], self.ts[:, -1], self.y0, self.args)
+        found = accepted_steps(view.model, *self._span, self.y0, self.args)
         if not np.all(found.arrived & (found.number <= self.num_steps)):
             return None
         return ReplayedFlow(view, found.steps(self.num_steps, self.ts, self.y0, self.args)), found  # pyright: ignore[reportCallIssue]
@@ -262,7 +289,7 @@ class ReplayedFlow(AbstractFlow):
         smaller = lambda node: eqx.tree_at(lambda c: (c.rtol, c.atol), node, (node.rtol / factor, node.atol / factor))
         controller = jax.tree.unflatten(structure, [smaller(node) if is_inner(node) else node for node in nodes])
         view = eqx.tree_at(lambda p: p.rest.stepsize_controller, self.parameters, controller)
-        found = accepted_steps(view.model, self.ts[:, 0], self.ts[:, -1], self.y0, self.args)
+        found = accepted_steps(view.model, *self._span, self.y0, self.args)
         if not np.all(found.arrived):
             raise LaplodeError(
                 f"`posterior` can't be compared with tolerances {factor:g} times smaller: with max_steps = "
@@ -320,11 +347,14 @@ def flow(
     *,
     like: AbstractFlow | None = None,
     spare: float = 0.0,
+    seen: Bool[np.ndarray, "N T"] | None = None,
 ) -> AbstractFlow:
     """The solution map of a model around its present parameters.
 
     If its steps are no more than those of `like`, it has the same shapes, and what was compiled for that serves it.
-    Otherwise it has room for `spare` times as many steps more, for others to be like it.
+    Otherwise it has room for `spare` times as many steps more, for others to be like it. Where `seen` is False, nothing
+    was observed at a time, and what the map gives there is the prediction at another time of the trajectory: it may be
+    that none is possible at this one.
 
     **Raises:** `LaplodeError` when the solve fails there, naming the trajectory and the time.
     """
@@ -333,7 +363,7 @@ def flow(
     inputs: tuple[Array, Array | None, PyTree] = jax.tree.map(as_float, (ts, starts(model, y0, len(ts)), args))
     ts, y0, args = inputs
     if not isinstance(model, NeuralODE):
-        return ForeignFlow(view, ts, y0, args)
+        return ForeignFlow(view, ts, y0, args, None if seen is None else _asked(np.any(seen, axis=0)))
     found = accepted_steps(model, ts[:, 0], ts[:, -1], y0, args)
     _check_arrived(found, ts[:, -1], model.max_steps)
     num_steps = int(np.max(np.asarray(found.number)))
@@ -341,7 +371,25 @@ def flow(
     if num_steps > room:
         room = num_steps + int(spare * num_steps)
     room = min(padded_size(room, len(ts) * view.size), model.max_steps)
-    return ReplayedFlow(view, found.steps(room, ts, y0, args))  # pyright: ignore[reportCallIssue]
+    read = ts if seen is None else jnp.take_along_axis(ts, _sources(seen), axis=1)
+    return ReplayedFlow(view, found.steps(room, read, y0, args))  # pyright: ignore[reportCallIssue]
+
+
+def _sources(seen: Bool[np.ndarray, "N T"]) -> Int[np.ndarray, "N T"]:
+    """For each time the last one so far at which something was seen, or else the first; itself, where nothing was."""
+    every = np.arange(seen.shape[1])
+    last = np.maximum.accumulate(np.where(seen, every, -1), axis=1)
+    source = np.where(last < 0, np.argmax(seen, axis=1)[:, None], last)
+    return np.where(np.any(seen, axis=1, keepdims=True), source, every)
+
+
+def _asked(seen: Bool[np.ndarray, " T"]) -> "_Seen | None":
+    """What to ask of a model where these times were seen by anybody; None for all. It starts at the first of all."""
+    if np.all(seen[1:]) or not np.any(seen):
+        return None
+    asked = np.flatnonzero(seen | (np.arange(len(seen)) == 0))
+    source = np.searchsorted(asked, _sources(seen[None])[0])
+    return _Seen(tuple(map(int, asked)), tuple(map(int, source)))
 
 
 def replayed(
