@@ -137,3 +137,12 @@ def test_room_for_steps_grows_with_the_model():
     assert np.all(np.isfinite(found.losses)) and len(found.losses) == 31
     exact = [float(np.sum((np.stack([np.cos(s * TS), np.sin(s * TS)], 1) - data.ys[0]) ** 2) / 2) for s in (1, 61)]
     np.testing.assert_allclose(found.losses[-1] - found.losses[0], exact[1] - exact[0], atol=2e-3)
+
+
+def test_where_memory_is_short_diffrax_differentiates(monkeypatch):
+    model = lp.NeuralODE(Decay(jnp.array(0.3)))
+    expected = fitted(optax.adam(0.02), model, steps=20, horizons=(0.5, 1.0))
+    monkeypatch.setattr(module, "free_bytes", lambda: 1000)
+    monkeypatch.setattr(module, "replayed", None)
+    found = fitted(optax.adam(0.02), model, steps=20, horizons=(0.5, 1.0))
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=1e-9)

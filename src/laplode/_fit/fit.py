@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from tqdm.auto import tqdm
 
 from .._checks import check_count, check_key
-from .._devices import compiled
+from .._devices import compiled, free_bytes
 from .._errors import FitError, LaplodeError, LaplodeWarning
 from .._files import Checkpoint, Path
 from .._model.given import with_given
@@ -23,9 +23,9 @@ from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
 from .._problem.scale import AbstractScaleLikelihood
-from .._solve.maps import ForeignFlow, replayed
+from .._solve.maps import ForeignFlow, ReplayedFlow, replayed
 from .._solve.objective import NegativeLogLikelihood
-from .._solve.replay import accepted_steps, padded_size
+from .._solve.replay import Steps, accepted_steps, padded_size
 from .optimizer import AbstractUpdate, optimizer_of, update_of
 from .result import Fit
 
@@ -144,7 +144,7 @@ def fit(
     )
     one = jax.tree.map(lambda x: x[0], (state.optimizer_state, trainable))
     update = update_of(optimizer, *one)
-    room = _room(view, problem)
+    room = _room(view, problem, restarts)
     share = [steps // len(lengths)] * len(lengths)
     share[-1] += steps - sum(share)
     losses: list[np.ndarray] = []
@@ -324,30 +324,39 @@ def _shortened(problem: Problem, length: int, *, masked: bool) -> Problem:
     return eqx.tree_at(lambda p: (p.data.ts, p.data.ys), problem, (ts, ys))
 
 
-def _room(view: Parameters, problem: Problem) -> int | None:
+def _room(view: Parameters, problem: Problem, restarts: int) -> int | None:
     """Room for steps of the solver, from those at the first guess; None for a model with a solver of its own."""
-    model = view.model
+    model, data = view.model, problem.data
     if not isinstance(model, NeuralODE):
         return None
-    inputs = jax.tree.map(jnp.asarray, (starts(model, problem.data.y0, len(problem.data.ts)), problem.data.args))
-    found = accepted_steps(model, jnp.asarray(problem.data.ts[:, 0]), jnp.asarray(problem.data.ts[:, -1]), *inputs)
-    number = np.where(found.arrived, found.number, 0)
-    return _roomier(view, int(np.max(number)), len(number))
+    inputs = jax.tree.map(jnp.asarray, (data.ts[:, 0], data.ts[:, -1], starts(model, data.y0, len(data.ts)), data.args))
+    found = accepted_steps(model, *inputs)
+    return _roomier(view, problem, int(np.max(np.where(found.arrived, found.number, 0))), restarts)
 
 
-def _roomier(view: Parameters, needed: int, num_trajectories: int) -> int:
-    """Twice the steps that were needed, since a fit takes more of them as it learns, and each new size compiles."""
-    return min(padded_size(2 * needed, num_trajectories * view.size), view.rest.max_steps)
+def _roomier(view: Parameters, problem: Problem, needed: int, restarts: int) -> int | None:
+    """Twice the steps that were needed, since a fit takes more of them as it learns, and each new size compiles.
+
+    None where memory does not hold what the gradient keeps of all of these steps: then Diffrax's own reverse mode
+    computes some of it twice.
+    """
+    data, model = problem.data, view.model
+    room = min(padded_size(2 * needed, len(data.ts) * view.size), model.max_steps)
+    ts, y0, args = jax.tree.map(jnp.asarray, (data.ts, starts(model, data.y0, len(data.ts)), data.args))
+    steps = Steps(jnp.zeros((len(ts), room)), jnp.zeros((len(ts), room)), ts, y0, args)
+    pull = jax.eval_shape(lambda: jax.vjp(ReplayedFlow(view, steps), view.vector)[1])  # pyright: ignore
+    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+    return room if restarts * kept < free_bytes() // 4 else None
 
 
 def _advanced(view: Parameters, problem: Problem, update: AbstractUpdate, state: _State, num: int, room: int | None):
     """The state after `num` steps more, with the room for steps of the solver that they took."""
-    state = eqx.tree_at(lambda s: s.done, state, jnp.zeros_like(state.done))
+    state = eqx.tree_at(lambda s: (s.done, s.needed), state, (jnp.zeros_like(state.done),) * 2)
     while True:
         state = _advance(view, problem, update, state, jnp.asarray(num), room)
         if room is None or np.all(np.asarray(state.done) >= num):
             return state, room
-        room = _roomier(view, int(np.max(state.needed)), len(problem.data.ts))
+        room = _roomier(view, problem, int(np.max(state.needed)), len(state.done))
 
 
 @compiled
