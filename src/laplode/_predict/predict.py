@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpyro.distributions as dist
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._devices import check_mesh
 from .._errors import LaplodeWarning, strategy
@@ -116,7 +116,10 @@ def predict_at(
         posterior, grid, thetas, grid.draw_states(key, len(thetas)), mesh=None, progress=progress
     )
     draws = Draws(thetas, jnp.ones(len(thetas), bool), None, None, None, None)
-    return _predictions(posterior, grid, draws, mean, predictions, None, key_noise=key, method=method, key=key)
+    there = jnp.ones(mean.shape, bool)  # every draw is to be finite everywhere
+    return _predictions(
+        posterior, grid, draws, mean, predictions, None, key_noise=key, method=method, key=key, there=there
+    )
 
 
 def _predictions(
@@ -131,12 +134,14 @@ def _predictions(
     method: str,
     key: PRNGKeyArray,
     y0: Float[Array, "S N D"] | None = None,
+    there: Bool[Array, "N T F"] | None = None,
 ) -> Predictions:
     likelihood = posterior.problem.likelihood
-    ok, mean, predictions, y = with_noise(likelihood, mean, predictions, draws.ok, key_noise)
+    there = jnp.isfinite(mean) if there is None else there
+    ok, predictions, y = with_noise(likelihood, there, predictions, draws.ok, key_noise)
     return Predictions(
         ts=grid.ts,
-        mean=mean[..., : y.shape[-1]],
+        mean=jnp.where(there, mean, jnp.nan)[..., : y.shape[-1]],
         **parts(predictions, y),
         **draws._replace(ok=ok)._asdict(),  # pyright: ignore[reportArgumentType]
         log_likelihood=pointwise(likelihood, predictions, posterior.problem.ys) if grid.observed else None,

@@ -136,21 +136,20 @@ def parts(predictions: Float[Array, "S N T F"], y: Float[Array, "S N T K"]) -> d
 @compiled_draws
 def with_noise(
     likelihood: AbstractLikelihood,
-    mean: Float[Array, "N T F"],
+    there: Bool[Array, "N T F"],
     predictions: Float[Array, "S N T F"],
     ok: Bool[Array, " S"],
     key: PRNGKeyArray,
 ):
-    """Which draws are trajectories that the likelihood allows, the mean, the draws, and the draws with noise.
+    """Which draws are trajectories that the likelihood allows, the draws, and the draws with noise.
 
-    Where there is no finite prediction at θ*, as after an event, all of them are NaN, and draws may be what they like.
+    Where nothing is `there`, as after an event, all of them are NaN, and draws may be what they like.
     """
-    there = jnp.isfinite(mean)
     # Where the prediction lies outside of what a likelihood allows, a LogNormal's is negative, its stable form is NaN.
     allowed = jnp.isfinite(predictions) & ~jnp.isnan(likelihood.stabilize(predictions))
     ok = ok & jnp.all(allowed | ~there, axis=(1, 2, 3))
     keep = lambda x: jnp.where(ok[:, None, None, None] & there[..., : x.shape[-1]], x, jnp.nan)
-    return ok, jnp.where(there, mean, jnp.nan), keep(predictions), keep(likelihood.sample(key, predictions))
+    return ok, keep(predictions), keep(likelihood.sample(key, predictions))
 
 
 @eqx.filter_jit

@@ -43,7 +43,7 @@ class Surface(eqx.Module):
         **Raises:** `LaplodeError` when memory holds no Jacobian.
         """
         problem, data = posterior.problem, posterior.problem.data
-        around = flow(posterior.parameters, data.ts, data.y0, data.args, spare=_SPARE, seen=problem.seen)
+        around = flow(posterior.parameters, data.ts, data.y0, data.args, spare=_SPARE)
         predictions = evaluate(around, posterior.mean)
         observed = jnp.asarray(np.flatnonzero(problem.informed))
         prior = problem.prior.local(posterior.parameters)

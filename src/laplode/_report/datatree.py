@@ -451,9 +451,8 @@ def _prior(posterior, layout, attrs, key, num, push, progress) -> dict[str, xr.D
         if push:
             solve = lambda some: solve_at(posterior, data.ts, data.y0, data.args, some)
             f = in_batches(solve, thetas, "Solving at draws of the prior" if progress else None)
-            everywhere = jnp.zeros(f.shape[1:])
-            ok, _, f, y = with_noise(problem.likelihood, everywhere, f, jnp.ones(len(f), bool), key_noise)
-            trajectories.append((ok, f, y))
+            everywhere = jnp.ones(f.shape[1:], bool)
+            trajectories.append(with_noise(problem.likelihood, everywhere, f, jnp.ones(len(f), bool), key_noise))
     groups = {"prior": parameter_group(_joined(parts), layout, attrs)}
     if not push:
         return groups

@@ -242,6 +242,10 @@ class ReplayedFlow(AbstractFlow):
     def __call__(self, theta):
         return _replay(self.parameters.unravel(theta), self.steps)
 
+    def solved(self, theta):
+        ts = jnp.concatenate([self._span[0][:, None], self.ts], axis=1)  # they may begin later than the solve
+        return predict_trajectories(self.parameters.unravel(theta), ts, self.y0, self.args)[:, 1:]
+
     def linearized(self, theta, route):
         if route == "sensitivity":
             view = eqx.tree_at(lambda p: p.selected, self.parameters, self.parameters.with_vector(theta))
