@@ -16,8 +16,8 @@ from jaxtyping import PyTree
 
 from ._errors import LaplodeError
 
-# XLA's older code generator for CPUs takes half the time for the programs of a solve, and they run as fast. JAX 0.11 no
-# longer has it.
+# XLA's older code generator for CPUs takes half the time for the programs of a solve, and they run as fast. JAX 0.12 no
+# longer has it; 0.11 was not tried.
 _OLDER = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 

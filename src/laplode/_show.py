@@ -21,7 +21,12 @@ class Shown(eqx.Module):
         return super().__repr__() if traced else self._shown()
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
+        return preformatted(repr(self))
+
+
+def preformatted(text: str) -> str:
+    """A text as HTML that keeps its lines."""
+    return f"<pre>{html.escape(text)}</pre>"
 
 
 def rows(named: Mapping[str, str], title: str | None = None) -> str:

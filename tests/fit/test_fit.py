@@ -16,7 +16,6 @@ import laplode as lp
 from laplode._fit.fit import _advance
 
 KEY = jax.random.key(0)
-# Shared: a compiled step belongs to one optimizer.
 ADAM = optax.adam(0.1)
 
 

@@ -1,6 +1,5 @@
 """The exact Hessian of the negative log-likelihood: whole, in blocks, its diagonal, its leading eigenpairs."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from .._algebra.forms import BlockForm, DenseForm, DiagonalForm, EigenForm, symm
 from .._devices import agreed, compiled, everywhere, free_bytes, num_devices, over_rows, sharing_memory
 from .._files import Checkpoint
 from .._problem.problem import Problem
+from .._solve.autodiff import pullback_bytes
 from .._solve.finite import check_finite
 from .._solve.maps import AbstractFlow, evaluate
 from .._solve.objective import _loss_derivatives, _Tilted, hessian_vector_product
@@ -53,8 +53,7 @@ def _hessian_rows(shared: tuple[Callable[[Array], Array], Array, int], tangents:
 
 def _batch_size(function: Callable[[Array], Array], theta: Float[Array, " P"], budget: int) -> int:
     """Tangents to push at once, so that what reverse differentiation keeps of them stays within `budget` bytes."""
-    pull = jax.eval_shape(lambda: jax.vjp(function, theta)[1])
-    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+    kept = pullback_bytes(function, theta)
     # Each tangent keeps as much again for itself, and works on a copy.
     return int(min(max(budget // (3 * kept + 8 * theta.nbytes), 1), _CHUNK))
 

@@ -1,6 +1,5 @@
 """Profiles: the best fit at each value of a quantity, and the interval that the data allow for it."""
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from .._checks import check_count, real_array
 from .._errors import FitError, LaplodeError
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
+from .._show import preformatted
 from .._solve.finite import check_slope
 from .._solve.maps import OfModel, linearize
 from .constrained import Aim, Picture, corrected
@@ -99,7 +99,7 @@ class Profile(NamedTuple):
         )
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(repr(self))}</pre>"
+        return preformatted(repr(self))
 
 
 def profile_table(profiles: Sequence[Profile]) -> pd.DataFrame:

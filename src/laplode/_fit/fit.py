@@ -23,6 +23,7 @@ from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
 from .._problem.scale import AbstractScaleLikelihood
+from .._solve.autodiff import pullback_bytes
 from .._solve.maps import ForeignFlow, ReplayedFlow, replayed
 from .._solve.objective import NegativeLogLikelihood
 from .._solve.replay import Steps, accepted_steps, padded_size
@@ -344,8 +345,7 @@ def _roomier(view: Parameters, problem: Problem, needed: int, restarts: int) -> 
     room = min(padded_size(2 * needed, len(data.ts) * view.size), model.max_steps)
     ts, y0, args = jax.tree.map(jnp.asarray, (data.ts, starts(model, data.y0, len(data.ts)), data.args))
     steps = Steps(jnp.zeros((len(ts), room)), jnp.zeros((len(ts), room)), ts, y0, args)
-    pull = jax.eval_shape(lambda: jax.vjp(ReplayedFlow(view, steps), view.vector)[1])  # pyright: ignore
-    kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+    kept = pullback_bytes(ReplayedFlow(view, steps), view.vector)  # pyright: ignore
     return room if restarts * kept < free_bytes() // 4 else None
 
 

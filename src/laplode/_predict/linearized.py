@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from .._algebra.columns import over_columns
 from .._algebra.precision import AbstractPrecision
-from .._devices import compiled, num_devices
+from .._devices import num_devices
 from .._problem.likelihood import AbstractLikelihood
 from .._solve.finite import check_finite
 from .._solve.maps import AbstractFlow, OfModel, flow, linearize
@@ -109,7 +109,7 @@ def _in_parts(around: AbstractFlow, width: int, mesh: Mesh | None) -> Iterator[t
         yield some, start - first, *linearize(around.part(some), mesh=mesh)
 
 
-@compiled
+@eqx.filter_jit
 def _linear_draws(
     likelihood: AbstractLikelihood, mean, jacobian: Float[Array, "N*T*F P"], center: Float[Array, " P"], thetas, shift
 ) -> Float[Array, "S N T F"]:
@@ -122,7 +122,7 @@ def _linear_draws(
     return jnp.where(moved == 0, mean, likelihood.unstabilize(stabilized + scale * moved))
 
 
-@compiled
+@eqx.filter_jit
 def _trajectory_covariances(
     precision: AbstractPrecision, jacobian, shape: tuple[int, ...], channels: int, skip: int
 ) -> Float[Array, "N TK TK"]:
@@ -132,7 +132,7 @@ def _trajectory_covariances(
     return jax.lax.map(precision.predictive_covariance, rows)
 
 
-@compiled
+@eqx.filter_jit
 def _variance(precision: AbstractPrecision, jacobian: Float[Array, "M P"]) -> Float[Array, " M"]:
     """The diagonal of J Λ⁻¹ Jᵀ, which is not formed."""
     return jax.lax.map(lambda row: precision.predictive_covariance(row[None])[0, 0], jacobian, batch_size=64)

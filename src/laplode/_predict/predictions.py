@@ -12,6 +12,7 @@ from .._devices import compiled_draws
 from .._errors import LaplodeError
 from .._problem.likelihood import AbstractLikelihood
 from .._show import Shown, rows
+from .importance import khat_threshold
 
 
 class AbstractClosedForm(eqx.Module):
@@ -83,7 +84,7 @@ class Predictions(Shown):
             "draws": f"{num} by method={self.method!r}, {int(np.sum(~np.asarray(self.ok)))} failed",
         }
         if self.khat is not None:
-            named["Pareto k̂"] = f"{self.khat:.2f}, good below {min(1 - 1 / np.log10(max(num, 2)), 0.7):.2f}"
+            named["Pareto k̂"] = f"{self.khat:.2f}, good below {khat_threshold(num):.2f}"
         named["next"] = "predictions.interval(0.9), plot_trajectories(posterior, predictions), to_datatree(...)"
         return rows(named, "Predictions")
 

@@ -173,7 +173,7 @@ def _damped_solve(tangent: Float[Array, "M+R P"], ridge: Float[Array, ""]):
     return inner
 
 
-@compiled
+@eqx.filter_jit
 def _root_information(likelihood: AbstractLikelihood, predictions: Array, information: Array, observed: Array):
     """In the coordinate in which the likelihood is stable."""
     _, scale = jax.jvp(likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))

@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 # ---- Or by automatic differentiation
 
@@ -70,3 +70,9 @@ def _lowers(derivative: Callable[[Any], Any], treedef: Any, leaves: Sequence[Any
     except Exception:
         return False
     return True
+
+
+def pullback_bytes(function: Callable[[Array], Array], theta: Float[Array, " P"]) -> int:
+    """What reverse differentiation keeps of a function on its way back."""
+    pull = jax.eval_shape(lambda: jax.vjp(function, theta)[1])
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
