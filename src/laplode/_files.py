@@ -20,12 +20,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array
-from numpyro.distributions.constraints import Constraint
-from numpyro.distributions.transforms import Transform
 
 from ._errors import LaplodeError, LaplodeWarning
+from ._late import dist
 
 Path = str | os.PathLike[str]
 
@@ -146,7 +144,9 @@ def _empty(kind: str, dtype: str, shape: list[int]) -> Any:
 # ---- Values as JSON, their arrays aside
 
 
-_OF_NUMPYRO = (dist.Distribution, Transform, Constraint)
+def _with_fields() -> tuple[type, ...]:
+    """Classes whose objects are known by their fields."""
+    return eqx.Module, dist.Distribution, dist.transforms.Transform, dist.constraints.Constraint
 
 
 # By the identity of an array, its place among the arrays of a file, and the array.
@@ -172,7 +172,7 @@ def encode(value: Any, path: str, arrays: Arrays) -> Any:
     if type(value) is dict and all(type(key) in (str, int) for key in value):
         return ["dict", [[key, encode(item, f"{path}[{key!r}]", arrays)] for key, item in value.items()]]
     kind = type(value)
-    if isinstance(value, (eqx.Module, *_OF_NUMPYRO)):
+    if isinstance(value, _with_fields()):
         nodes = {name: encode(item, f"{path}.{name}", arrays) for name, item in fields_of(value).items()}
         return ["object", origin(kind), kind.__qualname__, nodes]
     children, structure = one_level(value)
@@ -193,7 +193,7 @@ def class_of(where: str, name: str) -> type:
 
     **Raises:** `LaplodeError` when laplode and NumPyro have none.
     """
-    kinds = [kind for base in (eqx.Module, *_OF_NUMPYRO) for kind in _descendants(base)]
+    kinds = [kind for base in _with_fields() for kind in _descendants(base)]
     found = [kind for kind in kinds if where and origin(kind) == where and kind.__qualname__ == name]
     if not found:
         raise LaplodeError(

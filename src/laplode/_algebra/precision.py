@@ -1,6 +1,7 @@
 """Precision matrices, as a few products."""
 
 import abc
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -9,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
-import scipy.linalg
-import scipy.sparse.linalg
 from jaxtyping import Array, Float
 
 from .._devices import free_bytes
@@ -55,6 +54,12 @@ class AbstractPrecision(eqx.Module):
         """The smallest and the largest eigenvalue of Λ0^-½ Λ Λ0^-½ for a prior precision Λ0 (P,)."""
         values = np.concatenate([1 + part.strengths for part in self.eigenpairs(np.asarray(prior_precision))])
         return float(values.min()), float(values.max())
+
+    @eqx.filter_jit
+    def log_prob(self, offset: Float[Array, "... P"]) -> Float[Array, "..."]:
+        """log Normal(offset; 0, Λ⁻¹), in nats."""
+        quadratic = jnp.sum(offset * self.precision_product(offset), axis=-1)
+        return 0.5 * (self.log_det - offset.shape[-1] * math.log(2 * math.pi) - quadratic)
 
     @property
     def rounding(self) -> Array:
@@ -136,6 +141,9 @@ class FullPrecision(AbstractPrecision):
         if len(half) <= _DENSE_SPECTRUM:
             values = np.linalg.svd(half, compute_uv=False) ** 2
             return float(values[-1]), float(values[0])
+        import scipy.linalg  # it takes a while to import
+        import scipy.sparse.linalg
+
         # Lanczos runs on Λ and on Λ⁻¹, at the cost of a few products with a triangular matrix each.
         solve = lambda v, trans: scipy.linalg.solve_triangular(half, v, lower=True, trans=trans, check_finite=False)
         products = (lambda v: half @ (half.T @ v), lambda v: solve(solve(v, 0), 1))

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float
 
 from .._algebra.precision import Eigenpairs
 from .._errors import LaplodeError
+from .._late import pd
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
 from .._show import Shown
@@ -35,12 +35,12 @@ class Identifiability(Shown):
     - `threshold`: below which a direction counts as left to the prior.
     """
 
-    directions: pd.DataFrame
-    leaves: pd.DataFrame
+    directions: "pd.DataFrame"
+    leaves: "pd.DataFrame"
     threshold: float
 
     @property
-    def uninformed(self) -> pd.DataFrame:
+    def uninformed(self) -> "pd.DataFrame":
         """The directions that are left to the prior."""
         return self.directions.loc[np.asarray(self.directions["determined"]) < self.threshold]
 
@@ -109,7 +109,7 @@ def _entry_names(view: Parameters) -> np.ndarray:
     return np.array(names, dtype=object)
 
 
-def _leaves(posterior: Posterior, prior: Float[np.ndarray, " P"]) -> pd.DataFrame:
+def _leaves(posterior: Posterior, prior: Float[np.ndarray, " P"]) -> "pd.DataFrame":
     variance = np.asarray(posterior.built.variance())
     ratio = variance * prior
     rows = {}

@@ -8,13 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 from jaxtyping import Array, Float
-from scipy.special import chdtri
 from tqdm.auto import tqdm
 
 from .._checks import check_count, real_array
 from .._errors import FitError, LaplodeError
+from .._late import pd
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
 from .._show import preformatted
@@ -102,7 +101,7 @@ class Profile(NamedTuple):
         return preformatted(repr(self))
 
 
-def profile_table(profiles: Sequence[Profile]) -> pd.DataFrame:
+def profile_table(profiles: Sequence[Profile]) -> "pd.DataFrame":
     """A table of profiles, a row each: estimate, interval, that of the Gaussian, and the verdict.
 
     **Arguments:**
@@ -267,6 +266,8 @@ class _Path(NamedTuple):
 
 
 def _profile(posterior: Posterior, quantity: Any, level: float, num: int, prior: bool, bar: Any) -> Profile:
+    from scipy.special import chdtri
+
     view, aim = posterior.parameters, Aim(posterior.problem, quantity, prior)
     start = Picture.at(posterior.flow, aim)
     check_slope("of", np.append(start.slope, start.value))

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
-from numpyro.distributions.transforms import Transform
 
 from .._checks import in_float, is_real_array
 from .._errors import LaplodeError, LaplodeWarning
+from .._late import dist
 from .._problem.prior import AbstractPrior, is_at
 from .neural_ode import NeuralODE
 
@@ -86,7 +86,7 @@ class Parameters(eqx.Module):
 
     selected: PyTree
     rest: PyTree
-    transforms: tuple[Transform | None, ...]
+    transforms: tuple["dist.transforms.Transform | None", ...]
 
     def constrained(self, selected: PyTree) -> PyTree:
         """Parameters of the form of `selected` as the model knows them."""

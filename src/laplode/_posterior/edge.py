@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
-from numpyro.distributions.transforms import Transform
 
+from .._late import dist
 from .._model.parameters import Parameters
 
 # The data must have more than this part in the precision of a parameter: of others it is the prior that decides.
@@ -37,7 +37,7 @@ def at_edge(view: Parameters, variance: Float[Array, " P"], prior_precision: Flo
 
 @eqx.filter_jit
 def _leaves_support(
-    transform: Transform, mean: Float[Array, "*shape"], variance: Float[Array, "*shape"]
+    transform: "dist.transforms.Transform", mean: Float[Array, "*shape"], variance: Float[Array, "*shape"]
 ) -> Bool[Array, "*shape"]:
     """Whether a Newton step in the coordinate θ(u), without the volume element, would leave the support."""
     along = lambda function: lambda u: jax.jvp(function, (u,), (jnp.ones_like(u),))[1]

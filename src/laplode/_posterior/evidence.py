@@ -10,13 +10,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 from jaxtyping import Array, Float, Int
 
 from .._algebra.build import Determinant, GramDeterminant, determinant
 from .._algebra.forms import AbstractForm
 from .._curvature.strategies import At
 from .._errors import LaplodeError, choose
+from .._late import pd
 from .._model.parameters import Parameters
 from .._problem.prior import GROUPINGS, Grouping
 from .._problem.problem import Problem
@@ -199,7 +199,7 @@ def _noise_form(posterior: Posterior, noise: str | None) -> bool | None:
 # ---- Comparison
 
 
-def compare_evidence(posteriors: Mapping[str, Posterior]) -> pd.DataFrame:
+def compare_evidence(posteriors: Mapping[str, Posterior]) -> "pd.DataFrame":
     """A table of models by log evidence, the best first, in the shape of `az.compare`.
 
     **Arguments:**

@@ -6,8 +6,6 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
-import pandas as pd
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._algebra.forms import AbstractForm
@@ -16,6 +14,7 @@ from .._algebra.regularization import AbstractRegularization, Regularized
 from .._algebra.structure import AbstractCurvature, AbstractStructure
 from .._devices import compiled_draws, free_bytes
 from .._errors import LaplodeError
+from .._late import dist, pd
 from .._model.parameters import Parameters
 from .._problem.prior import PosteriorPrior
 from .._problem.problem import Problem
@@ -86,41 +85,6 @@ def _normals(keys: PRNGKeyArray, size: int) -> Float[Array, "n P"]:
     return jax.lax.fori_loop(0, -(-num // block), fill, jnp.zeros((num, size)))
 
 
-@eqx.filter_jit
-def _log_normal(offset: Float[Array, "... P"], structure: AbstractPrecision) -> Float[Array, "..."]:
-    quadratic = jnp.sum(offset * structure.precision_product(offset), axis=-1)
-    return 0.5 * (structure.log_det - offset.shape[-1] * math.log(2 * math.pi) - quadratic)
-
-
-class _Gaussian(dist.Distribution):
-    """Normal(mean, Λ⁻¹), for NumPyro."""
-
-    _support = dist.constraints.real_vector
-    pytree_data_fields = ("mean_vector", "structure")
-
-    def __init__(
-        self, mean_vector: Float[Array, " P"], structure: AbstractPrecision, *, validate_args: bool | None = None
-    ):
-        self.mean_vector, self.structure = mean_vector, structure
-        super().__init__(event_shape=mean_vector.shape, validate_args=validate_args)
-
-    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()):
-        key_normal = jax.random.split(key)[1]
-        normals = jax.random.normal(key_normal, (*sample_shape, *self.event_shape))
-        return self.mean_vector + self.structure.root_product(normals)
-
-    def log_prob(self, value, intermediates=None):
-        return _log_normal(value - self.mean_vector, self.structure)  # pyright: ignore[reportArgumentType]
-
-    @property
-    def mean(self):
-        return self.mean_vector
-
-    @property
-    def variance(self):
-        return self.structure.variance()
-
-
 @compiled_draws
 def _draw(mean: Float[Array, " P"], structure: AbstractPrecision, keys: PRNGKeyArray) -> Float[Array, "n P"]:
     return mean + structure.root_product(_normals(keys, mean.size))
@@ -183,9 +147,9 @@ class Posterior(Shown):
 
     def log_prob(self, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
         """log Normal(theta; mean, Λ⁻¹), in nats."""
-        return _log_normal(theta - self.mean, self.built)
+        return self.built.log_prob(theta - self.mean)
 
-    def summary(self, prob: float = 0.94) -> pd.DataFrame:
+    def summary(self, prob: float = 0.94) -> "pd.DataFrame":
         """A table of the parameters by name, as the model knows them: mean, sd, and central interval.
 
         ```python
@@ -200,7 +164,7 @@ class Posterior(Shown):
         """The model with parameters `theta`."""
         return self.parameters.unravel(theta)
 
-    def to_numpyro(self) -> dist.Distribution:
+    def to_numpyro(self) -> "dist.Distribution":
         """The distribution of θ for a NumPyro model or guide, with event shape (P,).
 
         ```python
@@ -208,7 +172,9 @@ class Posterior(Shown):
         model = posterior.unravel(theta)
         ```
         """
-        return _Gaussian(self.mean, self.built)
+        from .distribution import Gaussian  # NumPyro takes long to import
+
+        return Gaussian(self.mean, self.built)
 
     def as_prior(self) -> PosteriorPrior:
         """This posterior as the prior of further trajectories: θ ~ Normal(θ*, Λ⁻¹), in unconstrained coordinates.

@@ -3,19 +3,20 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas as pd
 from jaxtyping import Array, Float
-from scipy.special import ndtri
 
+from .._late import pd
 from .._model.parameters import Parameters
 
 
-def summary_table(view: Parameters, mean: Float[Array, " P"], std: Float[Array, " P"], prob: float) -> pd.DataFrame:
+def summary_table(view: Parameters, mean: Float[Array, " P"], std: Float[Array, " P"], prob: float) -> "pd.DataFrame":
     """Mean, standard deviation and central interval of each parameter as the model knows it, by its name.
 
     The marginals are Normal(mean, std²) in unconstrained coordinates. Quantiles go through the transformation of a
     parameter as they are, and moments by Gauss-Hermite quadrature, exact where there is no transformation.
     """
+    from scipy.special import ndtri
+
     nodes, weights = np.polynomial.hermite_e.hermegauss(61)
     weights = weights / np.sum(weights)
     tail = float(ndtri((1 + prob) / 2))

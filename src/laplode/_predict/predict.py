@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as dist
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._devices import check_mesh
 from .._errors import LaplodeWarning, strategy
+from .._late import dist
 from .._posterior.posterior import Posterior
 from .check_grid import check_fits, check_forcing, check_reached, check_steps
 from .geodesic import Geodesic

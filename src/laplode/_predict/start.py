@@ -3,10 +3,10 @@
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._errors import LaplodeError
+from .._late import dist
 from .._model.parameters import parameters
 from .._solve.maps import AbstractFlow, OfModel, linearize
 
@@ -33,12 +33,12 @@ class UncertainStart(eqx.Module):
     - `mean`: (N, D); `root`: of the covariance of each trajectory's, (N, D, D).
     """
 
-    distribution: dist.Distribution
+    distribution: "dist.Distribution"
     mean: Float[np.ndarray, "N D"]
     root: Float[np.ndarray, "N D D"]
 
     @classmethod
-    def of(cls, y0: dist.Distribution) -> "UncertainStart":
+    def of(cls, y0: "dist.Distribution") -> "UncertainStart":
         """**Raises:** `LaplodeError` when it is no distribution of N states with finite variances."""
         shape = tuple(y0.batch_shape) + tuple(y0.event_shape)
         if y0.is_discrete or len(y0.event_shape) > 1 or len(shape) not in (1, 2):
@@ -61,7 +61,7 @@ class UncertainStart(eqx.Module):
         return jnp.asarray(self.distribution.sample(key, (num,)), dtype=float).reshape(num, *self.mean.shape)
 
 
-def _covariance(y0: dist.Distribution) -> np.ndarray:
+def _covariance(y0: "dist.Distribution") -> np.ndarray:
     if hasattr(y0, "covariance_matrix"):
         covariance = np.asarray(y0.covariance_matrix)  # pyright: ignore[reportAttributeAccessIssue]
         return np.broadcast_to(covariance, (*y0.batch_shape, *covariance.shape[-2:]))

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Float
 
 from .._checks import check_positive
 from .._errors import LaplodeError
+from .._late import dist
 from .likelihood import AbstractLikelihood
 
 

@@ -1,7 +1,7 @@
 """Observed trajectories."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -10,10 +10,8 @@ from jaxtyping import Bool, Float, PyTree
 
 from .._checks import real_array
 from .._errors import LaplodeError
+from .._late import pd
 from .table import REPLICATES, read_table
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 def check_times(name: str, ts: Any) -> np.ndarray:
@@ -258,8 +256,6 @@ class Trajectories(eqx.Module):
         """Times as dates by the `clock`, to the nanosecond; None without one."""
         if self.clock is None:
             return None
-        import pandas as pd
-
         try:
             first, unit = self.clock
             one = pd.Timedelta(1, unit).to_timedelta64()  # pyright: ignore

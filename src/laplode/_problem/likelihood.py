@@ -7,8 +7,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from .._late import dist
 
 
 def _an_observed_value(ys: Float[Array, "... K"]) -> Float[Array, " K"]:
@@ -30,7 +31,7 @@ class AbstractLikelihood(eqx.Module):
         return channels
 
     @abc.abstractmethod
-    def distribution(self, prediction: Float[Array, "... F"]) -> dist.Distribution:
+    def distribution(self, prediction: Float[Array, "... F"]) -> "dist.Distribution":
         """The NumPyro distribution of the observations (..., K)."""
 
     @eqx.filter_jit
@@ -94,7 +95,7 @@ class FromDistribution(AbstractLikelihood):
     clipped at 0 where the likelihood is not log-concave.
     """
 
-    function: Callable[[Array], dist.Distribution]
+    function: "Callable[[Array], dist.Distribution]"
 
     def distribution(self, prediction):
         return self.function(prediction)

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 import jax.scipy.linalg as jsl
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
-from numpyro.distributions.transforms import IdentityTransform, Transform
 
 from .._checks import check_positive, real_array
 from .._errors import LaplodeError
+from .._late import dist
 
 
 class LocalPrior(eqx.Module):
@@ -70,11 +69,11 @@ class AbstractPrior(eqx.Module):
     # The named distributions that say in which coordinates θ is unconstrained, if there are any.
     coordinates: eqx.AbstractVar["NamedPriors | None"]
 
-    def distribution_of(self, name: str) -> dist.Distribution | None:
+    def distribution_of(self, name: str) -> "dist.Distribution | None":
         """The distribution that the leaf `name` has for itself."""
         return None if self.coordinates is None else self.coordinates.distribution_of(name)
 
-    def transform_of(self, name: str, values: Array) -> Transform | None:
+    def transform_of(self, name: str, values: Array) -> "dist.transforms.Transform | None":
         """From the real numbers to where the leaf `name` lives; None if that is all of them.
 
         **Raises:** `LaplodeError` when the leaf's distribution does not fit its values.
@@ -234,10 +233,10 @@ class NamedPriors(AbstractPrior):
     **Raises:** `LaplodeError` when a distribution is not one of single real numbers.
     """
 
-    named: dict[str, dist.Distribution]
+    named: "dict[str, dist.Distribution]"
     rest: GaussianPrior | None
 
-    def __init__(self, named: Mapping[str, dist.Distribution], rest: Any = None):
+    def __init__(self, named: "Mapping[str, dist.Distribution]", rest: Any = None):
         if not isinstance(named, Mapping) or not named:
             raise LaplodeError(
                 '`named` must map paths of leaves to NumPyro distributions, as in {"vector_field.rate": '
@@ -289,7 +288,7 @@ class NamedPriors(AbstractPrior):
                 f"`model` has {name} = {np.asarray(values)}, at which its prior, {type(prior).__name__}, has no "
                 "density: start from values inside of its support."
             )
-        return None if isinstance(transform, IdentityTransform) else transform
+        return None if isinstance(transform, dist.transforms.IdentityTransform) else transform
 
     def check(self, view):
         names = view.names_in_model
@@ -312,7 +311,9 @@ class NamedPriors(AbstractPrior):
                 "NamedPriors(named, rest=precision) for all that is not named."
             )
 
-    def _each(self, view: Any) -> Iterator[tuple[dist.Distribution, Transform | None, tuple[int, ...], slice]]:
+    def _each(
+        self, view: Any
+    ) -> Iterator["tuple[dist.Distribution, dist.transforms.Transform | None, tuple[int, ...], slice]"]:
         """Of each leaf with a distribution of its own: that, its transform, its shape, its place in θ."""
         for (name, shape, start, stop), transform in zip(view.leaves, view.transforms, strict=True):
             if (found := self.distribution_of(name)) is not None:
@@ -379,7 +380,7 @@ def is_at(name: str, path: str) -> bool:
     return name == path or name.startswith((f"{path}.", f"{path}["))
 
 
-def _density(prior: dist.Distribution, transform: Transform | None) -> Callable[[Array], Array]:
+def _density(prior: "dist.Distribution", transform: "dist.transforms.Transform | None") -> Callable[[Array], Array]:
     """log p of each number in its unconstrained coordinate."""
 
     def log_prob(free):
@@ -390,7 +391,9 @@ def _density(prior: dist.Distribution, transform: Transform | None) -> Callable[
     return log_prob
 
 
-def _derivatives(prior: dist.Distribution, transform: Transform | None, free: Array) -> tuple[Array, Array]:
+def _derivatives(
+    prior: "dist.Distribution", transform: "dist.transforms.Transform | None", free: Array
+) -> tuple[Array, Array]:
     """The first and second derivative of log p of each number."""
     slope = lambda x: jax.grad(lambda x: jnp.sum(_density(prior, transform)(x)))(x)
     first, second = jax.jvp(slope, (free,), (jnp.ones_like(free),))

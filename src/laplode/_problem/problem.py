@@ -6,10 +6,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jaxtyping import Array, Bool, Float
 
 from .._errors import LaplodeError
+from .._late import dist
 from .data import Trajectories
 from .likelihood import AbstractLikelihood, FromDistribution
 from .prior import AbstractPrior, GaussianPrior

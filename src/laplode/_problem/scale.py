@@ -9,13 +9,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro.distributions as dist
 from jax.scipy.special import log_ndtr, ndtr
 from jax.scipy.stats import norm
 from jaxtyping import Array, Float
 
 from .._checks import check_flag, check_positive, real_array
 from .._errors import LaplodeError
+from .._late import dist
 from .likelihood import AbstractLikelihood
 
 
@@ -43,7 +43,7 @@ class AbstractScaleLikelihood(AbstractLikelihood):
         return dataclasses.replace(self, scale=scale, learned=False)
 
     @abc.abstractmethod
-    def family(self, location: Float[Array, "... K"], scale: Float[Array, "... K"]) -> dist.Distribution:
+    def family(self, location: Float[Array, "... K"], scale: Float[Array, "... K"]) -> "dist.Distribution":
         """The NumPyro distribution of a location and a scale."""
 
     @abc.abstractmethod

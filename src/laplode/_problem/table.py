@@ -1,14 +1,12 @@
 """Tables read as trajectories."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from .._errors import LaplodeError
-
-if TYPE_CHECKING:
-    import pandas as pd
+from .._late import pd
 
 REPLICATES = (
     "Give replicates as trajectories of their own that start in one state, or as channels (an `observe` that repeats "
@@ -27,8 +25,6 @@ def read_table(
     """What `Trajectories` are made of, but for states and args; and a function from columns to their values in the
     first row of each trajectory.
     """
-    import pandas as pd
-
     if not isinstance(table, pd.DataFrame):
         raise LaplodeError(f"`table` must be a pandas DataFrame, got {type(table).__name__}.")
     observed = [channels] if isinstance(channels, str) else list(channels)
@@ -79,8 +75,6 @@ def _values(part: "pd.DataFrame", name: Any, columns: list[str]) -> np.ndarray:
 
 def _numbers(times: "pd.Series", name: str, unit: str | None) -> tuple["pd.Series", tuple[str, str] | None]:
     """Times as numbers, and what they are counted from and in: of dates, from the earliest."""
-    import pandas as pd
-
     if pd.api.types.is_numeric_dtype(times):
         return times.astype(float), None
     passed = pd.api.types.is_timedelta64_dtype(times)
