@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import numpyro.distributions as dist
 import optax
 import pytest
 
@@ -19,6 +20,13 @@ class Decay(eqx.Module):
         return y0 * jnp.exp(-self.rate * ts)[:, None]
 
 
+class Rotation(eqx.Module):
+    mlp: eqx.nn.MLP
+
+    def __call__(self, t, y, args):
+        return self.mlp(y)
+
+
 @pytest.fixture(scope="module")
 def results():
     data = lp.Trajectories(TS, np.exp(-0.7 * TS)[:, None], y0=[1.0])
@@ -28,7 +36,14 @@ def results():
     posterior = lp.laplace(fit.model, problem, progress=False)
     key = jax.random.key(1)
     profile = lp.profile(posterior, "rate", progress=False)
+    field = eqx.nn.MLP(2, 2, 3, 1, key=key)
     return {
+        "data": data,
+        "problem": problem,
+        "named": lp.Problem(data, lp.LogNormal([0.1], learned=True), lp.NamedPriors({"rate": dist.HalfNormal(1.0)})),
+        "model": lp.NeuralODE(lambda t, y, args: field(y), y0=[1.0, 2.0]),
+        "neural": lp.NeuralODE(Rotation(field), max_steps=99),
+        "function": lp.predict_function(posterior, lambda model: model.rate, key=key),
         "trained": trained,
         "fit": fit,
         "posterior": posterior,
@@ -40,6 +55,12 @@ def results():
 
 
 SAYS = {
+    "data": ["1, at 9 times between 0 and 2", "9 of 9 values", "given, 1 numbers each"],
+    "problem": ["1 trajectories, 9 times, 1 channels: 9 values", "Gaussian(scale=0.1)", "precision=1,", "refine(model"],
+    "named": ["LogNormal(scale=[0.1], learned=True)", "rate: HalfNormal"],
+    "model": ["learned, shape (2,)", "Tsit5, PIDController(rtol=1e-06"],
+    "neural": ["Rotation, 17 parameters", "given with the data", "the likelihood's", "at most 99 steps"],
+    "function": ["mean                0.6", "1000 by method='linearized', 0 failed"],
     "trained": ["Fit of Decay", "budget, after 5 steps", "refine(fit.model"],
     "fit": ["converged", "nats left to gain", "laplace(fit.model"],
     "posterior": ["Posterior of Decay", "1, 0.9", "determined by 8 observations", "hessian, full", "predict(posterior"],
@@ -63,3 +84,9 @@ def test_inside_a_program_the_fields_are_shown(results):
     shown = []
     eqx.filter_jit(lambda posterior: shown.append(repr(posterior)))(results["posterior"])
     assert shown[0].startswith("Posterior(")
+
+
+def test_what_is_left_of_an_object_shows_its_fields(results):
+    rest = eqx.filter(results["data"], eqx.is_array, inverse=True)
+    assert "ts=None" in repr(rest)
+    assert "17 parameters" in repr(eqx.filter_eval_shape(lambda: results["neural"]))

@@ -12,9 +12,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_count, check_positive, real_array
 from .._errors import LaplodeError
+from .._show import Shown, num_values, rows
 
 
-class NeuralODE(eqx.Module):
+class NeuralODE(Shown):
     """dy/dt = vector_field(t, y, args), solved by Diffrax, seen through `observe`.
 
     An ordinary `eqx.Module`, usable in any Optax loop. The vector field may be neural, mechanistic, or a mix.
@@ -92,6 +93,20 @@ class NeuralODE(eqx.Module):
         )
         self.dt0 = dt0
         self.max_steps = check_count("max_steps", max_steps)
+
+    def _shown(self):
+        control = self.stepsize_controller
+        tolerances = [f"{name}={getattr(control, name):g}" for name in ("rtol", "atol") if hasattr(control, name)]
+        of = lambda part: f"{getattr(part, '__name__', type(part).__name__)}, {num_values(part)} parameters"
+        named = {
+            "vector field": of(self.vector_field),
+            "initial state": "given with the data" if self.y0 is None else f"learned, shape {self.y0.shape}",
+            "observes": "all states" if self.observe is None else of(self.observe),
+            "noise scale": "the likelihood's" if self.scale is None else f"learned, shape {self.scale.shape}",
+            "solver": f"{type(self.solver).__name__}, {type(control).__name__}({', '.join(tolerances)}), "
+            f"at most {self.max_steps} steps",
+        }
+        return rows(named, type(self).__name__)
 
     def initial_state(self, y0: Float[Array, " D"] | Int[Array, ""] | None) -> Float[Array, " D"]:
         """`y0` when given, otherwise the model's own; of several of its own the one with the number `y0`."""

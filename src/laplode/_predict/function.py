@@ -16,15 +16,16 @@ from .._model.neural_ode import NeuralODE, starts
 from .._model.own import predict_trajectories
 from .._posterior.posterior import Posterior
 from .._problem.data import Trajectories, check_args
+from .._show import Shown, in_a_line, rows
 from .._solve.finite import check_slope
 from .._solve.maps import OfModel, evaluate
 from .linearized import LinearFunction
 from .method import AbstractMethod, check_draws, draw
 from .predict import METHODS
-from .predictions import AbstractClosedForm
+from .predictions import AbstractClosedForm, about_draws
 
 
-class FunctionPredictions(eqx.Module):
+class FunctionPredictions(Shown):
     """What a posterior says about a function of the model, an array of any shape (…).
 
     - `mean`, `std`: mean and standard deviation, (…): in closed form if linearized, otherwise of the draws that are
@@ -44,6 +45,10 @@ class FunctionPredictions(eqx.Module):
     khat: float | None
     method: str = eqx.field(static=True)
     _closed_form: AbstractClosedForm | None
+
+    def _shown(self):
+        named = {"mean": in_a_line(self.mean), "standard deviation": in_a_line(self.std)}
+        return rows(named | about_draws(self), "FunctionPredictions")
 
     def covariance(self) -> Float[Array, "M M"]:
         """The joint covariance of all values, raveled, (M, M): J Λ⁻¹ Jᵀ if linearized, otherwise that of the draws."""

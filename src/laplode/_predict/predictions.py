@@ -34,6 +34,15 @@ class NotSaved(AbstractClosedForm):
         )
 
 
+def about_draws(predictions: Any) -> dict[str, str]:
+    """What is printed of the draws of any predictions."""
+    num = len(predictions.ok)
+    named = {"draws": f"{num} by method={predictions.method!r}, {num - int(np.sum(predictions.ok))} failed"}
+    if predictions.khat is not None:
+        named["Pareto k̂"] = f"{predictions.khat:.2f}, good below {khat_threshold(num):.2f}"
+    return named
+
+
 class Predictions(Shown):
     """Trajectories drawn from a posterior.
 
@@ -78,14 +87,12 @@ class Predictions(Shown):
     y0: Float[Array, "S N D"] | None = None
 
     def _shown(self):
-        num, (trajectories, times, channels) = self.f.shape[0], self.mean.shape
+        trajectories, times, channels = self.mean.shape
         named = {
             "predicted": f"{trajectories} trajectories at {times} times, {channels} channels",
-            "draws": f"{num} by method={self.method!r}, {int(np.sum(~np.asarray(self.ok)))} failed",
+            **about_draws(self),
+            "next": "predictions.interval(0.9), plot_trajectories(posterior, predictions), to_datatree(...)",
         }
-        if self.khat is not None:
-            named["Pareto k̂"] = f"{self.khat:.2f}, good below {khat_threshold(num):.2f}"
-        named["next"] = "predictions.interval(0.9), plot_trajectories(posterior, predictions), to_datatree(...)"
         return rows(named, "Predictions")
 
     def interval(self, prob: float = 0.9, *, noise: bool = True) -> tuple[Float[np.ndarray, "N T K"], ...]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, PyTree
 from .._checks import real_array
 from .._errors import LaplodeError
 from .._late import pd
+from .._show import Shown, rows
 from .table import REPLICATES, read_table
 
 
@@ -134,7 +135,7 @@ def _names(name: str, names: Any, num: int) -> tuple[str | int, ...] | None:
     return tuple(int(each) if isinstance(each, int | np.integer) else str(each) for each in names)
 
 
-class Trajectories(eqx.Module):
+class Trajectories(Shown):
     """A batch of N observed trajectories.
 
     Kept as NumPy float64, so that nothing is rounded when 64-bit JAX is switched on later.
@@ -246,6 +247,19 @@ class Trajectories(eqx.Module):
             states = columns(y0)
         inputs = None if args is None else columns(args)[:, 0] if isinstance(args, str) else columns(args)
         return cls(y0=states, args=inputs, **read)
+
+    def _shown(self):
+        num, length, channels = self.ys.shape
+        names = f"{channels}" if self.channels is None else ", ".join(map(str, self.channels))
+        args = jax.tree_util.tree_leaves_with_path(self.args)
+        named = {
+            "trajectories": f"{num}, at {length} times between {self.ts.min():.4g} and {self.ts.max():.4g}",
+            "channels": names,
+            "observed": f"{int(self.observed.sum())} of {self.ys.size} values",
+            "initial states": "the model's" if self.y0 is None else f"given, {self.y0.shape[1]} numbers each",
+            "args": ", ".join(f"args{jax.tree_util.keystr(path)} {leaf.shape}" for path, leaf in args),
+        }
+        return rows({name: value for name, value in named.items() if value}, "Trajectories")
 
     @property
     def observed(self) -> Bool[np.ndarray, "N T K"]:

@@ -10,13 +10,14 @@ from jaxtyping import Array, Bool, Float
 
 from .._errors import LaplodeError
 from .._late import dist
+from .._show import Shown, in_a_line, rows
 from .data import Trajectories
 from .likelihood import AbstractLikelihood, FromDistribution
 from .prior import AbstractPrior, GaussianPrior
 from .scale import AbstractScaleLikelihood
 
 
-class Problem(eqx.Module):
+class Problem(Shown):
     """Data, likelihood and prior: everything about the inference but the model.
 
     **Arguments:**
@@ -78,6 +79,18 @@ class Problem(eqx.Module):
         self.likelihood = likelihood
         self.prior = prior
         self.given = np.zeros((len(data.ys), channels), bool) if given is None else np.asarray(given, bool)
+
+    def _shown(self):
+        num, length, channels = self.data.ys.shape
+        observed, given = int(self.data.observed.sum()), int(self.given.sum())
+        named = {
+            "data": f"{num} trajectories, {length} times, {channels} channels: {observed} values"
+            + (f", {given} of them the initial states'" if given else ""),
+            "likelihood": in_a_line(self.likelihood),
+            "prior": in_a_line(self.prior),
+            "next": "fit(model, problem, optimizer, ...) or, of a fitted model, refine(model, problem)",
+        }
+        return rows(named, "Problem")
         if self.given.shape != (len(data.ys), channels):
             raise LaplodeError(f"`given` must have shape (N, K) = {(len(data.ys), channels)}, got {self.given.shape}.")
 
