@@ -47,6 +47,7 @@ from ._predict.mix import mix as mix
 from ._predict.predict import predict as predict
 from ._predict.predictions import Predictions as Predictions
 from ._predict.sampled import Sampled as Sampled
+from ._problem.constraint import SoftConstraint as SoftConstraint
 from ._problem.counts import NegativeBinomial as NegativeBinomial, Poisson as Poisson
 from ._problem.data import Trajectories as Trajectories
 from ._problem.prior import GaussianPrior as GaussianPrior, NamedPriors as NamedPriors

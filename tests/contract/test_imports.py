@@ -34,6 +34,7 @@ ORDER = [
     "_problem/scale",
     "_problem/counts",
     "_problem/prior",
+    "_problem/constraint",
     "_problem/problem",
     "_model/neural_ode",
     "_model/own",
@@ -197,6 +198,7 @@ MADE_BY_USERS = [
     "NeuralODE",
     "Poisson",
     "Problem",
+    "SoftConstraint",
     "StudentT",
     "Trajectories",
 ]

@@ -157,6 +157,14 @@ class DenseForm(AbstractForm):
         """Λ = H + diag(precision), which has all directions."""
         return self.full(precision, regularization)
 
+    def leading(self, precision: Float[Array, " P"], rank: int | None) -> "DenseForm":
+        """The form with the `rank` strongest modes in the metric of the prior alone, all by default."""
+        if rank is None:
+            return self
+        values, vectors = jnp.linalg.eigh(_in_metric(self.matrix, precision))
+        rows = jnp.sqrt(jnp.maximum(values, 0))[-rank:, None] * vectors.T[-rank:] * jnp.sqrt(precision)
+        return DenseForm(gram(rows)[None], self.defect, self.semidefinite)
+
 
 class BlockForm(AbstractForm):
     """The diagonal blocks of a symmetric matrix, in the order of θ, one for each leaf of the model."""
@@ -405,6 +413,8 @@ class FactoredForm(AbstractForm):
             roots = [_root(each) for each in self.by_channel()]
             channel = np.repeat(np.arange(len(roots)), [len(root) for root in roots])
             return FactoredForm(jnp.concatenate(roots), jnp.ones(len(channel)), channel, True)
+        if self.factor.shape[0] < self.factor.shape[1]:
+            return self
         return DenseForm(self.written_out().parts, 0.0, semidefinite=True)
 
 

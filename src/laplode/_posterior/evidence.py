@@ -82,7 +82,7 @@ class Evidence(eqx.Module):
         prior = problem.prior.local(view)
         log_det = self.log_det(prior, shrink(hyperparameters))
         constant = 0.5 * view.size * math.log(2 * math.pi)
-        return problem.log_likelihood(self.predictions) + prior.log_density + constant - 0.5 * log_det
+        return problem.log_likelihood(self.predictions) + prior.normalized + constant - 0.5 * log_det
 
     def problem_at(self, hyperparameters: Hyperparameters) -> Problem:
         """The problem with these hyperparameters."""

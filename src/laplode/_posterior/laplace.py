@@ -154,7 +154,7 @@ def _assembled(
         effective_dof=float(dof),
         inert=inert,
     )
-    log_joint = prior.log_density - nll
+    log_joint = prior.normalized - nll
     return Posterior(
         view, problem, around, form, precision, log_joint, diagnostics, curvature, structure, regularization
     )  # pyright: ignore[reportCallIssue]

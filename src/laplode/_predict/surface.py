@@ -13,6 +13,7 @@ from .._devices import compiled, free_bytes
 from .._errors import LaplodeError
 from .._posterior.posterior import Posterior
 from .._problem.likelihood import AbstractLikelihood
+from .._problem.prior import AbstractPrior
 from .._solve.maps import AbstractFlow, evaluate, flow
 
 # Up to so many parameters the density of draws is exact, at the price of this number squared of tangents.
@@ -23,8 +24,8 @@ class Surface(eqx.Module):
     """θ ↦ (Λ0^½ (θ − θ*), R^½ g(θ)), of which M are observed predictions; `root_information` is R^½.
 
     R is constant for every likelihood that names the coordinate g; for others it is taken at θ*. Derivatives are of
-    the frozen grid of `flow`. What the prior's precision has beside its diagonal, Xᵀ X, is as that of more observations
-    X θ: `prior_rows` is X.
+    the frozen grid of `flow`. What ties parameters together in the prior, its residual of which the square is in
+    −log p(θ), is as more observations.
     """
 
     flow: AbstractFlow
@@ -32,7 +33,7 @@ class Surface(eqx.Module):
     observed: Int[Array, " M"]
     root_information: Float[Array, " M"]
     root_prior: Float[Array, " P"]
-    prior_rows: Float[Array, "R P"]
+    prior: AbstractPrior
     route: str = eqx.field(static=True)
     bends: bool = eqx.field(static=True)  # whether the model has the second derivatives that steps are bent by
 
@@ -55,9 +56,9 @@ class Surface(eqx.Module):
                 problem.likelihood, predictions, problem.information(predictions), observed
             ),
             root_prior=jnp.sqrt(prior.precision),
-            prior_rows=prior.rows,
+            prior=problem.prior,
             route=around.jacobian_route(),
-            bends=around.has_second_pushforward(),
+            bends=around.has_second_pushforward() and problem.prior.bends(posterior.parameters),
         )
         needed, free = surface.lane_bytes(predictions.size), free_bytes()
         if needed > free:
@@ -71,14 +72,18 @@ class Surface(eqx.Module):
 
     def lane_bytes(self, num_predictions: int) -> int:
         """What one geodesic takes, with so many predictions, observed or not."""
-        size, num = self.root_prior.size, self.observed.size + self.prior_rows.shape[0]
+        size, num = self.root_prior.size, self.observed.size + len(self.tied(self.flow.parameters.vector))
         return 8 * ((num_predictions + 2 * num) * size + 3 * min(num, size) ** 2)
 
     def seen(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, " M+R"]:
-        """R^½ g where something was observed, and X θ after it."""
+        """R^½ g where something was observed, and after it the residual of the prior."""
         # Where nothing was observed g may be infinite, as the logarithm of 0 is: these are left out, not weighted by 0.
         stable = self.likelihood.stabilize(predictions).ravel()[self.observed]
-        return jnp.concatenate([self.root_information * stable, self.prior_rows @ theta])
+        return jnp.concatenate([self.root_information * stable, self.tied(theta)])
+
+    def tied(self, theta: Float[Array, " P"]) -> Float[Array, " R"]:
+        """The residual of the prior."""
+        return self.prior.residual(self.flow.parameters, theta)
 
     def solved(self, theta: Float[Array, " P"]) -> Float[Array, " M+R"]:
         """The same by a solve of its own."""
@@ -89,11 +94,11 @@ class Surface(eqx.Module):
         return eqx.tree_at(lambda s: s.flow, self, self.flow.renewed(theta))
 
     def tangent(self, theta: Float[Array, " P"]) -> Float[Array, "M+R P"]:
-        """A = R^½ ∂g/∂θ Λ0^-½, and X Λ0^-½ below it."""
+        """A = R^½ ∂g/∂θ Λ0^-½, and the same of the residual of the prior below it."""
         predictions, jacobian = self.flow.linearized(theta, self.route)
         _, scale = jax.jvp(self.likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
         seen = (self.root_information * scale.ravel()[self.observed])[:, None] * jacobian[self.observed]
-        return jnp.concatenate([seen, self.prior_rows]) / self.root_prior
+        return jnp.concatenate([seen, jax.jacrev(self.tied)(theta)]) / self.root_prior
 
     def bend(self, theta: Float[Array, " P"], direction: Float[Array, " P"]) -> Float[Array, " M+R"]:
         """The second derivative of what is seen along a direction of θ."""

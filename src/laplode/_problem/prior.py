@@ -21,7 +21,8 @@ class LocalPrior(eqx.Module):
 
     −∇² log p(θ) = diag(precision − deficit) + rowsᵀ rows, where `precision` is positive, so that it may serve as a
     metric, and `deficit` is 0 except where the density bends upward. `log_density` is log p(θ) in nats, and `gradient`
-    that of −log p(θ). Rows come from priors in which parameters depend on one another.
+    that of −log p(θ). Rows come from priors in which parameters depend on one another. `log_normalizer` is the
+    logarithm of what the density integrates to, where it is not 1; it is that of the Gaussian seen from here.
     """
 
     log_density: Float[Array, ""]
@@ -29,16 +30,53 @@ class LocalPrior(eqx.Module):
     precision: Float[Array, " P"]
     deficit: Float[Array, " P"]
     rows: Float[Array, "R P"]
+    log_normalizer: Float[Array, ""] | float = 0.0
 
     @property
     def diagonal(self) -> Float[Array, " P"]:
         """−∂² log p(θ) of each parameter without the rows, of either sign."""
         return self.precision - self.deficit
 
+    @property
+    def normalized(self) -> Float[Array, ""]:
+        """log p(θ) of the density that integrates to 1."""
+        return self.log_density - self.log_normalizer
+
     def refuse_rows(self, argument: str, instead: str) -> None:
         """Raise `LaplodeError` when parameters depend on one another in this prior."""
         if self.rows.shape[0]:
             raise LaplodeError(f"{argument} has a prior in which parameters depend on one another: {instead}")
+
+    def covariance_product(self, v: Float[Array, "... P"]) -> Float[Array, "... P"]:
+        """Covariance times v for the Gaussian of this precision and these rows."""
+        gain = self.rows / self.precision
+        system = jnp.eye(self.rows.shape[0]) + self.rows @ gain.T
+        return v / self.precision - jsl.solve(system, gain @ v.T, assume_a="pos").T @ gain
+
+    def with_residual(self, residual: Float[Array, " R"], rows: Float[Array, "R P"]) -> "LocalPrior":
+        """The prior times exp(−½ ‖r‖²), of which the value r and the Jacobian are given at the same θ."""
+        # The integral of the product, with r linear, is a Gaussian density of what r is at the mean of the prior.
+        root = jnp.linalg.cholesky(jnp.eye(len(rows)) + rows @ self.covariance_product(rows).T)
+        at_mean = jsl.solve_triangular(root, residual - rows @ self.covariance_product(self.gradient), lower=True)
+        return LocalPrior(
+            self.log_density - 0.5 * residual @ residual,
+            self.gradient + residual @ rows,
+            self.precision,
+            self.deficit,
+            jnp.concatenate([self.rows, rows]),
+            self.log_normalizer - 0.5 * at_mean @ at_mean - jnp.sum(jnp.log(jnp.diagonal(root))),
+        )
+
+    def sample(self, theta: Float[Array, " P"], key: PRNGKeyArray, n: int) -> Float[Array, "n P"]:
+        """Draws of the Gaussian that this is seen from `theta`."""
+        # Draws of Normal(0, diag(precision)⁻¹) become draws of the prior by Matheron's rule.
+        draws = jax.random.normal(key, (n, theta.size)) / jnp.sqrt(self.precision)
+        noise = jax.random.normal(jax.random.fold_in(key, 0), (n, self.rows.shape[0]))
+        gain = self.rows / self.precision
+        seen = draws @ self.rows.T + noise
+        system = jnp.eye(self.rows.shape[0]) + self.rows @ gain.T
+        mean = theta - self.covariance_product(self.gradient)
+        return mean + draws - jsl.solve(system, seen.T, assume_a="pos").T @ gain
 
 
 class Grouping(NamedTuple):
@@ -83,6 +121,18 @@ class AbstractPrior(eqx.Module):
     @abc.abstractmethod
     def check(self, view: Any) -> None:
         """Raise `LaplodeError` unless this is a prior for the parameters of `view`."""
+
+    def with_data(self, data: Any) -> "AbstractPrior":
+        """The prior, with what it takes from the data that it stands beside."""
+        return self
+
+    def residual(self, view: Any, theta: Float[Array, " P"]) -> Float[Array, " R"]:
+        """What ties parameters together: −log p(θ) has ½ ‖·‖² of it, and the rows of `local` are its Jacobian."""
+        return jnp.zeros(0)
+
+    def bends(self, view: Any) -> bool:
+        """Whether `residual` can be differentiated forward twice."""
+        return True
 
     @abc.abstractmethod
     def local(self, view: Any) -> LocalPrior:
@@ -129,6 +179,16 @@ class AbstractPrior(eqx.Module):
     def at(self, view: Any, grouping: Grouping, log_values: Float[Array, " A"]) -> "AbstractPrior":
         """The prior with other hyperparameters, in the order of `hyperparameters`."""
         return self
+
+
+def prior_of(name: str, value: Any) -> AbstractPrior:
+    """A prior, or the Gaussian one of a precision; `name` says in errors what it is for."""
+    if isinstance(value, AbstractPrior):
+        return value
+    try:
+        return GaussianPrior(value)
+    except LaplodeError as error:
+        raise LaplodeError(f"`{name}` is no precision: {error}") from error
 
 
 class GaussianPrior(AbstractPrior):
@@ -446,15 +506,12 @@ class PosteriorPrior(AbstractPrior):
         quadratic = jnp.sum(self.precision * offset**2, axis=-1) + jnp.sum((offset @ self.rows.T) ** 2, axis=-1)
         return 0.5 * (self.log_det - view.size * jnp.log(2 * jnp.pi) - quadratic)
 
+    def residual(self, view, theta):
+        return self.rows @ (theta - self.mean)
+
     @eqx.filter_jit
     def sample(self, view, key, n):
-        # Draws of Normal(mean, diag(precision)⁻¹) become draws of the prior by Matheron's rule.
-        draws = jax.random.normal(key, (n, view.size)) / jnp.sqrt(self.precision)
-        noise = jax.random.normal(jax.random.fold_in(key, 0), (n, self.rows.shape[0]))
-        gain = self.rows / self.precision
-        seen = draws @ self.rows.T + noise
-        system = jnp.eye(self.rows.shape[0]) + self.rows @ gain.T
-        return self.mean + draws - jsl.solve(system, seen.T, assume_a="pos").T @ gain
+        return self.local(view).sample(view.vector, key, n)
 
     def check_tunable(self):
         raise LaplodeError(

@@ -13,7 +13,7 @@ from .._late import dist
 from .._show import Shown, in_a_line, rows
 from .data import Trajectories
 from .likelihood import AbstractLikelihood, FromDistribution
-from .prior import AbstractPrior, GaussianPrior
+from .prior import AbstractPrior, prior_of
 from .scale import AbstractScaleLikelihood
 
 
@@ -25,8 +25,8 @@ class Problem(Shown):
     - `data`: the observed `Trajectories`.
     - `likelihood`: `Gaussian`, `LogNormal`, `StudentT`, `Poisson`, `NegativeBinomial`, or any function from predictions
         (..., K) to a NumPyro distribution of the same batch shape.
-    - `prior`: a `GaussianPrior`, its precision as a positive number, `NamedPriors`, or `posterior.as_prior()`, what was
-        learned from data before.
+    - `prior`: a `GaussianPrior`, its precision as a positive number, `NamedPriors`, `posterior.as_prior()`, what was
+        learned from data before; or one of these within a `SoftConstraint`.
     - `given`: which values of the first row the initial states fix, so that they are no observations, (N, K). None at
         first; `fit`, `refine` and `laplace` find them, and the problem that they return holds them.
 
@@ -57,11 +57,6 @@ class Problem(Shown):
                 "`prior` must be laplode.GaussianPrior(precision), a precision, or laplode.NamedPriors; got "
                 f"{type(prior).__name__}."
             )
-        if not isinstance(prior, AbstractPrior):
-            try:
-                prior = GaussianPrior(prior)
-            except LaplodeError as error:
-                raise LaplodeError(f"`prior` is no precision: {error}") from error
         channels = data.ys.shape[-1]
         for name in ("scale", "lower", "upper", "concentration"):
             value = getattr(likelihood, name, None)
@@ -77,7 +72,7 @@ class Problem(Shown):
         _check_distribution(likelihood, data.ys.shape)
         self.data = data
         self.likelihood = likelihood
-        self.prior = prior
+        self.prior = prior_of("prior", prior).with_data(data)
         self.given = np.zeros((len(data.ys), channels), bool) if given is None else np.asarray(given, bool)
 
     def _shown(self):
