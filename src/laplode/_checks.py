@@ -54,6 +54,19 @@ def check_flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
+def check_fraction(name: str, value: Any) -> float:
+    """Return `value` as a float between 0 and 1, or say that it is none."""
+    if not isinstance(value, float | np.floating) or not 0 < value < 1:
+        raise LaplodeError(f"`{name}` must lie between 0 and 1, got {value!r}.")
+    return float(value)
+
+
+def check_from(name: str, value: Any, kind: type, source: str) -> None:
+    """Raise `LaplodeError` unless `value` is a `kind`, which the function `source` of laplode returns."""
+    if not isinstance(value, kind):
+        raise LaplodeError(f"`{name}` must come from laplode.{source}, got {type(value).__name__}.")
+
+
 def check_positive(name: str, value: Any) -> np.ndarray:
     """Return `value` as an array of positive numbers, or say that it is none."""
     array = real_array(name, value)

@@ -180,7 +180,7 @@ def test_a_backend_that_is_not_installed(parts, monkeypatch):
 
 def test_phase_portrait(linear_ggn, linear_forecast):
     data, draws = linear_ggn.problem.data, np.asarray(linear_forecast.f)[:, 0]
-    picture = lp.plot_phase(linear_ggn, linear_forecast, num_draws=4, prob=0.8, labels=["p", "q"])
+    picture = lp.plot_phase(linear_ggn, linear_forecast, num_draws=4, prob=0.8, labels={0: "p", 1: "q"})
     panel = picture.get_target(None, {})
     assert (panel.get_xlabel(), panel.get_ylabel()) == ("p", "q")
     np.testing.assert_array_equal(picture.viz["median"]["f"].item().get_xydata(), np.median(draws, axis=0))
@@ -218,6 +218,7 @@ def test_phase_portrait_of_a_model_without_a_known_field(parts):
     for match, options in (
         ("`field`", dict(field=True)),
         ("`channels`", dict(channels=(0, 2))),
+        ("`channels` must be two of", dict(channels=(0, 0))),
         ("`trajectory`", dict(trajectory=2)),
     ):
         with pytest.raises(lp.LaplodeError, match=match):
@@ -277,34 +278,36 @@ def test_spectrum_of_no_posterior(growth_posterior):
 # ---- Correlation in time
 
 
+def correlations(figure):
+    return [
+        [np.ma.filled(p.collections[0].get_array(), np.nan) for p in row] for row in np.reshape(figure.axes[:4], (2, 2))
+    ]
+
+
 def test_time_correlation_is_that_of_the_closed_form(linear_forecast):
-    picture = lp.plot_time_correlation(linear_forecast, channels=["p", "q"], labels={"time": "hour"})
+    picture = lp.plot_time_correlation(linear_forecast, labels={0: "p", 1: "q", "time": "hour"})
     covariance = np.asarray(linear_forecast.covariance()[0]).reshape(9, 2, 9, 2)
-    mesh = drawn(picture, "correlation")
-    shown = np.ma.filled(mesh[0, 1].get_array(), np.nan).reshape(9, 9)  # channels are independent here
-    np.testing.assert_allclose(shown[1:, 1:], 0.0, atol=1e-9)
-    shown = np.ma.filled(mesh[1, 1].get_array(), np.nan).reshape(9, 9)
+    mesh = correlations(picture)
+    np.testing.assert_allclose(mesh[0][1][1:, 1:], 0.0, atol=1e-9)  # channels are independent here
+    shown = mesh[1][1]
     assert np.all(np.isnan(shown[0])) and np.all(np.isnan(shown[:, 0]))  # the given initial state
     q = covariance[1:, 1, 1:, 1]
     expected = q / np.sqrt(np.outer(np.diag(q), np.diag(q)))
     np.testing.assert_allclose(shown[1:, 1:], expected, rtol=1e-9)
-    axes = picture.viz["plot"].to_numpy()
-    assert (axes[1, 0].get_xlabel(), axes[0, 0].get_ylabel()) == ("p, hour", "p, hour")
+    assert (picture.axes[2].get_xlabel(), picture.axes[0].get_ylabel()) == ("p, hour", "p, hour")
 
 
-def test_time_correlation_of_draws(parts, tree):
-    _, _, later = parts
-    picture = lp.plot_time_correlation(tree, trajectory=1)
-    expected = np.corrcoef(np.asarray(later.f)[:, 1].reshape(30, -1).T).reshape(4, 2, 4, 2)
-    shown = drawn(picture, "correlation")[0, 1].get_array().reshape(4, 4)
-    np.testing.assert_allclose(shown, expected[:, 0, :, 1], rtol=1e-9)
-    assert picture.viz["plot"].to_numpy()[1, 1].get_xlabel() == "lynx, time"
+def test_time_correlation_of_draws(parts):
+    later = lp.predict(parts[0], np.linspace(5.5, 7, 4), key=KEY, num_samples=30, method="sampled", progress=False)
+    picture = lp.plot_time_correlation(later, trajectory=1)
+    draws = np.asarray(later.f)[np.asarray(later.ok), 1]
+    expected = np.corrcoef(draws.reshape(len(draws), -1).T).reshape(4, 2, 4, 2)
+    np.testing.assert_allclose(correlations(picture)[0][1], expected[:, 0, :, 1], rtol=1e-9)
+    assert picture.axes[3].get_xlabel() == "channel 1, time"
     with pytest.raises(lp.LaplodeError, match="`trajectory`"):
-        lp.plot_time_correlation(tree, trajectory=2)
+        lp.plot_time_correlation(later, trajectory=2)
     with pytest.raises(lp.LaplodeError, match="`predictions` must come from"):
         lp.plot_time_correlation(parts[0])
-    with pytest.raises(lp.LaplodeError, match="`channels` has 1 names"):
-        lp.plot_time_correlation(later, channels=["p"])
 
 
 # ---- Marginals

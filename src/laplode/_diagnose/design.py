@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._checks import check_x64
+from .._checks import check_from, check_x64
 from .._devices import free_bytes
 from .._errors import LaplodeError, choose
 from .._posterior.posterior import Posterior
@@ -249,8 +249,7 @@ def choose_measurements(
 def _candidates(posterior: Any, ts, y0, args, criterion: str, target: Any) -> tuple[Grid, AbstractCriterion]:
     check_x64()
     make = choose("criterion", criterion, {"information": _information, "variance": _variance})
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    check_from("posterior", posterior, Posterior, "laplace")
     grid = Grid.of(posterior, ts, y0, args)
     _check_memory(posterior, grid)
     wanted = None

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .._algebra.precision import Eigenpairs
-from .._errors import LaplodeError
+from .._checks import check_fraction, check_from
 from .._late import pd
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
@@ -82,10 +82,8 @@ def identifiability(posterior: Posterior, *, threshold: float = 0.1) -> Identifi
     Spantini et al. (2015), "Optimal low-rank approximations of Bayesian linear inverse problems"; MacKay (1992) for
     x / (1 + x); Kaiser (1958), "The varimax criterion for analytic rotation in factor analysis".
     """
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
-    if not isinstance(threshold, int | float | np.number) or not 0 < threshold < 1:
-        raise LaplodeError(f"`threshold` must lie between 0 and 1, got {threshold!r}.")
+    check_from("posterior", posterior, Posterior, "laplace")
+    check_fraction("threshold", threshold)
     view = posterior.parameters
     local = posterior.problem.prior.local(view)
     local.refuse_rows(

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from tqdm.auto import tqdm
 
-from .._checks import check_count, real_array
+from .._checks import check_count, check_from, real_array
 from .._errors import FitError, LaplodeError
 from .._late import pd
 from .._model.parameters import Parameters
@@ -156,8 +156,7 @@ def profile(
     exploiting the profile likelihood"; Kreutz, Raue and Timmer (2012), "Likelihood based observability analysis and
     confidence intervals for predictions of dynamic models".
     """
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    check_from("posterior", posterior, Posterior, "laplace")
     check_count("num", num, 3)
     if np.ndim(level) or not 0 < float(real_array("level", level)) < 1:
         raise LaplodeError(f"`level` must lie between 0 and 1, got {level!r}.")

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import check_count, check_key, check_x64
+from .._checks import check_count, check_from, check_key, check_x64
 from .._curvature.products import CurvatureProducts
-from .._errors import LaplodeError, LaplodeWarning
+from .._errors import LaplodeWarning
 from .._posterior.posterior import Posterior
 
 # How much smaller the tolerances are that those of the posterior are compared with, and what change is too large.
@@ -39,8 +39,7 @@ def check_tolerance(posterior: Posterior, *, num_probes: int = 4, key: PRNGKeyAr
     1990).
     """
     check_x64()
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    check_from("posterior", posterior, Posterior, "laplace")
     check_count("num_probes", num_probes)
     check_key("key", key)
     loose = posterior.flow

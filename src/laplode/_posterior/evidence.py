@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from .._algebra.build import Determinant, GramDeterminant, determinant
 from .._algebra.forms import AbstractForm
+from .._checks import check_from
 from .._curvature.strategies import At
 from .._errors import LaplodeError, choose
 from .._late import pd
@@ -152,8 +153,7 @@ def _groups(grouping: Grouping | None, posterior: Posterior) -> Int[np.ndarray, 
 
 def _forms(posterior: Any, precision: str, noise: str | None) -> tuple[Grouping | None, bool | None]:
     """How parameters are grouped, and whether noise scales are by channel; None for what is fixed."""
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    check_from("posterior", posterior, Posterior, "laplace")
     posterior.problem.prior.check_tunable()
     grouping = choose("precision", precision, GROUPINGS)
     if grouping is not None and not posterior.problem.prior.hyperparameters(posterior.parameters, grouping).size:

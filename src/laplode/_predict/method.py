@@ -14,7 +14,7 @@ from jax.scipy.special import gammaln
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._checks import check_count, check_flag, check_key, check_x64
+from .._checks import check_count, check_flag, check_from, check_key, check_x64
 from .._errors import LaplodeError, LaplodeWarning
 from .._posterior.posterior import Posterior
 from .._solve.maps import OfModel
@@ -91,8 +91,7 @@ def check_draws(
     """
     check_x64()
     check_key("key", key)
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    check_from("posterior", posterior, Posterior, "laplace")
     check_flag("resample", resample)
     if weigh is not None:
         check_flag("weigh", weigh)

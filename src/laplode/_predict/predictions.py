@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from .._checks import check_fraction
 from .._devices import compiled_draws
 from .._errors import LaplodeError
 from .._problem.likelihood import AbstractLikelihood
@@ -108,8 +109,7 @@ class Predictions(Shown):
 
         **Raises:** `LaplodeError` when `prob` is not between 0 and 1, or no draw is `ok`.
         """
-        if not isinstance(prob, float | np.floating) or not 0 < prob < 1:
-            raise LaplodeError(f"`prob` must lie between 0 and 1, got {prob!r}.")
+        check_fraction("prob", prob)
         draws = np.asarray(self.y if noise else self.f)[np.asarray(self.ok)]
         if not len(draws):
             raise LaplodeError("`interval()`: none of the draws has a finite trajectory.")

@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._checks import check_count, check_key
+from .._checks import check_count, check_from, check_key
 from .._errors import LaplodeError, LaplodeWarning, choose
 from .._fit.result import Fit
 from .._model.neural_ode import NeuralODE
@@ -98,8 +98,7 @@ def to_datatree(
     **Raises:** `LaplodeError` when several predictions compete for a group, or names do not fit. Warns
     (`LaplodeWarning`) when draws without a solution are left out.
     """
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    check_from("posterior", posterior, Posterior, "laplace")
     sets = {name: (given,) if isinstance(given, Predictions) else given for name, given in named.items()}
     for name, given in (("predictions", predictions), *sets.items()):
         _check_predictions(name, given)

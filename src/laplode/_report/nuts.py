@@ -17,7 +17,7 @@ from numpyro.infer.hmc import HMCState, hmc
 from numpyro.infer.util import ParamInfo
 from tqdm.auto import tqdm
 
-from .._checks import check_count, check_flag, check_key, check_x64, real_array
+from .._checks import check_count, check_flag, check_fraction, check_from, check_key, check_x64, real_array
 from .._errors import LaplodeError, LaplodeWarning, choose
 from .._posterior.posterior import Posterior
 from .._predict.grid import Grid
@@ -108,15 +108,13 @@ def nuts(
     and localization: an improved R̂".
     """
     check_x64()
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    check_from("posterior", posterior, Posterior, "laplace")
     counts = {"num_warmup": num_warmup, "num_samples": num_samples, "num_chains": num_chains}
     for name, value in (counts | {"max_tree_depth": max_tree_depth}).items():
         check_count(name, value)
     check_count("num_prior", num_prior, 0)
     check_key("key", key)
-    if not isinstance(target_accept_prob, float | np.floating) or not 0 < target_accept_prob < 1:
-        raise LaplodeError(f"`target_accept_prob` must lie between 0 and 1, got {target_accept_prob!r}.")
+    check_fraction("target_accept_prob", target_accept_prob)
     check_flag("dense_mass", dense_mass)
     vectorized = choose("chain_method", chain_method, {"vectorized": True, "sequential": False})
     data = posterior.problem.data

@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from typing import Any
 
+import arviz_base
 import numpy as np
 import xarray as xr
+from arviz_base.labels import IdxLabeller
 from arviz_plots import visuals
 from arviz_plots.plot_collection import PlotCollection
 from arviz_stats.base.array import array_stats
 from jaxtyping import PRNGKeyArray
 
-from ..._checks import check_count, check_key
+from ..._checks import check_count
 from ..._errors import LaplodeError
 from ..._posterior.posterior import Posterior
 from ..datatree import to_datatree
-from .shared import _COLORS, _grid, _label, _legend, _put
-
-# ---- Marginals of the parameters
+from .shared import COLORS, Layer, annotate, draw_layers, panels
 
 
 def plot_marginals(
@@ -50,9 +50,6 @@ def plot_marginals(
     """
     check_count("num", num)
     if isinstance(source, Posterior):
-        if key is None:
-            raise LaplodeError("`key` is needed to draw from a posterior.")
-        check_key("key", key)
         source = to_datatree(source, key=key, parameters="all")
     if not isinstance(source, xr.DataTree):
         raise LaplodeError(f"`source` must be a DataTree from to_datatree or a posterior, got {type(source).__name__}.")
@@ -60,62 +57,54 @@ def plot_marginals(
         raise LaplodeError("`source` has no draws of the prior: give to_datatree a `key`.")
     if source["posterior"].attrs.get("parameters") == "layers":
         raise LaplodeError('`source` has parameters by layers: make it by to_datatree(..., parameters="all").')
-    drawn = {group: _scalars(source[group].to_dataset()) for group in ("posterior", "prior")}
-    posterior, prior, entries = drawn["posterior"], drawn["prior"], []
+    flat = lambda group: arviz_base.xarray_to_ndarray(group.to_dataset(), label_fun=IdxLabeller().make_label_flat)
+    drawn = {group: dict(zip(*flat(source[group]), strict=True)) for group in ("prior", "posterior")}
+    std = {group: {name: np.std(draws) for name, draws in scalars.items()} for group, scalars in drawn.items()}
+    known = list(drawn["posterior"])
     if names is None:
-        narrow = {name: np.std(draws) / np.std(prior[name]) for name, draws in posterior.items()}
-        kept = sorted(narrow, key=narrow.__getitem__)[:num]
-        chosen = [name for name in posterior if name in kept]
+        kept = sorted(known, key=lambda name: std["posterior"][name] / std["prior"][name])[:num]
+        chosen = [name for name in known if name in kept]
     else:
-        if isinstance(names, str) or not isinstance(names, Sequence):
-            raise LaplodeError(f"`names` must be a list of names of parameters, got {names!r}.")
-        chosen = []
-        for wanted in names:
-            found = [name for name in posterior if name == wanted or name.startswith(f"{wanted}[")]
-            if not found:
-                raise LaplodeError(
-                    f"`names`: there is no parameter {wanted!r}; there are {', '.join(posterior)[:300]}."
-                )
-            chosen += found
+        chosen = _named(names, known)
     columns = min(4, len(chosen))
-    densities = {group: _densities(draws, posterior, prior, chosen) for group, draws in drawn.items()}
+    layers = [
+        Layer(group, visuals.line_xy, _densities(drawn[group], std, drawn["posterior"], chosen), style, group)
+        for group, style in (
+            ("prior", dict(color=COLORS[1], width=1.4)),
+            ("posterior", dict(color=COLORS[0], width=1.8)),
+        )
+    ]
     size = (3.0 * columns, 2.0 * -(-len(chosen) // columns) + 0.4)
-    plots = _grid(densities["posterior"], cols="parameter", wrap=columns, size=size, axes=axes, backend=backend)
-    for group, style in (
-        ("prior", dict(color=_COLORS[1], width=1.4)),
-        ("posterior", dict(color=_COLORS[0], width=1.8)),
-    ):
-        _put(plots, visuals.line_xy, group, densities[group], style)
-        entries.append((group, style))
-    bottom = len(chosen) - columns
+    plots = panels(layers[1].data, cols="parameter", wrap=columns, size=size, axes=axes, backend=backend)
     for i, name in enumerate(chosen):
-        title = f"{name}\nsd {np.std(posterior[name]):.2g}, prior {np.std(prior[name]):.2g}"
-        x = "value" if i >= bottom else None
-        _label(plots, {"parameter": name}, title=title, x=x, y="density" if i % columns == 0 else None, size=9)
-    _legend(plots, entries)
-    return plots
+        title = f"{name}\nsd {std['posterior'][name]:.2g}, prior {std['prior'][name]:.2g}"
+        x = "value" if i >= len(chosen) - columns else None
+        annotate(plots, {"parameter": name}, title=title, x=x, y="density" if i % columns == 0 else None, size=9)
+    return draw_layers(plots, layers)
 
 
-def _scalars(group: xr.Dataset) -> dict[str, np.ndarray]:
-    """The draws of each single parameter, by name."""
-    scalars = {}
-    for name, values in group.data_vars.items():
-        draws = values.values.reshape(values.shape[0] * values.shape[1], *values.shape[2:])
-        for place in np.ndindex(draws.shape[1:]):
-            entry = f"{name}[{', '.join(map(str, place))}]" if place else str(name)
-            scalars[entry] = draws[:, *place]
-    return scalars
+def _named(names: Any, known: list[str]) -> list[str]:
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise LaplodeError(f"`names` must be a list of names of parameters, got {names!r}.")
+    chosen = []
+    for wanted in names:
+        found = [name for name in known if name == wanted or name.startswith(f"{wanted}[")]
+        if not found:
+            raise LaplodeError(f"`names`: there is no parameter {wanted!r}; there are {', '.join(known)[:300]}.")
+        chosen += found
+    return chosen
 
 
-def _densities(draws, posterior, prior, names: list[str]) -> xr.Dataset:
-    """Curves (parameter, x and y, point) in a window that shows the posterior."""
+def _densities(draws, std, posterior, names: list[str]) -> xr.Dataset:
+    """Curves (parameter, x and y, point) in a window that shows the posterior, which ArviZ's own picture of prior and
+    posterior does not have.
+    """
     curves = []
     for name in names:
-        center, width = np.mean(posterior[name]), np.std(posterior[name])
-        reach = max(6 * width, min(3 * np.std(prior[name]), 12 * width))
-        values, margin = draws[name], np.std(draws[name])
+        center, width, values = np.mean(posterior[name]), std["posterior"][name], draws[name]
+        reach = max(6 * width, min(3 * std["prior"][name], 12 * width))
         # Room on both sides, where the density falls to zero.
-        limits = (float(values.min() - margin), float(values.max() + margin))
+        limits = (float(values.min() - np.std(values)), float(values.max() + np.std(values)))
         at, density, _ = array_stats.kde(values, custom_lims=limits, bound_correction=False, bw="scott")
         grid = np.linspace(center - reach, center + reach, 400)
         curves.append(np.stack([grid, np.interp(grid, at, density, left=0.0, right=0.0)]))

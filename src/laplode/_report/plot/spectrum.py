@@ -7,11 +7,9 @@ import xarray as xr
 from arviz_plots import visuals
 from arviz_plots.plot_collection import PlotCollection
 
-from ..._errors import LaplodeError
+from ..._checks import check_from
 from ..._posterior.posterior import Posterior
-from .shared import _COLORS, _GRAY, _grid, _label, _legend, _log_y, _put, _xy
-
-# ---- Spectrum of the curvature
+from .shared import COLORS, GRAY, Layer, annotate, draw_layers, panels, xy
 
 
 def plot_spectrum(posterior: Posterior, *, axes: Any = None, backend: str | None = None) -> PlotCollection:
@@ -31,42 +29,38 @@ def plot_spectrum(posterior: Posterior, *, axes: Any = None, backend: str | None
 
     **Raises:** `LaplodeError` when `posterior` is none, or its prior is the posterior of other data.
     """
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
-    one = posterior
-    local = one.problem.prior.local(one.parameters)
+    check_from("posterior", posterior, Posterior, "laplace")
+    local = posterior.problem.prior.local(posterior.parameters)
     local.refuse_rows("`posterior`", "no one line stands for it. Draw the posterior of all data together.")
     precision = np.asarray(local.precision)
     uniform = bool(np.all(precision == precision[0]))
     unit = float(precision[0]) if uniform else 1.0
-    values = unit * np.sort(one.form.spectrum(precision))[::-1]
-    rounding = one.size * np.finfo(float).eps * np.max(np.abs(values))
-    number = np.arange(1, len(values) + 1)
-    positive, negative = values > rounding, values < -rounding
-    plots = _grid(_xy(np.stack([number, values])), size=(6.4, 4.2), log_y=True, axes=axes, backend=backend)
-    entries: list[tuple[str, dict[str, Any]]] = []
-    for chosen, label, text, style in (
-        (positive, "eigenvalues", "eigenvalues of the likelihood's curvature", dict(color=_COLORS[0])),
-        (negative, "negative", "negative ones, absolute value", dict(facecolor="white", edgecolor=_COLORS[1])),
-    ):
-        if np.any(chosen):
-            dots = dict(**style, marker="C0", size=16)
-            _put(plots, visuals.scatter_xy, label, _xy(np.stack([number, np.abs(values)])[:, chosen]), dots)
-            entries.append((text, dict(marker="o", **style)))
-    line = dict(color="black", width=1.2)
-    _put(plots, visuals.hline, "prior", xr.Dataset({"f": unit}), line)
-    entries.append((f"prior precision {unit:.3g}" if uniform else "prior", line))
-    dof = float(one.diagnostics.effective_dof)
-    dashed = dict(color=_GRAY, width=1.2, linestyle="C1")
-    _put(plots, visuals.vline, "effective_dof", xr.Dataset({"f": dof}), dashed)
-    entries.append((f"effective degrees of freedom {dof:.1f}", dashed))
-    _label(
-        plots,
-        {},
-        title=None,
-        x=f"number, of P = {one.size}",
-        y="eigenvalue" + ("" if uniform else " over prior precision"),
+    values = unit * np.sort(posterior.form.spectrum(precision))[::-1]
+    rounding = posterior.size * np.finfo(float).eps * np.max(np.abs(values))
+    points = np.stack([np.arange(1, len(values) + 1), np.abs(values)])
+    dof = float(posterior.diagnostics.effective_dof)
+    dots = {"marker": "C0", "size": 16}
+    positive = dots | {"color": COLORS[0]}
+    negative = dots | {"facecolor": "white", "edgecolor": COLORS[1]}
+    kinds = (
+        (values > rounding, "eigenvalues", "eigenvalues of the likelihood's curvature", positive),
+        (values < -rounding, "negative", "negative ones, absolute value", negative),
     )
-    _log_y(plots)
-    _legend(plots, entries, columns=2)
-    return plots
+    layers = [
+        Layer(label, visuals.scatter_xy, xy(points[:, chosen]), style, text)
+        for chosen, label, text, style in kinds
+        if np.any(chosen)
+    ]
+    at, style = xr.Dataset({"f": unit}), dict(color="black", width=1.2)
+    text = f"prior precision {unit:.3g}" if uniform else "prior"
+    layers.append(Layer("prior", visuals.hline, at, style, text))
+    at, style = xr.Dataset({"f": dof}), dict(color=GRAY, width=1.2, linestyle="C1")
+    layers.append(Layer("effective_dof", visuals.vline, at, style, f"effective degrees of freedom {dof:.1f}"))
+    plots = panels(xy(points), size=(6.4, 4.2), log_y=True, axes=axes, backend=backend)
+    of = "eigenvalue" + ("" if uniform else " over prior precision")
+    annotate(plots, {}, x=f"number, of P = {posterior.size}", y=of)
+    if plots.backend == "matplotlib":
+        plots.get_target(None, {}).set_yscale("log")
+    elif plots.backend == "plotly":
+        plots.get_viz("figure").update_yaxes(type="log")
+    return draw_layers(plots, layers, columns=2)

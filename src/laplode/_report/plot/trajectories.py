@@ -1,6 +1,6 @@
 """Trajectories with their intervals."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -8,14 +8,13 @@ import xarray as xr
 from arviz_plots import visuals
 from arviz_plots.plot_collection import PlotCollection
 
+from ..._checks import check_fraction
 from ..._errors import LaplodeError
 from ..._posterior.posterior import Posterior
 from ..._predict.predictions import Predictions
 from ..._problem.data import Trajectories
 from ..datatree import to_datatree
-from .shared import _COLORS, _GRAY, _check_prob, _grid, _label, _legend, _lines, _put, _ribbon, _title
-
-# ---- Trajectories over time
+from .shared import COLORS, DATA, GRAY, HELD_OUT, Layer, annotate, draw_layers, lines, panels, pick, ribbon, titled
 
 
 def plot_trajectories(
@@ -52,25 +51,23 @@ def plot_trajectories(
 
     **Raises:** `LaplodeError` when there is nothing to plot, or a trajectory is unknown.
     """
-    _check_prob(prob)
+    check_fraction("prob", prob)
     tree = to_datatree(source, *predictions) if isinstance(source, Posterior) else source
     if not isinstance(tree, xr.DataTree):
         raise LaplodeError(f"`source` must be a DataTree from to_datatree, or a posterior; got {type(tree).__name__}.")
-    groups = [name for name in ("posterior_predictive", "predictions") if name in tree.children]
-    if not groups:
+    segments = [_segment(tree, name) for name in ("posterior_predictive", "predictions") if name in tree.children]
+    if not segments:
         raise LaplodeError("`source` has no predictions: pass some from laplode.predict to to_datatree.")
-    segments = [_segment(tree, name) for name in groups]
     if len(segments) == 2 and _covers(segments[1]["ts"], segments[0]["ts"]):
         segments = segments[1:]
-    observed = tree["observed_data"].to_dataset()["y"]
+    observed = tree["observed_data"].to_dataset()[["y"]]
+    observed["ts"] = tree["constant_data"].to_dataset()["ts"]
     same = all(np.array_equal(s["trajectory"], observed["trajectory"]) for s in segments)
     known = list(segments[0]["trajectory"].values)
-    names = known[:4] if trajectories is None else list(trajectories)
-    if not names or any(name not in known for name in names):
-        raise LaplodeError(f"`trajectories` must be some of {known}, got {names}.")
-    segments = [segment.sel(trajectory=names) for segment in segments]
+    rows = pick("trajectories", known[:4] if trajectories is None else trajectories, known)
+    segments, names = [segment.isel(trajectory=rows) for segment in segments], [known[row] for row in rows]
     channels = segments[0]["channel"].values
-    plots = _grid(
+    plots = panels(
         segments[0][["f"]],
         rows="trajectory",
         cols="channel",
@@ -78,44 +75,32 @@ def plot_trajectories(
         axes=axes,
         backend=backend,
         aes={"color": ["channel"]},
-        color=_COLORS,
+        color=COLORS,
     )
-    for end, segment in zip(("", "_forecast"), segments, strict=False):
-        _draw_segment(plots, segment, prob, num_draws, end)
-    percent = f"{100 * prob:g}%"
-    entries = [
-        (f"{percent} with noise", dict(color=_COLORS[0], alpha=0.18, width=8)),
-        (f"{percent} noise-free", dict(color=_COLORS[0], alpha=0.45, width=8)),
-        ("draws", dict(color=_COLORS[0], alpha=0.6, width=0.5)),
-        ("median", dict(color=_COLORS[0], width=1.8)),
-    ]
+    layers = [*_prediction_layers(segments[0], prob, num_draws)]
+    for later in segments[1:]:
+        layers += [
+            layer._replace(label=f"{layer.label}_forecast") for layer in _prediction_layers(later, prob, num_draws)
+        ]
     if same:
-        observed = observed.sel(trajectory=names)
-        times = tree["constant_data"].to_dataset()["ts"].sel(trajectory=names)
-        entries += _draw_observations(plots, observed, times, segments)
+        layers += _data_layers(observed.isel(trajectory=rows), segments)
         if held_out is not None:
-            rows = [known.index(name) for name in names]
             # Of the shape of the observations but for the times, which have no coordinates here.
             like = dict(trajectory=names, channel=channels)
             ys = xr.DataArray(held_out.ys[rows], like, ["trajectory", "time", "channel"], name="y")
             ts = xr.DataArray(held_out.ts[rows], dict(trajectory=names), ["trajectory", "time"])
-            style = dict(facecolor="white", edgecolor="black", marker="C0", size=22)
-            _put(plots, visuals.scatter_xy, "held_out", ys.to_dataset(), style, x=ts)
-            entries.append(("held out", dict(edgecolor="black", marker="o", facecolor="white")))
+            style = HELD_OUT | {"size": 22}
+            layers += [Layer("held_out", visuals.scatter_xy, ys.to_dataset(), style, "held out", inputs={"x": ts})]
     labels = labels or {}
-    for row, name in enumerate(names):
-        for column, channel in enumerate(channels):
-            place = {"trajectory": name, "channel": channel}
-            title = _title("channel", channel) + (f", {_title('trajectory', name)}" if len(names) > 1 else "")
-            _label(
-                plots,
-                place,
-                title=title,
-                x=labels.get("time", "time") if row == len(names) - 1 else None,
-                y=labels.get("y", "y") if column == 0 else None,
-            )
-    _legend(plots, entries)
-    return plots
+    for name, channel in ((name, channel) for name in names for channel in channels):
+        annotate(
+            plots,
+            {"trajectory": name, "channel": channel},
+            title=titled("channel", channel) + (f", {titled('trajectory', name)}" if len(names) > 1 else ""),
+            x=labels.get("time", "time") if name == names[-1] else None,
+            y=labels.get("y", "y") if channel == channels[0] else None,
+        )
+    return draw_layers(plots, layers)
 
 
 def _covers(these: xr.DataArray, those: xr.DataArray) -> bool:
@@ -129,35 +114,31 @@ def _segment(tree: xr.DataTree, group: str) -> xr.Dataset:
     return draws.assign(ts=tree[constant].to_dataset()["ts"])
 
 
-def _draw_segment(plots: PlotCollection, segment: xr.Dataset, prob: float, num_draws: int, end: str) -> None:
+def _prediction_layers(segment: xr.Dataset, prob: float, num_draws: int) -> Iterator[Layer]:
     tails = [(1 - prob) / 2, (1 + prob) / 2]
-    ts = segment["ts"]
-    for variable, alpha, label in (("y", 0.18, "noise_ribbon"), ("f", 0.35, "ribbon")):
-        low, high = segment[variable].quantile(tails, dim="sample").transpose("quantile", ...)
-        data = low.drop_vars("quantile").to_dataset(name="f")
-        _put(plots, _ribbon, label + end, data, dict(alpha=alpha), x=ts, high=high.drop_vars("quantile"))
-    few = segment[["f"]].isel(sample=slice(num_draws))
+    times, one = {"x": segment["ts"]}, {"color": COLORS[0]}
+    for variable, alpha, label, text, shade in (
+        ("y", 0.18, "noise_ribbon", "with noise", 0.18),
+        ("f", 0.35, "ribbon", "noise-free", 0.45),
+    ):
+        low, high = segment[variable].quantile(tails, dim="sample").drop_vars("quantile").transpose("quantile", ...)
+        swatch, ends = one | {"alpha": shade, "width": 8}, times | {"high": high}
+        yield Layer(label, ribbon, low.to_dataset(name="f"), {"alpha": alpha}, f"{100 * prob:g}% {text}", swatch, ends)
     if num_draws > 0:
-        _put(plots, _lines, "draws" + end, few, dict(width=0.5, alpha=0.6), x=ts)
-    _put(plots, visuals.line_xy, "median" + end, segment[["f"]].median("sample"), dict(width=1.8), x=ts)
+        few = segment[["f"]].isel(sample=slice(num_draws))
+        yield Layer("draws", lines, few, {"width": 0.5, "alpha": 0.6}, "draws", one, times)
+    yield Layer("median", visuals.line_xy, segment[["f"]].median("sample"), {"width": 1.8}, "median", one, times)
 
 
-def _draw_observations(
-    plots: PlotCollection, observed: xr.DataArray, times: xr.DataArray, segments: list[xr.Dataset]
-) -> list[tuple[str, dict[str, Any]]]:
-    """The data, and where forecasting starts; what to say of them in a legend."""
-    style = dict(color="black", marker="C0", size=16)
-    data = observed.to_dataset(name="y")
-    _put(plots, visuals.scatter_xy, "data", data, style, x=times)
-    entries: list[tuple[str, dict[str, Any]]] = [("data", dict(color="black", marker="o"))]
+def _data_layers(observed: xr.Dataset, segments: list[xr.Dataset]) -> Iterator[Layer]:
+    """The data, and where forecasting starts."""
+    ys, ts = observed["y"], observed["ts"]
+    yield Layer("data", visuals.scatter_xy, observed[["y"]], DATA | {"size": 16}, "data", inputs={"x": ts})
     # One horizon a trajectory: the last time at which anything was seen of it.
-    seen = observed.notnull().any("channel").transpose("trajectory", "time")
-    horizon = xr.where(seen, times, -np.inf).max("time")
+    horizon = xr.where(ys.notnull().any("channel"), ts, -np.inf).max("time")
     last = xr.concat([segment["ts"].max("time") for segment in segments], "segment").max("segment")
     horizon = horizon.where(last > horizon)
     if np.any(np.isfinite(horizon)):
-        lines = horizon.expand_dims(channel=observed["channel"]).transpose("trajectory", "channel").to_dataset(name="y")
-        dashed = dict(color=_GRAY, linestyle="C1", width=1)
-        _put(plots, visuals.vline, "horizon", lines, dashed)
-        entries.append(("last observation fitted", dashed))
-    return entries
+        at = horizon.expand_dims(channel=ys["channel"]).transpose("trajectory", "channel").to_dataset(name="y")
+        dashed = dict(color=GRAY, linestyle="C1", width=1)
+        yield Layer("horizon", visuals.vline, at, dashed, "last observation fitted")
