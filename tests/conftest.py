@@ -17,7 +17,6 @@ import matplotlib
 import matplotlib.pyplot
 import numpy as np
 import pytest
-from rewordings import REASONS
 
 import laplode as lp
 
@@ -47,12 +46,6 @@ def pytest_configure(config):
         flags = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_TO_COMPILE}".strip()
         if _known_to_xla(flags):
             os.environ["XLA_FLAGS"] = flags
-
-
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.name == "test_rewordings.py" and item.name in REASONS:
-            item.add_marker(pytest.mark.xfail(strict=True, reason=REASONS[item.name]))
 
 
 def _known_to_xla(flags):

@@ -3,6 +3,7 @@
 
     python tests/benchmarks/cold.py            the path in one process; without, then twice with JAX's persistent cache
     python tests/benchmarks/cold.py step       a step of `fit` beside the same step on `diffeqsolve`, and memory
+    python tests/benchmarks/cold.py checks     what the checks are of `laplace`, in the first call and in later ones
 
 Each process measures its own U first. Run it with nothing else on the machine.
 """
@@ -16,7 +17,7 @@ import tempfile
 import time
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("what", nargs="?", default="path", choices=["path", "step", "one", "fit", "plain"])
+parser.add_argument("what", nargs="?", default="path", choices=["path", "step", "checks", "one", "fit", "plain"])
 parser.add_argument("--steps", type=int, default=100, help="of the optimizer")
 parser.add_argument("--turns", type=float, default=1.0, help="how often the data of `step` go round")
 options = parser.parse_args()
@@ -144,6 +145,37 @@ if options.what == "one":
     timed("laplace, hessian, again", lambda: laplode.laplace(fit.model, problem, progress=False))
     timed("predict, 37 times, again", lambda: laplode.predict(posterior, TS, Y0, key=jax.random.key(3)))
     print(f"in all {(time.perf_counter() - whole) / U:.1f} U")
+elif options.what == "checks":
+    from laplode._posterior import estimate, laplace
+
+    spent = 0.0
+
+    def clocked(function):
+        def call(*arguments):
+            global spent
+            start = time.perf_counter()
+            found = function(*arguments)
+            spent += time.perf_counter() - start
+            return found
+
+        return call
+
+    for module, name in (
+        (estimate, "with_given"),
+        (laplace, "check_finite"),
+        (laplace, "unfrozen"),
+        (laplace, "solver_problems"),
+    ):
+        setattr(module, name, clocked(getattr(module, name)))
+    fit = laplode.refine(trained(optax.adam(1e-2), horizons=(1.0,)).model, problem, progress=False)
+    for curvature in ("ggn", "hessian"):
+        for call in ("the first call", *["again"] * 5):
+            start, spent = time.perf_counter(), 0.0
+            laplode.laplace(fit.model, problem, curvature=curvature, progress=False)
+            seconds = time.perf_counter() - start
+            print(
+                f"{curvature}, {call}: {seconds:.3f} s, checks {spent:.3f} s, {spent / U:.3f} U, {spent / seconds:.1%}"
+            )
 else:
     optimizer = optax.adam(1e-3)
     if options.what == "fit":

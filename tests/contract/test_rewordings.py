@@ -41,7 +41,7 @@ few = settings(
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-powers = st.integers(-9, 9).filter(lambda power: power != 0)
+powers = st.integers(-12, 12).filter(lambda power: power != 0)
 
 
 # ---- Questions
@@ -247,7 +247,7 @@ def chain(units: Units, rate=(0.7, 0.4), **options) -> Question:
 
 def stiff(units: Units) -> Question:
     """The second rate is a thousand times as fast as the first, and an implicit solver takes it."""
-    return chain(units, rate=(0.7, 400.0), solver=diffrax.Kvaerno3())
+    return chain(units, rate=(0.7, 400.0), solver=diffrax.Kvaerno3(), max_steps=16**4)
 
 
 class Net(eqx.Module):
@@ -346,7 +346,7 @@ def tree_stage(question):
     posterior = posterior_of(question)
     predictions = lp.predict(posterior, question.problem.data.ts, key=KEY, num_samples=3, progress=False)
     tree = lp.to_datatree(posterior, predictions, progress=False)
-    drawn = jax.vmap(posterior.unravel)(predictions.thetas)
+    drawn = eqx.filter_vmap(posterior.unravel)(predictions.thetas)
     for name, leaf in zip(
         tree["posterior"].data_vars, jax.tree.leaves(eqx.filter(drawn, eqx.is_inexact_array)), strict=True
     ):
@@ -390,13 +390,14 @@ def first_answer(question: str, stage: str):
 
 
 def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
-    """To a part of each number: of estimates and predictions, of the largest; of evidence, in nats."""
+    """To a part of each number; of estimates and predictions, of the largest; of nats and degrees of freedom, of 1."""
     for name, value in expected.items():
         if name in ("verdicts", "observations"):
             assert found[name] == value, name
             continue
         value, scale = np.asarray(value), np.max(np.abs(np.asarray(value, float)), initial=0.0)
         absolute = {"estimate": scale, "predicted mean": scale, "evidence": 1 + scale, "Newton decrement": 1.0}
+        absolute["effective degrees of freedom"] = 1.0
         absolute = absolute.get(name, 0.0) * tolerance
         np.testing.assert_allclose(found[name], value, rtol=tolerance, atol=absolute, err_msg=name)
 
@@ -404,19 +405,11 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any], tolerance: floa
 # ---- The table
 
 
-def rows(quick: list[tuple[str, str]], questions=tuple(QUESTIONS), stages=tuple(STAGES), broken=()):
-    """Parameters (question, stage): those of `quick` always, all others with `-m whole`.
-
-    `broken` holds (question, stage, reason) of what laplode does not yet answer alike; None stands for any.
-    """
+def rows(quick: list[tuple[str, str]], questions=tuple(QUESTIONS), stages=tuple(STAGES)):
+    """Parameters (question, stage): those of `quick` always, all others with `-m whole`."""
     pairs = quick + [(q, s) for q in questions for s in stages if (q, s) not in quick]
-    found = []
-    for pair in pairs:
-        marks = [] if pair in quick else [pytest.mark.whole]
-        for question, stage, reason in broken:
-            if question in (None, pair[0]) and stage in (None, pair[1]):
-                marks.append(pytest.mark.xfail(strict=True, reason=reason))
-        found.append(pytest.param(*pair, marks=marks, id="-".join(pair)))
+    marks = lambda pair: [] if pair in quick else [pytest.mark.whole]
+    found = [pytest.param(*pair, marks=marks(pair), id="-".join(pair)) for pair in pairs]
     return pytest.mark.parametrize(("question", "stage"), found)
 
 

@@ -284,6 +284,7 @@ def test_an_initial_state_for_each_trajectory():
         (lambda: lp.NamedPriors({}), "`named` must map paths"),
         (lambda: lp.NamedPriors({"rate": 1.0}), r"`named`\['rate'\] must be the NumPyro distribution.*float"),
         (lambda: lp.NamedPriors({"rate": dist.Poisson(1.0)}), r"`named`\['rate'\].*discrete"),
+        (lambda: lp.NamedPriors({"rate": dist.Delta(1.0)}), r"`named`\['rate'\].*Delta.*`where`"),
         (lambda: lp.NamedPriors({"rate": dist.Dirichlet(jnp.ones(2))}), r"`named`\['rate'\].*arrays of shape \(2,\)"),
         (lambda: lp.NamedPriors({"rate": dist.Normal(0, 1)}, rest=-1.0), "`precision` must be positive"),
         (lambda: lp.Problem(DATA, lp.Gaussian(1.0), dist.Normal(0, 1)), "`prior` must be.*NamedPriors"),

@@ -136,16 +136,22 @@ PRIORS = [
     dist.Laplace(0.3, 2.0), dist.Levy(0.01, 2.0), dist.Logistic(0.3, 2.0), dist.LowerTruncatedPowerLaw(-1.5, 0.05),
     dist.RelaxedBernoulliLogits(0.7, 0.3), dist.SoftLaplace(0.3, 2.0), dist.VonMises(0.3, 2.0),
     dist.TruncatedDistribution(dist.Laplace(0.3, 2.0), high=3.0),
+    dist.FoldedDistribution(dist.Normal(0.3, 1.0)), dist.ImproperUniform(dist.constraints.positive, (), ()),
+    dist.MixtureSameFamily(dist.Categorical(probs=jnp.array([0.3, 0.7])), dist.Normal(0.0, jnp.array([1.0, 0.5]))),
+    dist.MixtureGeneral(dist.Categorical(probs=jnp.array([0.3, 0.7])), [dist.Normal(0.0, 1.0), dist.Cauchy(0.2, 2.0)]),
+    dist.TruncatedDistribution(dist.Normal(0.3, 1.0), low=0.1), dist.Normal(0.3, 2.0).mask(True),
     dist.TransformedDistribution(dist.StudentT(3.0, 0.5, 2.0), [AffineTransform(0.2, 0.6), ExpTransform()]),
 ]  # fmt: skip
-IN_ANOTHER_PROCESS = """
+POINTS = [0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.8, 0.9]
+IN_ANOTHER_PROCESS = f"""
+POINTS = {POINTS}
 import sys, jax
 jax.config.update("jax_enable_x64", True)
 import laplode as lp
 from laplode._files import fingerprint
 for path in sys.argv[1:]:
     prior = lp.load(path)
-    print(fingerprint(prior), *(float(prior.named["k"].log_prob(x)).hex() for x in (0.4, 0.7)))
+    print(fingerprint(prior), *(float(prior.named["k"].log_prob(x)).hex() for x in POINTS))
 """
 
 
@@ -156,8 +162,7 @@ def test_priors_are_the_same_in_every_process(tmp_path):
         lp.save(tmp_path / str(i), prior)
         paths.append(str(tmp_path / str(i)))
     text = [
-        " ".join([fingerprint(prior), *(float(prior.named["k"].log_prob(x)).hex() for x in (0.4, 0.7))])
-        for prior in priors
+        " ".join([fingerprint(prior), *(float(prior.named["k"].log_prob(x)).hex() for x in POINTS)]) for prior in priors
     ]
     for seed in "123":
         start = [sys.executable, "-c", IN_ANOTHER_PROCESS, *paths]

@@ -64,8 +64,8 @@ def _examined(made: Built, local: Any, regularization: AbstractRegularization) -
         low = 1 + float(before.min())
         raise LaplodeError(
             f"The precision is not positive definite: its smallest eigenvalue is {low:.3g} of the prior's precision, "
-            f"and {num_negative} eigenvalues of the Hessian are negative. The model is not at a minimum: call "
-            'laplode.refine(model, problem) first, or take `regularization`="clip" or `curvature`="ggn".'
+            f"and {num_negative} eigenvalues of the Hessian are negative. The model is not at a minimum: take "
+            'that of laplode.refine(model, problem), or `regularization`="clip" or `curvature`="ggn".'
         )
     if not np.isfinite(made.precision.log_det):
         return None

@@ -160,6 +160,7 @@ def information_gain(
     y0: Any = None,
     args: PyTree = None,
     *,
+    scale: Any = None,
     criterion: str = "information",
     target: Callable[[Any], Any] | None = None,
 ) -> InformationGain:
@@ -170,6 +171,8 @@ def information_gain(
     - `posterior`: from `laplace`.
     - `ts`, `y0`, `args`: candidate times and the trajectories to observe, as in `predict`: without `y0` those of the
         data, otherwise new ones.
+    - `scale`: the noise scale of the candidates, as in `predict`, for a likelihood that knows it for each observed
+        value only.
     - `criterion`: "information": expected information gain about all parameters, or about the target, in nats.
         "variance": by how much
         the variances of the target, or of all parameters in the coordinates of θ, are expected to fall, in sum.
@@ -194,7 +197,7 @@ def information_gain(
     Lindley (1956), "On a measure of the information provided by an experiment"; Chaloner and Verdinelli (1995),
     "Bayesian experimental design: a review".
     """
-    grid, found = _candidates(posterior, ts, y0, args, criterion, target)
+    grid, found = _candidates(posterior, ts, y0, args, scale, criterion, target)
     shape = (*grid.ts.shape, posterior.problem.data.ys.shape[2])
     each = found.each.reshape(shape)
     return InformationGain(grid.ts, each, found.together(np.ones(each.size)), found)
@@ -207,6 +210,7 @@ def choose_measurements(
     y0: Any = None,
     args: PyTree = None,
     *,
+    scale: Any = None,
     criterion: str = "information",
     target: Callable[[Any], Any] | None = None,
     repeat: bool = False,
@@ -227,7 +231,7 @@ def choose_measurements(
     """
     if not isinstance(num, int | np.integer) or num < 1:
         raise LaplodeError(f"`num` must be a positive integer, got {num!r}.")
-    grid, found = _candidates(posterior, ts, y0, args, criterion, target)
+    grid, found = _candidates(posterior, ts, y0, args, scale, criterion, target)
     shape = (*grid.ts.shape, posterior.problem.data.ys.shape[2])
     if not repeat and num > np.prod(shape):
         raise LaplodeError(
@@ -246,11 +250,12 @@ def choose_measurements(
     return Measurements(trajectory, time, channel, grid.ts[trajectory, time], np.array(gains))
 
 
-def _candidates(posterior: Any, ts, y0, args, criterion: str, target: Any) -> tuple[Grid, AbstractCriterion]:
+def _candidates(posterior: Any, ts, y0, args, scale, criterion: str, target: Any) -> tuple[Grid, AbstractCriterion]:
     check_x64()
     make = choose("criterion", criterion, {"information": _information, "variance": _variance})
     check_from("posterior", posterior, Posterior, "laplace")
     grid = Grid.of(posterior, ts, y0, args)
+    likelihood = grid.likelihood(posterior, scale)
     _check_memory(posterior, grid)
     wanted = None
     if target is not None:
@@ -263,7 +268,7 @@ def _candidates(posterior: Any, ts, y0, args, criterion: str, target: Any) -> tu
     check_finite(jacobian, around)
     rows = jacobian.reshape(*predictions.shape, -1)[:, grid.skip :]
     predictions = predictions[:, grid.skip :]
-    information = _expected_information(posterior.problem.likelihood, predictions)
+    information = _expected_information(likelihood, predictions)
     # What no parameter reaches tells nothing, such as a known initial state, whatever the likelihood makes of it.
     inert = jnp.all(rows == 0, axis=-1)
     wrong = ~inert & ~(jnp.isfinite(information) & jnp.isfinite(posterior.problem.likelihood.stabilize(predictions)))

@@ -96,8 +96,8 @@ class Evidence(eqx.Module):
             return problem
         likelihood: Any = problem.likelihood
         factor = jnp.exp(hyperparameters.log_scale)
-        scale = jnp.asarray(likelihood.scale) * (factor if self.by_channel else factor[0])
-        return eqx.tree_at(lambda p: p.likelihood.scale, problem, scale)
+        scaled = likelihood.scaled(factor if self.by_channel else factor[0])
+        return eqx.tree_at(lambda p: p.likelihood, problem, scaled)
 
 
 def shrink(hyperparameters: Hyperparameters) -> Float[Array, " B"]:

@@ -213,8 +213,8 @@ def _warn(posterior: Posterior) -> None:
     if diagnostics.regularized is not None:
         problems.append(
             f"The precision is not positive definite: the likelihood's exact Hessian has {diagnostics.num_negative} "
-            f"negative eigenvalues, regularized by {diagnostics.regularized}. The model is not at a minimum: call "
-            'laplode.refine(model, problem) first, or take curvature="ggn".'
+            f"negative eigenvalues, regularized by {diagnostics.regularized}. The model is not at a minimum: take "
+            'that of laplode.refine(model, problem), or curvature="ggn".'
             if diagnostics.eigenvalue_min <= 0
             else f"The likelihood's exact Hessian has {diagnostics.num_negative} negative eigenvalues, regularized by "
             f"{diagnostics.regularized}, though the prior makes up for them: the model is at a minimum all the same."
@@ -236,7 +236,8 @@ def _warn(posterior: Posterior) -> None:
     if diagnostics.newton_decrement > 0.1:
         problems.append(
             f"The Newton decrement is {diagnostics.newton_decrement:.3g} nats, so about that much remains to be "
-            "gained: the Gaussian sits beside the mode. Call laplode.refine(model, problem) first, and take its model."
+            "gained: the Gaussian sits beside the mode. Take the model of fit = laplode.refine(model, problem); "
+            "fit.reason says why, where it has not converged."
         )
     if diagnostics.symmetry_defect > 1e-8:
         problems.append(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 from tqdm.auto import tqdm
 
 from .._checks import check_count, check_flag, real_array
@@ -61,8 +61,8 @@ def maximize_evidence(
         for Gaussian and LogNormal ("one", if "low_rank" or with "jitter").
     - `online`: whether to alternate with `refine`, which moves θ* to the optimum under the new hyperparameters, until
         the evidence settles.
-    - `precision_bounds`: of the prior precisions.
-    - `scale_bounds`: of the noise scales, as multiples of those at the start.
+    - `precision_bounds`, `scale_bounds`: of the prior precisions and of the noise scales, as multiples of those at the
+        start.
     - `steps`: of L-BFGS, at most.
     - `rounds`: of refinement and maximization, at most, when `online`.
     - `progress`: whether to show a progress bar with the evidence.
@@ -84,7 +84,7 @@ def maximize_evidence(
         check_count(name, value)
     check_flag("online", online)
     _forms(posterior, precision, noise)
-    moved: Array | float = 0.0  # of the log scales since the start
+    moved = None  # the log hyperparameters, since the start
     settled = not online
     left = rounds if online else 1
     with tqdm(total=left, desc="Evidence", unit="round", disable=not progress) as bar:
@@ -92,10 +92,12 @@ def maximize_evidence(
             if online:
                 posterior = _refined(posterior)
             function, start = evidence_function(posterior, precision=precision, noise=noise)
-            bounds = _bounds(start, precision_bounds, scale_bounds, moved)
+            moved = jax.tree.map(jnp.zeros_like, start) if moved is None else moved
+            low, high = zip(precision_bounds, scale_bounds, strict=True)
+            bounds = _bound(start, moved, *low), _bound(start, moved, *high)
             found = _maximum(function, start, bounds, steps)
             posterior = _with(posterior, function, found)
-            moved = moved if found.log_scale is None else moved + found.log_scale
+            moved = jax.tree.map(lambda before, new, old: before + new - old, moved, found, start)
             bar.update(1)
             bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
             gained = float(_value_and_gradient(function, found)[0] - _value_and_gradient(function, start)[0])
@@ -125,16 +127,12 @@ def _refined(posterior: Posterior) -> Posterior:
         )
 
 
-def _bounds(start: Hyperparameters, precision_bounds, scale_bounds, moved: Array | float) -> tuple[PyTree, PyTree]:
-    """The lowest and the highest log hyperparameters; scales are multiples of what they were `moved` ago."""
-    low, high = (
-        Hyperparameters(
-            None if start.log_precision is None else jnp.full(start.log_precision.shape, math.log(p)),
-            None if start.log_scale is None else jnp.full(start.log_scale.shape, math.log(s)) - moved,
-        )
-        for p, s in zip(precision_bounds, scale_bounds, strict=True)
+def _bound(start: Hyperparameters, moved: Hyperparameters, precision: float, scale: float) -> Hyperparameters:
+    """The log hyperparameters that are such multiples of what they were before they `moved`."""
+    at = lambda now, since, multiple: None if now is None else now - since + math.log(multiple)
+    return Hyperparameters(
+        at(start.log_precision, moved.log_precision, precision), at(start.log_scale, moved.log_scale, scale)
     )
-    return low, high
 
 
 def _maximum(function: Evidence, start: Hyperparameters, bounds: tuple[PyTree, PyTree], steps: int) -> Hyperparameters:
@@ -149,6 +147,11 @@ def _maximum(function: Evidence, start: Hyperparameters, bounds: tuple[PyTree, P
         good = np.isfinite(value)  # Λ is positive definite
         return (-float(value), -np.asarray(ravel_pytree(gradient)[0])) if good else (np.inf, np.zeros_like(low))
 
+    if not np.all(np.isfinite(ravel_pytree(_value_and_gradient(function, start))[0])):
+        raise LaplodeError(
+            "`posterior` has an evidence that is not finite, or has derivatives that are not, at its present "
+            "hyperparameters: start from other ones."
+        )
     inside = np.clip(flat, low, high)
     between = np.stack([low, high], axis=1)
     options = {"maxiter": steps, "ftol": 0.0, "gtol": _FLAT}

@@ -11,6 +11,7 @@ from .._errors import LaplodeError
 from .._model.own import predicted_shape
 from .._posterior.posterior import Posterior
 from .._problem.data import check_args, check_initial_state, check_solvable, check_times
+from .._problem.likelihood import AbstractLikelihood
 from .start import UncertainStart
 
 
@@ -31,6 +32,11 @@ class Grid(eqx.Module):
     def draw_states(self, key: PRNGKeyArray, num: int) -> Float[Array, "S ..."]:
         """Initial states, (S, N, D); (S, 0) where they are known."""
         return jnp.zeros((num, 0)) if self.start is None else self.start.sample(key, num)
+
+    def likelihood(self, posterior: Posterior, scale: Any) -> AbstractLikelihood:
+        """The posterior's likelihood here, with the noise scale `scale` where it knows that of observed values only."""
+        problem = posterior.problem
+        return problem.likelihood.elsewhere(scale, (*self.ts.shape, problem.data.ys.shape[2]), self.observed)
 
     @classmethod
     def of(cls, posterior: Posterior, ts: Any, y0: Any, args: PyTree) -> "Grid":

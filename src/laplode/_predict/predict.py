@@ -13,6 +13,7 @@ from .._devices import check_mesh
 from .._errors import LaplodeWarning, strategy
 from .._late import dist
 from .._posterior.posterior import Posterior
+from .._problem.likelihood import AbstractLikelihood
 from .check_grid import check_fits, check_forcing, check_reached, check_steps
 from .geodesic import Geodesic
 from .grid import Grid
@@ -32,6 +33,7 @@ def predict(
     y0: Any = None,
     args: PyTree = None,
     *,
+    scale: Any = None,
     method: str | AbstractMethod = "linearized",
     num_samples: int = 1000,
     key: PRNGKeyArray,
@@ -52,6 +54,8 @@ def predict(
         θ and of one another. None continues the observed trajectories, from their own initial
         states at their own first times, with their own `args`.
     - `args`: as in `Trajectories`, for new initial states.
+    - `scale`: the noise scale of the values predicted, a scalar, (K,) or (N, T, K), in the units of that of the
+        likelihood. For a likelihood that knows it for each observed value only.
     - `method`: where the draws come from. `Linearized()`, "linearized" for short: the model to first order around θ*;
         the recommended one. `Geodesic()`, "geodesic": the ODE is solved at draws of θ that keep to the data.
         `Sampled()`, "sampled": the ODE is solved at each draw of θ.
@@ -79,6 +83,7 @@ def predict(
     mesh = check_mesh(mesh)
     start = UncertainStart.of(y0) if isinstance(y0, dist.Distribution) else None
     grid = dataclasses.replace(Grid.of(posterior, ts, y0 if start is None else start.mean, args), start=start)
+    likelihood = grid.likelihood(posterior, scale)
     check_fits(posterior, grid, num_samples)
     check_forcing(posterior.model, grid)
     key_theta, key_noise, key_start = jax.random.split(key, 3)
@@ -88,7 +93,7 @@ def predict(
         posterior, grid, draws.thetas, states, mesh=mesh, progress=progress
     )
     found = _predictions(
-        *(posterior, grid, draws, mean, predictions, closed_form),
+        *(posterior, likelihood, grid, draws, mean, predictions, closed_form),
         key_noise=jax.random.split(key_noise, 1)[0],
         method=how.name,
         key=key,
@@ -107,6 +112,7 @@ def predict_at(
     grid: Grid,
     thetas: Float[Array, "S P"],
     *,
+    likelihood: AbstractLikelihood,
     method: str,
     key: PRNGKeyArray,
     progress: bool = True,
@@ -118,12 +124,17 @@ def predict_at(
     draws = Draws(thetas, jnp.ones(len(thetas), bool), None, None, None, None)
     there = jnp.ones(mean.shape, bool)  # every draw is to be finite everywhere
     return _predictions(
-        posterior, grid, draws, mean, predictions, None, key_noise=key, method=method, key=key, there=there
+        *(posterior, likelihood, grid, draws, mean, predictions, None),
+        key_noise=key,
+        method=method,
+        key=key,
+        there=there,
     )
 
 
 def _predictions(
     posterior: Posterior,
+    likelihood: AbstractLikelihood,
     grid: Grid,
     draws: Draws,
     mean: Float[Array, "N T F"],
@@ -136,7 +147,7 @@ def _predictions(
     y0: Float[Array, "S N D"] | None = None,
     there: Bool[Array, "N T F"] | None = None,
 ) -> Predictions:
-    likelihood = posterior.problem.likelihood
+    problem = posterior.problem
     there = jnp.isfinite(mean) if there is None else there
     ok, predictions, y = with_noise(likelihood, there, predictions, draws.ok, key_noise)
     return Predictions(
@@ -144,7 +155,7 @@ def _predictions(
         mean=jnp.where(there, mean, jnp.nan)[..., : y.shape[-1]],
         **parts(predictions, y),
         **draws._replace(ok=ok)._asdict(),  # pyright: ignore[reportArgumentType]
-        log_likelihood=pointwise(likelihood, predictions, posterior.problem.ys) if grid.observed else None,
+        log_likelihood=pointwise(problem.likelihood, predictions, problem.ys) if grid.observed else None,
         method=method,
         observed_grid=grid.observed,
         _closed_form=closed_form,

@@ -2,6 +2,7 @@
 
 import abc
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._errors import LaplodeError
 from .._late import dist
 
 
@@ -80,6 +82,22 @@ class AbstractLikelihood(eqx.Module):
 
     def check(self, ys: Float[np.ndarray, "N T K"]) -> None:
         """Raise `LaplodeError` where the observations lie outside the support."""
+
+    def elsewhere(self, scale: Any, shape: tuple[int, int, int], observed: bool) -> "AbstractLikelihood":
+        """The likelihood of values (N, T, K) that are perhaps not those of the data.
+
+        `scale` is their noise scale, where the likelihood has one for each value of the data and needs it; `observed`
+        says whether they are at the times and initial states of the data.
+
+        **Raises:** `LaplodeError` when a scale is needed and missing, does not fit, or is not needed.
+        """
+        del shape, observed
+        if scale is not None:
+            raise LaplodeError(
+                "`scale` is for a likelihood with a noise scale for each observed value; this one knows the noise of "
+                "any value. Leave `scale` out."
+            )
+        return self
 
 
 # Traced, a distribution does not refuse what is looked for here.

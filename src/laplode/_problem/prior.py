@@ -308,6 +308,11 @@ class NamedPriors(AbstractPrior):
                     f"`named`[{name!r}] must be the NumPyro distribution of the leaf of that path, got "
                     f"{type(each).__name__}."
                 )
+            if isinstance(each, dist.Delta):
+                raise LaplodeError(
+                    f"`named`[{name!r}] is a Delta, which has no width: hold the parameter with `where`, or write it "
+                    "as a number in the model."
+                )
             if each.event_shape or each.is_discrete:
                 raise LaplodeError(
                     f"`named`[{name!r}] must be a distribution of real numbers one by one, but it is "

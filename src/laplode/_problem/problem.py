@@ -60,14 +60,23 @@ class Problem(Shown):
         channels = data.ys.shape[-1]
         for name in ("scale", "lower", "upper", "concentration"):
             value = getattr(likelihood, name, None)
-            if isinstance(value, np.ndarray | Array) and value.shape not in ((), (channels,)):
+            allowed = ((), (channels,), data.ys.shape) if name == "scale" else ((), (channels,))
+            if isinstance(value, np.ndarray | Array) and value.shape not in allowed:
                 raise LaplodeError(
                     f"`{name}` has shape {value.shape} but ys has K = {channels} channels: give one {name}, or an "
-                    f"array of shape ({channels},)."
+                    f"array of shape {' or '.join(str(shape) for shape in allowed[1:])}."
                 )
         if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.learned:  # one for each channel from here on
             scale = np.broadcast_to(np.asarray(likelihood.scale), (channels,)).copy()
             likelihood = eqx.tree_at(lambda l: l.scale, likelihood, scale)
+        if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.by_value:
+            unknown = np.isnan(np.asarray(likelihood.scale)) & data.observed
+            if np.any(unknown):
+                i, t, k = map(int, np.argwhere(unknown)[0])
+                raise LaplodeError(
+                    f"`scale` is NaN at [{i}, {t}, {k}], where ys is {data.ys[i, t, k]:g}: give every observed value a "
+                    "scale, or make it NaN in ys if it is not to count."
+                )
         likelihood.check(data.ys)
         _check_distribution(likelihood, data.ys.shape)
         self.data = data

@@ -20,7 +20,7 @@ from .likelihood import AbstractLikelihood
 
 
 class AbstractScaleLikelihood(AbstractLikelihood):
-    """A likelihood with a location and a noise scale, which is given, one for all channels or one each, or predicted.
+    """A likelihood with a location and a noise scale, which is predicted or given: for all, a channel, or a value.
 
     Where `scale` is None the model predicts 2K numbers at each time: the locations, then the logarithms of the scales.
     """
@@ -42,6 +42,13 @@ class AbstractScaleLikelihood(AbstractLikelihood):
         """The likelihood with a learned scale, which is given from here on."""
         return dataclasses.replace(self, scale=scale, learned=False)
 
+    def scaled(self, factor: Float[Array, "..."]) -> "AbstractScaleLikelihood":
+        """The likelihood with noise `factor` times as large, a number or one for each channel (K,)."""
+        scale = jnp.asarray(self.scale)
+        unknown = jnp.isnan(scale)
+        scale = jnp.where(unknown, scale, jnp.where(unknown, 1.0, scale) * factor)  # no NaN enters the gradient
+        return eqx.tree_at(lambda likelihood: likelihood.scale, self, scale)
+
     @abc.abstractmethod
     def family(self, location: Float[Array, "... K"], scale: Float[Array, "... K"]) -> "dist.Distribution":
         """The NumPyro distribution of a location and a scale."""
@@ -52,6 +59,27 @@ class AbstractScaleLikelihood(AbstractLikelihood):
     ) -> tuple[Float[Array, "... K"], float]:
         """Fisher information in the location, and in the logarithm of the scale."""
 
+    @property
+    def by_value(self) -> bool:
+        """Whether each value of the data has a scale of its own."""
+        return np.ndim(self.scale) == 3  # pyright: ignore[reportArgumentType]
+
+    def elsewhere(self, scale, shape, observed):
+        if not self.by_value:
+            return super().elsewhere(scale, shape, observed)
+        if scale is None and observed and not np.any(np.isnan(np.asarray(self.scale))):
+            return self
+        if scale is None:
+            where = "some values here were not observed" if observed else "these are other values"
+            raise LaplodeError(
+                f"`scale` is missing: the likelihood knows the noise scale of each observed value, and {where}. Give "
+                f"that of what is predicted as `scale`, a number, (K,) = ({shape[2]},), or (N, T, K) = {shape}."
+            )
+        scale = check_positive("scale", scale)
+        if scale.shape not in ((), (shape[2],), shape):
+            raise LaplodeError(f"`scale` must be a number, or have shape ({shape[2]},) or {shape}, got {scale.shape}.")
+        return self.found(scale)
+
     def num_predictions(self, channels):
         return channels if self.scale is not None else 2 * channels
 
@@ -60,7 +88,8 @@ class AbstractScaleLikelihood(AbstractLikelihood):
         if self.scale is None:
             location, log_scale = jnp.split(prediction, 2, axis=-1)
             return location, jnp.exp(log_scale)
-        return prediction, jnp.broadcast_to(jnp.asarray(self.scale), prediction.shape)
+        scale = jnp.asarray(self.scale)  # NaN, where nothing was observed, must not enter a gradient
+        return prediction, jnp.broadcast_to(jnp.where(jnp.isnan(scale), 1.0, scale), prediction.shape)
 
     def distribution(self, prediction):
         return self.family(*self.parts(prediction))
@@ -81,10 +110,17 @@ def _check_scale(scale: Any, learned: Any) -> np.ndarray | None:
                 "`learned`=True adjusts a given scale; without one the model predicts it. Give the scale to start from."
             )
         return None
-    scale = check_positive("scale", scale)
-    if scale.ndim > 1:
-        raise LaplodeError(f"`scale` must be a scalar or have shape (K,), got shape {scale.shape}.")
-    return scale
+    by_value = np.ndim(scale) == 3
+    known = real_array("scale", scale)
+    scale = check_positive("scale", np.where(np.isnan(known), 1.0, known) if by_value else known)
+    if scale.ndim > 1 and not by_value:
+        raise LaplodeError(f"`scale` must be a scalar or have shape (K,) or (N, T, K), got shape {scale.shape}.")
+    if learned and by_value:
+        raise LaplodeError(
+            "`learned`=True adjusts one scale for each channel, and `scale` has one for each value: leave `learned` "
+            'out, and let maximize_evidence(..., noise="one") find a factor on all of them.'
+        )
+    return known
 
 
 class AbstractNormal(AbstractScaleLikelihood):
@@ -192,7 +228,8 @@ class Gaussian(AbstractNormal):
 
     **Arguments:**
 
-    - `scale`: standard deviation of the noise in the units of `ys`, a scalar or one per channel (K,). None when the
+    - `scale`: standard deviation of the noise in the units of `ys`, a scalar, one per channel (K,), or one for every
+        value (N, T, K), NaN where nothing was observed; predictions of other values then ask for theirs. None when the
         model predicts it: then its predictions are (T, 2K), the means and the logarithms of the standard deviations.
         `NeuralODE(..., scale=...)` does so with a standard deviation for each channel that is a parameter.
     - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`; `fit.problem` holds what it
@@ -228,8 +265,8 @@ class LogNormal(AbstractNormal):
 
     **Arguments:**
 
-    - `scale`: standard deviation of log y (0.1 is about 10% relative noise), a scalar or one per channel (K,), or None
-        when the model predicts it, as in `Gaussian`.
+    - `scale`: standard deviation of log y (0.1 is about 10% relative noise), a scalar, one per channel (K,), or one for
+        every value (N, T, K), or None when the model predicts it, as in `Gaussian`.
     - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`; `fit.problem` holds what it
         found, and `refine` and `laplace` take that one.
     - `lower`, `upper`: limits of detection in the units of `ys`, as in `Gaussian`. What lies below may be given as 0.
@@ -272,8 +309,8 @@ class StudentT(AbstractScaleLikelihood):
     **Arguments:**
 
     - `df`: degrees of freedom, positive.
-    - `scale`: scale of the noise in the units of `ys`, a scalar or one per channel (K,), or None when the model
-        predicts it, as in `Gaussian`.
+    - `scale`: scale of the noise in the units of `ys`, a scalar, one per channel (K,), or one for every value
+        (N, T, K), or None when the model predicts it, as in `Gaussian`.
     - `learned`: whether `fit` adjusts the scale, channel by channel, starting from `scale`, as in `Gaussian`.
 
     The Fisher information is (df + 1) / ((df + 3) scale²), and 2 df / (df + 3) in log scale (Lange, Little and Taylor,

@@ -23,6 +23,7 @@ from .._posterior.posterior import Posterior
 from .._predict.grid import Grid
 from .._predict.predict import predict_at
 from .._predict.solves import advice, log_joint_at
+from .._problem.likelihood import AbstractLikelihood
 from .datatree import chains_to_datatree, check_coords
 
 # Above this the ranks of the chains differ too much (Vehtari et al., 2021).
@@ -60,6 +61,7 @@ def nuts(
     y0: Any = None,
     args: PyTree = None,
     *,
+    scale: Any = None,
     key: PRNGKeyArray,
     num_warmup: int = 500,
     num_samples: int = 500,
@@ -82,7 +84,7 @@ def nuts(
     **Arguments:**
 
     - `posterior`: from `laplace`.
-    - `ts`, `y0`, `args`: as in `predict`, for a group `predictions`; None for none.
+    - `ts`, `y0`, `args`, `scale`: as in `predict`, for a group `predictions`; None for none.
     - `key`: a JAX random key.
     - `num_warmup`, `num_samples`, `num_chains`: transitions of each chain to adapt in, and to keep; how many chains.
     - `target_accept_prob`, `max_tree_depth`, `dense_mass`: as in `numpyro.infer.NUTS`. A transition takes up to
@@ -122,7 +124,9 @@ def nuts(
     here = Grid.of(posterior, data.ts, None, None)
     if ts is None and not (y0 is None and args is None):
         raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
+    likelihood = here.likelihood(posterior, scale if ts is None else None)
     elsewhere = None if ts is None else Grid.of(posterior, ts, y0, args)
+    likelihood_elsewhere = likelihood if elsewhere is None else elsewhere.likelihood(posterior, scale)
     if not posterior.flow.has_reverse():
         raise LaplodeError(
             "`posterior` is of a model that can't be differentiated in reverse, which NUTS needs. Inside it, solve "
@@ -150,9 +154,12 @@ def nuts(
     trace: _Trace = jax.tree.map(lambda *x: np.concatenate([a[:done] for a in x], axis=1).swapaxes(0, 1), *parts)
 
     thetas = jnp.asarray(trace.theta).reshape(-1, posterior.size)
-    options = {"method": "nuts", "progress": progress}
-    predicted = predict_at(posterior, here, thetas, key=key_here, **options)
-    others = [] if elsewhere is None else [predict_at(posterior, elsewhere, thetas, key=key_elsewhere, **options)]
+
+    def predicted_on(grid: Grid, likelihood: AbstractLikelihood, key: PRNGKeyArray):
+        return predict_at(posterior, grid, thetas, likelihood=likelihood, method="nuts", key=key, progress=progress)
+
+    predicted = predicted_on(here, likelihood, key_here)
+    others = [] if elsewhere is None else [predicted_on(elsewhere, likelihood_elsewhere, key_elsewhere)]
     if others and not np.all(others[0].ok):
         warnings.warn(
             f"{int(np.sum(~others[0].ok))} of {len(thetas)} draws have no finite trajectory at `ts`, though they have "

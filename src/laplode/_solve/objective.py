@@ -107,6 +107,7 @@ class _Tilted(eqx.Module):
 @eqx.filter_jit
 def _loss_derivatives(problem: Problem, predictions: Float[Array, "N T F"]):
     """First (N, T, F) and second derivatives (N, T, F, F) of −log p(y | f) in the predictions f at each time."""
-    score = problem.likelihood.score
-    each = jax.vmap(jax.vmap(lambda f, y: (-score(f, y), -jax.jacfwd(score)(f, y))))
-    return each(predictions, problem.ys)
+    score = lambda f: -problem.likelihood.score(f, problem.ys)
+    # Times are independent, so that one direction for each of the F predictions is enough for all of them.
+    along = lambda direction: jax.jvp(score, (predictions,), (jnp.broadcast_to(direction, predictions.shape),))[1]
+    return score(predictions), jax.vmap(along, out_axes=-1)(jnp.eye(predictions.shape[-1]))
