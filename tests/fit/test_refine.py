@@ -286,3 +286,28 @@ def test_bad_options(growth, options, match):
 def test_bad_problem(growth):
     with pytest.raises(lp.LaplodeError, match="`problem`"):
         lp.refine(growth.model, growth.problem.data)
+
+
+class TwoRates(eqx.Module):
+    """A sum of two exponentials whose rates the data hardly tell apart: standard errors change along the valley."""
+
+    log_rates: jax.Array
+    log_amounts: jax.Array
+
+    def __call__(self, ts, y0):
+        return (jnp.exp(-jnp.outer(ts, jnp.exp(self.log_rates))) @ jnp.exp(self.log_amounts))[:, None]
+
+
+def test_standard_errors_of_a_weakly_curved_model_at_the_default_decrement():
+    ts = np.linspace(0, 6, 25)
+    truth = TwoRates(jnp.log(jnp.array([0.5, 0.8])), jnp.log(jnp.array([1.0, 0.7])))
+    ys = np.asarray(truth(ts, None)) + 0.02 * np.random.default_rng(1).normal(size=(25, 1))
+    problem = lp.Problem(lp.Trajectories(ts, ys, [0.0]), lp.Gaussian(0.02), 0.01)
+    best = refined(truth, problem, decrement=1e-12).model
+    # Sorted, since the two rates may change places.
+    errors = lambda model: np.sort(lp.laplace(model, problem, progress=False).marginal_std())
+    with pytest.warns(lp.LaplodeWarning):  # half a percent beside the optimum they are off by far
+        off = errors(jax.tree.map(lambda x: 1.005 * x, best))
+    assert np.max(np.abs(off / errors(best) - 1)) > 0.25
+    moved = TwoRates(truth.log_rates + jnp.array([0.2, -0.3]), truth.log_amounts + jnp.array([-0.1, 0.3]))
+    np.testing.assert_allclose(errors(refined(moved, problem).model), errors(best), rtol=0.01)

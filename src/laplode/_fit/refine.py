@@ -73,6 +73,8 @@ def refine(
     - `curvature`: "hessian" to end with Newton steps, each at the cost of an exact Hessian; "ggn" for
         Levenberg-Marquardt steps only, for many parameters and models without second derivatives.
     - `decrement`: where to stop, in nats: at a Newton decrement ½ gᵀΛ⁻¹g below this, with Λ positive definite.
+        The Newton steps come far below it. Levenberg-Marquardt alone may leave standard errors off by several percent
+        where the curvature is weak, as where two rates can hardly be told apart: take 1e-8 there.
     - `steps`, `newton_steps`: the largest number of steps of each kind.
     - `where`: the parameters to move, as in `laplace`.
     - `progress`: whether to show a progress bar with the loss and the decrement, in nats.
