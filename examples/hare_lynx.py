@@ -18,6 +18,8 @@ import optax
 import laplode
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_compilation_cache_dir", ".jax_cache")  # what is compiled is kept for the next run
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 matplotlib.use("Agg")
 
 
@@ -88,6 +90,7 @@ print(
 picture = laplode.plot_trajectories(tree, held_out=held_out, labels={"time": "year", "y": "pelts (thousands)"})
 for ax in picture.viz["plot"].values.flat:
     ax.set_yscale("log")
-    ax.set_yticks([3, 10, 30, 100], ["3", "10", "30", "100"])
+    ax.set_yticks([1, 3, 10, 30, 100, 300], ["1", "3", "10", "30", "100", "300"])
+    ax.set_ylim(1, 500)
     ax.minorticks_off()
 picture.savefig(options.out / "hare_lynx.png", dpi=110)

@@ -20,6 +20,8 @@ import numpyro.distributions as dist
 import laplode
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_compilation_cache_dir", ".jax_cache")  # what is compiled is kept for the next run
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 matplotlib.use("Agg")
 
 
@@ -62,16 +64,16 @@ fit = laplode.refine(model, problem)
 posterior = laplode.laplace(fit.model, problem)
 print(posterior.diagnostics)
 
-draws = laplode.predict(
-    posterior,
-    years,
-    method=laplode.Sampled(df=5),
-    resample=True,
-    num_samples=400 if options.quick else 4000,
-    key=jax.random.key(options.seed),
-)
+drawn = {
+    "method": laplode.Sampled(df=5),
+    "resample": True,
+    "num_samples": 400 if options.quick else 4000,
+    "key": jax.random.key(options.seed),
+}
+draws = laplode.predict(posterior, years, **drawn)
+curves = laplode.predict(posterior, np.linspace(1900, 1920, 161), **drawn)
 print(f"Pareto k\u0302 {draws.khat:.2f}")
-tree = laplode.to_datatree(posterior, draws, coords={"channel": ["hare", "lynx"]})
+tree = laplode.to_datatree(posterior, draws, curves, coords={"channel": ["hare", "lynx"]})
 tree.to_netcdf(options.out / "rates.nc")
 print(arviz_stats.summary(tree, kind="stats", round_to=4))
 

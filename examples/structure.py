@@ -31,6 +31,8 @@ import pandas as pd
 import laplode
 
 jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_compilation_cache_dir", ".jax_cache")  # what is compiled is kept for the next run
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 matplotlib.use("Agg")
 warnings.simplefilter("ignore", laplode.LaplodeWarning)  # how far from an optimum a fit is stands in the table
 

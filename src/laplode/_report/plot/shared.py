@@ -66,7 +66,7 @@ def draw_layers(plots: PlotCollection, layers: Sequence[Layer], columns: int = 6
             [_handle(swatch) for swatch in swatches.values()],
             list(swatches),
             loc="outside lower center",
-            ncols=min(len(swatches), columns),
+            ncols=-(-len(swatches) // -(-len(swatches) // columns)),  # as many in each row, but for the last
             frameon=False,
             fontsize="small",
         )
