@@ -150,9 +150,9 @@ def problem_from_loss(
     plain = Problem(data, kind(1.0), 1.0)  # pyright: ignore[reportCallIssue]
     model = check_model(model, plain)
     view = parameters(model, where)
-    chosen = parameters(model, penalized)
-    in_loss = _spread(chosen, view, 2 * l2)
-    decay = _spread(chosen, view, 2 * l2 + (0.0 if decoupled else weight_decay))
+    chosen = {name for name, *_ in parameters(model, penalized).leaves}
+    within = np.array([name in chosen for name, *_ in view.leaves], dtype=float)  # a number for each leaf
+    decay = within * (2 * l2 + (0.0 if decoupled else weight_decay))
     _check_priors(view, decay, precision, decoupled and weight_decay > 0)
 
     of_squares = _SumOfSquares(view, model, data, by_channel, transform)
@@ -160,14 +160,17 @@ def problem_from_loss(
     gradient = _checked_gradient(of_squares, plain)
     difference, found = None, "not compared"
     if loss is not None:
-        claim = _Claim(squares, factor, in_loss, decay)
-        difference, factor, found = _compare(_OfLoss(view, model, loss), of_squares, claim)
+        claim = _Claim(squares, factor, within * 2 * l2, bool(np.any(decay)))
+        difference, factor, found = _compare(_probed(loss, of_squares), of_squares, claim)
     if scale is None:
         scale = _residual_scale(eqx.tree_at(lambda f: f.like, of_squares, view.model), theta)
     nats = 1 / (2 * factor * scale**2)
     noise = scale if weights is None else scale / np.sqrt(by_channel)
-    problem = Problem(data, kind(noise), _prior(view, decay, nats, precision))  # pyright: ignore[reportCallIssue]
-    pull = decay * np.asarray(theta)
+    precisions = [nats * each or precision for each in decay]
+    one = len(set(precisions)) == 1
+    prior = GaussianPrior(precisions[0] if one else jax.tree.unflatten(jax.tree.structure(view.selected), precisions))
+    problem = Problem(data, kind(noise), prior)  # pyright: ignore[reportCallIssue]
+    pull = _spread(view, decay) * np.asarray(theta)
     sizes = factor * np.linalg.norm(gradient) + np.linalg.norm(pull)
     imbalance = float(np.linalg.norm(factor * gradient + pull) / sizes) if np.any(pull) and sizes else None
     return problem, MatchedLoss(float(scale), float(nats), difference, imbalance, found)
@@ -208,37 +211,26 @@ def _factor(squares: Any, data: Trajectories) -> float:
     return float(squares)
 
 
-def _spread(chosen: Parameters, view: Parameters, value: float) -> Float[np.ndarray, " P"]:
-    """`value` at the chosen parameters and 0 at the others."""
-    names = {name for name, *_ in chosen.leaves}
-    return np.concatenate([np.full(stop - start, value * (name in names)) for name, _, start, stop in view.leaves])
+def _spread(view: Parameters, by_leaf: Float[np.ndarray, "... L"]) -> Float[np.ndarray, "... P"]:
+    """The number of each leaf at each of its parameters."""
+    return np.repeat(by_leaf, [stop - start for _, _, start, stop in view.leaves], axis=-1)
 
 
-def _check_priors(view: Parameters, decay: Float[np.ndarray, " P"], precision: float | None, decoupled: bool) -> None:
-    without = np.flatnonzero(decay == 0)
-    if precision is not None or not without.size:
+def _check_priors(view: Parameters, decay: Float[np.ndarray, " L"], precision: float | None, decoupled: bool) -> None:
+    without = [name for (name, *_), each in zip(view.leaves, decay, strict=True) if not each]
+    if precision is not None or not without:
         return
+    more = f" and {len(without) - 6} more" if len(without) > 6 else ""
+    which = "any parameter" if len(without) == len(decay) else ", ".join(without[:6]) + more
     why = (
         "Decoupled weight decay (optax.adamw) is the gradient of no penalty, so it gives no prior."
         if decoupled
-        else "The loss has no penalty on " + ("any parameter." if without.size == view.size else _listed(view, without))
+        else f"The loss has no penalty on {which}."
     )
     raise LaplodeError(
         f"`precision` is needed. {why} Name a prior precision, as in precision=1.0 (maximize_evidence can then find a "
         "better one), and call laplode.refine before laplace, since the optimum moves with it."
     )
-
-
-def _listed(view: Parameters, places: np.ndarray) -> str:
-    names = view.names(places)
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more." if len(names) > 6 else ".")
-
-
-def _prior(view: Parameters, decay: Float[np.ndarray, " P"], nats: float, precision: float | None) -> GaussianPrior:
-    values = [nats * decay[start] or precision for _, _, start, _ in view.leaves]
-    if len(set(values)) == 1:
-        return GaussianPrior(values[0])
-    return GaussianPrior(jax.tree.unflatten(jax.tree.structure(view.selected), values))
 
 
 def _in_precision_of(like: Any, model: Any) -> Any:
@@ -317,19 +309,27 @@ def _residual_scale(of_squares: _SumOfSquares, theta: Float[Array, " P"]) -> flo
 class _Claim(NamedTuple):
     squares: Any
     factor: float
-    decay: Float[np.ndarray, " P"]
-    pull: Float[np.ndarray, " P"]  # with what the optimizer adds
+    decay: Float[np.ndarray, " L"]  # in the loss
+    penalized: bool  # by the loss or the optimizer
 
 
-class _OfLoss(eqx.Module):
-    """θ ↦ the user's loss, of a model in the precision in which it was trained: its data may be in no other."""
+class _Probes(NamedTuple):
+    """Values and gradients of the loss and of the squares, at the model and at a point near it."""
 
-    view: Parameters
-    like: Any
-    loss: Callable[[Any], Any] = eqx.field(static=True)
+    thetas: Float[np.ndarray, "2 P"]
+    values: Float[np.ndarray, "2"]
+    gradients: Float[np.ndarray, "2 P"]
+    totals: Float[np.ndarray, "2"]
+    squares: Float[np.ndarray, "2 P"]
 
-    def __call__(self, theta: Float[Array, " P"]) -> Float[Array, ""]:
-        value = self.loss(_in_precision_of(self.like, self.view.unravel(theta)))
+
+def _probed(loss: Any, of_squares: _SumOfSquares) -> _Probes:
+    if not callable(loss):
+        raise LaplodeError(f"`loss` must be a function of the model, model -> scalar, got {type(loss).__name__}.")
+    view, like = of_squares.view, of_squares.like
+
+    def of_loss(theta):  # of a model in the precision in which it was trained: its data may be in no other
+        value: Any = loss(_in_precision_of(like, view.unravel(theta)))
         if not eqx.is_array_like(value) or jnp.shape(value) != ():
             found = f"shape {jnp.shape(value)}" if eqx.is_array_like(value) else type(value).__name__
             raise LaplodeError(
@@ -338,54 +338,23 @@ class _OfLoss(eqx.Module):
             )
         return jnp.asarray(value, dtype=float)
 
-
-def _points(view: Parameters, like: Any) -> list[Float[np.ndarray, " P"]]:
-    """The model, and a point near it, both of which the precision of `like` has."""
     theta = np.asarray(view.vector)
-    size = np.concatenate(
-        [np.full(stop - start, np.sqrt(np.mean(theta[start:stop] ** 2))) for _, _, start, stop in view.leaves]
-    )
+    size = _spread(view, np.array([np.sqrt(np.mean(theta[a:b] ** 2)) for _, _, a, b in view.leaves]))
     size = np.where(size > 0, size, np.sqrt(np.mean(theta**2)) or 1.0)
-    count = np.arange(theta.size)
     # Any direction will do, as long as no parameter stays where it is.
-    points = (theta, theta + _AWAY * size * np.cos(1 + 2.4 * count))
-    rounded = lambda point: _in_precision_of(like, view.unravel(jnp.asarray(point)))
-    return [np.asarray(parameters(rounded(point), view.where).vector) for point in points]
-
-
-class _Probes(NamedTuple):
-    """Values and gradients of the loss and of the squares at points near the model."""
-
-    thetas: Float[np.ndarray, "A P"]
-    values: Float[np.ndarray, " A"]
-    gradients: Float[np.ndarray, "A P"]
-    totals: Float[np.ndarray, " A"]
-    squares: Float[np.ndarray, "A P"]
-
-    def is_function_of_squares(self, claimed: float) -> bool:
-        """Whether the gradient is along that of the squares, but by a factor that depends on where."""
-        along = self.gradients[1] @ self.squares[1] / (self.squares[1] @ self.squares[1])
-        rest = np.linalg.norm(self.gradients[1] - along * self.squares[1])
-        rise, of_squares = (np.diff(rows)[0] for rows in (self.values, self.totals))
-        parallel = rest < _SAME * np.linalg.norm(self.gradients[1]) and abs(along / claimed - 1) > _SAME
-        return bool(parallel and abs(rise - along * of_squares) > 3e-3 * abs(rise))
-
-
-def _probed(of_loss: _OfLoss, of_squares: _SumOfSquares) -> _Probes:
-    if not callable(of_loss.loss):
-        found = type(of_loss.loss).__name__
-        raise LaplodeError(f"`loss` must be a function of the model, model -> scalar, got {found}.")
+    points = (theta, theta + _AWAY * size * np.cos(1 + 2.4 * np.arange(theta.size)))
     rows = []
-    for theta in _points(of_squares.view, of_squares.like):
+    for point in points:
+        rounded = parameters(_in_precision_of(like, view.unravel(jnp.asarray(point))), view.where).vector
         try:
-            value, gradient = _value_and_gradient(of_loss, jnp.asarray(theta))
+            at = _value_and_gradient(of_loss, rounded)
         except LaplodeError:
             raise
         except Exception as error:
             raise LaplodeError(
                 f"`loss` can't be differentiated at the model: {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
-        rows.append((theta, value, gradient, *_value_and_gradient(of_squares, jnp.asarray(theta))))
+        rows.append((rounded, *at, *_value_and_gradient(of_squares, rounded)))
     found = _Probes(*(np.stack([np.asarray(x, float) for x in column]) for column in zip(*rows, strict=True)))
     if not all(np.all(np.isfinite(column)) for column in found):
         raise LaplodeError(
@@ -395,121 +364,115 @@ def _probed(of_loss: _OfLoss, of_squares: _SumOfSquares) -> _Probes:
     return found
 
 
-def _compare(of_loss: _OfLoss, of_squares: _SumOfSquares, claim: _Claim) -> tuple[float, float, str]:
+class _Explained(NamedTuple):
+    """The gradients of a loss as Σ factor · row + decay · θ, by least squares, a decay for each leaf.
+
+    `unexplained` is the part of them that is neither; `error` the standard error of each decay.
+    """
+
+    factors: Float[np.ndarray, " R"]
+    decay: Float[np.ndarray, " L"]
+    error: Float[np.ndarray, " L"]
+    unexplained: float
+    freedom: int  # derivatives beyond as many as could be explained by anything
+
+
+def _explained(probes: _Probes, rows: Float[np.ndarray, "R 2 P"], of_squares: _SumOfSquares) -> _Explained:
+    view, num = of_squares.view, len(rows)
+    penalties = _spread(view, np.eye(len(view.leaves)))[:, None] * probes.thetas
+    basis = np.concatenate([rows, penalties])
+    # Each point counts alike, so that the model itself does, where the squares' gradient balances the penalty.
+    size = np.linalg.norm(probes.squares, axis=1, keepdims=True)
+    weight = 1 / np.maximum(size, 1e-3 * size.max())
+    columns = (weight * basis).reshape(len(basis), -1)
+    length = np.linalg.norm(columns, axis=1)
+    length = np.where(length > 0, length, 1.0)
+    inverse = np.linalg.pinv(columns.T / length) / length[:, None]
+    found = inverse @ (weight * probes.gradients).ravel()
+    rest = probes.gradients - np.tensordot(found, basis, 1)
+    freedom = weight.size * view.size - len(basis)
+    rounding = max(1e-10, 100 * float(jnp.finfo(of_squares.dtype).eps)) * abs(found[0])  # of gradients of that norm
+    noise = np.hypot(np.linalg.norm(weight * rest) / np.sqrt(max(freedom, 1)), rounding)
+    # At a minimum rounding may be most of the gradient, so that this counts as gradients come.
+    unexplained = np.linalg.norm(rest) / max(np.linalg.norm(probes.gradients), 1e-300)
+    return _Explained(
+        found[:num], found[num:], noise * np.linalg.norm(inverse[num:], axis=1), float(unexplained), freedom
+    )
+
+
+def _compare(probes: _Probes, of_squares: _SumOfSquares, claim: _Claim) -> tuple[float, float, str]:
     """How far the gradients of the loss and of what is claimed of it differ, its factor, and what it is in words."""
-    view, data = of_squares.view, of_squares.data
-    probes = _probed(of_loss, of_squares)
     norm = lambda rows: np.linalg.norm(rows, axis=1)
-    if not np.any(claim.pull) and probes.is_function_of_squares(claim.factor):
-        factor = float(norm(probes.gradients)[1] / norm(probes.squares)[1])
-        rest = norm(probes.gradients - factor * probes.squares)[1] / norm(probes.gradients)[1]
-        return float(rest), factor, "a function of Σ (f − y)², such as its root or logarithm, with the same minimum"
-    claimed = claim.factor * probes.squares + claim.decay * probes.thetas
-    parts = claim.factor * norm(probes.squares) + norm(claim.decay * probes.thetas)
+    if not claim.penalized and (along := _slope(probes, claim.factor)) is not None:
+        rest = norm(probes.gradients - along * probes.squares)[1] / norm(probes.gradients)[1]
+        return float(rest), along, "a function of Σ (f − y)², such as its root or logarithm, with the same minimum"
+    pull = _spread(of_squares.view, claim.decay) * probes.thetas
+    parts = claim.factor * norm(probes.squares) + norm(pull)
     # At the minimum of a loss without a penalty there is rounding only.
-    difference = float(np.max(norm(probes.gradients - claimed) / np.maximum(parts, 1e-3 * parts.max())))
-    epsilon = float(jnp.finfo(of_squares.dtype).eps)
-    found = _measured(probes.thetas, probes.gradients, probes.squares, view, epsilon)
+    apart = norm(probes.gradients - claim.factor * probes.squares - pull)
+    difference = float(np.max(apart / np.maximum(parts, 1e-3 * parts.max())))
+    found = _explained(probes, probes.squares[None], of_squares)
     if found.unexplained > _SAME:
-        raise LaplodeError(_unexplained(found, probes, of_squares))
-    _check_measured(found, claim, view, data)
-    known = _name_of(claim.factor, data) or f"{claim.factor:.4g} times the sum"
+        raise LaplodeError(_otherwise(probes, of_squares, found.unexplained))
+    _check_explained(found, claim, of_squares)
+    known = _name_of(claim.factor, of_squares.data) or f"{claim.factor:.4g} times the sum"
     return difference, claim.factor, f"{known} of {'' if np.all(of_squares.weights == 1) else 'weighted '}squares"
 
 
-def _unexplained(found: "_Measured", probes: _Probes, of_squares: _SumOfSquares) -> str:
+def _slope(probes: _Probes, claimed: float) -> float | None:
+    """The factor near the model between the gradients of a loss and of the squares, where they are parallel and the
+    factor depends on where; else None.
+    """
+    gradient, squares = probes.gradients[1], probes.squares[1]
+    along = float(gradient @ squares / (squares @ squares))
+    parallel = np.linalg.norm(gradient - along * squares) < _SAME * np.linalg.norm(gradient)
+    rise, of_squares = np.diff(probes.values)[0], np.diff(probes.totals)[0]
+    varies = abs(along / claimed - 1) > _SAME and abs(rise - along * of_squares) > 3e-3 * abs(rise)
+    return along if parallel and varies else None
+
+
+def _otherwise(probes: _Probes, of_squares: _SumOfSquares, unexplained: float) -> str:
     """What a loss is that is no multiple of the squares, as far as it is one of the usual kinds."""
-    view, num = of_squares.view, of_squares.weights.size
-    penalties = np.concatenate([_by_leaf(view, theta) for theta in probes.thetas], axis=1)
 
-    def coefficients(functions: list[_SumOfSquares]) -> np.ndarray | None:
+    def factors(*functions: _SumOfSquares) -> np.ndarray:
+        """How much of each a loss holds that is made of nothing else; empty where it is not."""
         at = lambda function, theta: np.asarray(_value_and_gradient(function, jnp.asarray(theta))[1], float)
-        rows = [np.concatenate([at(function, theta) for theta in probes.thetas]) for function in functions]
-        basis = np.concatenate([rows, penalties])
-        size = np.linalg.norm(basis, axis=1)
-        basis, gradient = basis / np.where(size > 0, size, 1.0)[:, None], probes.gradients.ravel()
-        solved = np.linalg.lstsq(basis.T, gradient, rcond=None)[0]
-        rest = np.linalg.norm(gradient - solved @ basis)
-        alike = rest < _SAME * np.linalg.norm(gradient) and len(basis) < len(gradient)
-        return solved[: len(rows)] / np.where(size > 0, size, 1.0)[: len(rows)] if alike else None
+        rows = np.array([[at(function, theta) for theta in probes.thetas] for function in functions])
+        found = _explained(probes, rows, of_squares)
+        return found.factors if found.unexplained < _SAME and found.freedom > 0 else np.zeros(0)
 
-    change = lambda **fields: dataclasses.replace(of_squares, **fields)
     robust = "laplode.Problem(data, laplode.StudentT(4.0, scale), prior), and refine"
-    alone = coefficients([change(weights=row) for row in np.eye(num)]) if num > 1 else None
-    if alone is not None and np.all(alone > 0):
+    change, num = lambda **fields: dataclasses.replace(of_squares, **fields), of_squares.weights.size
+    alone = factors(*(change(weights=row) for row in np.eye(num))) if num > 1 else np.zeros(0)
+    if alone.size and np.all(alone > 0):
         listed = ", ".join(f"{value:.6g}" for value in alone / alone[0])
         return f"`loss` weighs the squares of each channel apart: pass weights=[{listed}] and squares={alone[0]:.6g}."
-    for name, size in (("absolute errors (L1)", jnp.abs), ("Huber's errors (delta=1)", _huber)):
-        if coefficients([change(size=size)]) is not None:
-            return (
-                f"`loss` is made of {name}, whose second derivative is 0 or jumps: it has no curvature to take. "
-                f"The likelihood that is as robust and smooth is Student's t: {robust} the model."
-            )
+    if factors(change(size=jnp.abs)).size:
+        return (
+            "`loss` is made of absolute errors (L1), whose second derivative is 0 or jumps: it has no curvature to "
+            f"take. The likelihood that is as robust and smooth is Student's t: {robust} the model."
+        )
     return (
         "`loss` is no multiple of Σ (f − y)² over `data` with an L2 penalty: "
-        f"{100 * found.unexplained:.2g}% of its gradient is neither. Other errors (`errors`, Huber), `weights`, a "
+        f"{100 * unexplained:.2g}% of its gradient is neither. Other errors (`errors`, Huber), `weights`, a "
         "part of the data, or a penalty on something else would show like this. State likelihood and prior "
         f"yourself, such as {robust}."
     )
 
 
-def _huber(errors: Array) -> Array:
-    return jnp.where(jnp.abs(errors) < 1, 0.5 * errors**2, jnp.abs(errors) - 0.5)
-
-
-def _by_leaf(view: Parameters, theta: np.ndarray) -> Float[np.ndarray, "L P"]:
-    """Each leaf of θ in a row of its own."""
-    place = np.concatenate([np.full(stop - start, i) for i, (_, _, start, stop) in enumerate(view.leaves)])
-    return np.where(place == np.arange(len(view.leaves))[:, None], theta, 0.0)
-
-
-class _Measured(NamedTuple):
-    """The gradient of a loss as factor · ∇Σ(f − y)² + decay · θ, by least squares, a decay for each leaf.
-
-    `unexplained` is the part of it that is neither; `error` the standard error of each decay.
-    """
-
-    factor: float
-    decay: Float[np.ndarray, " L"]
-    error: Float[np.ndarray, " L"]
-    unexplained: float
-
-
-def _measured(thetas, gradients, squares, view: Parameters, epsilon: float) -> _Measured:
-    leaves = [slice(start, stop) for _, _, start, stop in view.leaves]
-    # Each point counts alike, so that the model itself does, where the squares' gradient balances the penalty.
-    size = np.linalg.norm(squares, axis=1, keepdims=True)
-    weight = 1 / np.maximum(size, 1e-3 * size.max())
-    x, y, z = weight * thetas, weight * gradients, weight * squares
-    squared = np.array([np.sum(x[:, leaf] ** 2) for leaf in leaves])
-    along = lambda rows: np.array([np.sum(x[:, leaf] * rows[:, leaf]) for leaf in leaves]) / squared
-    spread = lambda values: np.concatenate(
-        [np.full(leaf.stop - leaf.start, value) for leaf, value in zip(leaves, values, strict=True)]
-    )
-    alone, other = (rows - spread(along(rows)) * x for rows in (z, y))
-    factor = float(np.sum(alone * other) / np.sum(alone**2))
-    decay = along(y - factor * z)
-    freedom = max(x.size - len(leaves) - 1, 1)
-    rounding = max(1e-10, 100 * epsilon) * abs(factor)  # of gradients whose norm is about the factor
-    error = np.hypot(np.linalg.norm(other - factor * alone) / np.sqrt(freedom), rounding) / np.sqrt(squared)
-    # At a minimum rounding may be most of the gradient, so that this counts as gradients come.
-    rest = gradients - factor * squares - spread(decay) * thetas
-    return _Measured(factor, decay, error, float(np.linalg.norm(rest) / max(np.linalg.norm(gradients), 1e-300)))
-
-
-def _check_measured(found: _Measured, claim: _Claim, view: Parameters, data: Trajectories) -> None:
-    if abs(found.factor / claim.factor - 1) > _SAME:
-        known = _name_of(found.factor, data)
+def _check_explained(found: _Explained, claim: _Claim, of_squares: _SumOfSquares) -> None:
+    factor = float(found.factors[0])
+    if abs(factor / claim.factor - 1) > _SAME:
+        known = _name_of(factor, of_squares.data)
         raise LaplodeError(
-            f"`squares`={claim.squares!r} is not what `loss` has: its gradient holds {found.factor:.6g} · Σ (f − y)², "
-            f"{found.factor / claim.factor:.4g} times what was said{known and ', which is ' + known}. Pass "
-            f"squares={found.factor:.6g}."
+            f"`squares`={claim.squares!r} is not what `loss` has: its gradient holds {factor:.6g} · Σ (f − y)², "
+            f"{factor / claim.factor:.4g} times what was said{known and ', which is ' + known}. Pass "
+            f"squares={factor:.6g}."
         )
-    said = np.array([claim.decay[start] for _, _, start, _ in view.leaves])
-    names = [name for name, *_ in view.leaves]
-    apart = np.abs(found.decay - said)
+    apart, said = np.abs(found.decay - claim.decay), claim.decay
     wrong = np.flatnonzero(apart > 1e-2 * np.maximum(np.abs(found.decay), said) + 10 * found.error)
     if wrong.size:
+        names = [name for name, *_ in of_squares.view.leaves]
         tell = lambda i: f"{names[i]} ({found.decay[i] / 2:.3g} in place of {said[i] / 2:.3g})"
         more = f" and {wrong.size - 6} more" if wrong.size > 6 else ""
         raise LaplodeError(
@@ -520,18 +483,7 @@ def _check_measured(found: _Measured, claim: _Claim, view: Parameters, data: Tra
 
 
 def _name_of(factor: float, data: Trajectories) -> str:
-    num, (trajectories, times, channels) = int(np.sum(data.observed)), data.ys.shape
-    known = {
-        "the sum": 1.0,
-        "the mean": 1 / num,
-        "the mean over all cells, missing ones included": 1 / data.ys.size,
-        "the sum over channels and mean over the rest": channels / num,
-        "the sum over times and channels and mean over trajectories": 1 / trajectories,
-        "the sum over trajectories and mean over the rest": trajectories / num,
-        "the sum over trajectories and channels and mean over times": 1 / times,
-    }
-    for name, value in known.items():
-        for times_it, prefix in ((1.0, ""), (0.5, "half ")):
-            if abs(factor / (times_it * value) - 1) < _SAME:
-                return prefix + name
-    return ""
+    num = int(np.sum(data.observed))
+    known = {"the sum": 1.0, "the mean": 1 / num, "the mean over all cells, missing ones included": 1 / data.ys.size}
+    halves = {f"half {name}": value / 2 for name, value in known.items()}
+    return next((name for name, value in (known | halves).items() if abs(factor / value - 1) < _SAME), "")
