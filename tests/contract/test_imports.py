@@ -246,6 +246,15 @@ def test_docstrings_are_complete(name):
         assert section(doc, "Raises") or not raises(value.__init__), f"{name} does not say what it raises"
 
 
+@pytest.mark.parametrize("name", [*FUNCTIONS, *MADE_BY_USERS, "field_at", "trajectory_at"])
+def test_arguments_after_the_first_ones_have_names(name):
+    """At most three go by position, beside `y0` and `args`, which follow `ts` as in the call of a model."""
+    value = getattr(lp, name)
+    signature = inspect.signature(value if inspect.isfunction(value) else value.__init__)
+    by_position = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert len([given for given in by_position if given not in ("self", "y0", "args")]) <= 3
+
+
 def test_the_reader_of_docstrings_misses_nothing():
     doc = """Purpose.
 

@@ -18,7 +18,7 @@ from numpyro.infer import SVI, Trace_ELBO
 import laplode as lp
 from laplode._model.parameters import parameters
 from laplode._predict.solves import log_joint
-from laplode._report.nuts import _advance, _largest, _rhat, _Target
+from laplode._report.nuts import _advance, _begin, _largest, _rhat, _Target
 
 KEY = jax.random.key(0)
 LONG = {"key": KEY, "num_warmup": 200, "num_samples": 500, "progress": False}
@@ -28,6 +28,10 @@ def assert_means(draws, expected):
     """Draws (chain, draw, ...) have these means, within Monte-Carlo errors."""
     error = array_stats.mcse(draws, chain_axis=0, draw_axis=1, method="mean")
     assert np.all(np.abs(draws.mean(axis=(0, 1)) - expected) < 4.5 * error)
+
+
+def unlimited(posterior):
+    return _Target(posterior.problem, posterior.parameters, posterior.built, jnp.array(jnp.inf))
 
 
 class Line(eqx.Module):
@@ -134,10 +138,11 @@ def test_the_density_has_a_gradient_under_every_likelihood(growth, growth_poster
     ys[0, 3, 1] = np.nan
     problem = lp.Problem(lp.Trajectories(data.ts, ys, data.y0), likelihood, 1.0)
     posterior = eqx.tree_at(lambda p: p.problem, growth_posterior, problem)
-    target = _Target(posterior, jnp.array(jnp.inf))
-    start = posterior.mean + 0.01
-    value, gradient = jax.jit(jax.value_and_grad(target.potential(start)))(jnp.zeros(3))
-    rows = start + posterior.built.root_product(1e-5 * jnp.concatenate([jnp.eye(3), -jnp.eye(3), jnp.zeros((1, 3))]))
+    target = unlimited(posterior)
+    start = jnp.array([0.3, -0.2, 0.1])
+    value, gradient = jax.jit(jax.value_and_grad(target))(start)
+    steps = 1e-5 * jnp.concatenate([jnp.eye(3), -jnp.eye(3), jnp.zeros((1, 3))])
+    rows = posterior.mean + posterior.built.root_product(start + steps)
     found = log_joint(posterior, rows)
     np.testing.assert_allclose(-value, found[6], rtol=1e-10)
     np.testing.assert_allclose(-gradient, (found[:3] - found[3:6]) / 2e-5, rtol=1e-5, atol=1e-5)
@@ -192,8 +197,8 @@ def test_a_solve_that_fails_has_no_density_and_a_finite_force(pole):
     loose = diffrax.PIDController(rtol=1e-4, atol=1e-6)
     model = lp.NeuralODE(Square(jnp.array(0.5)), solver=diffrax.Heun(), stepsize_controller=loose, max_steps=128)
     posterior = eqx.tree_at(lambda p: p.parameters, pole, parameters(model))
-    target = _Target(posterior, jnp.array(jnp.inf))
-    at = jax.jit(jax.vmap(jax.value_and_grad(target.potential(posterior.mean))))
+    target = unlimited(posterior)
+    at = jax.jit(jax.vmap(jax.value_and_grad(target)))
     std = posterior.marginal_std()[0]
     (there, nowhere, outside), force = at(jnp.array([[0.1], [1 / std], [1e150]]))
     assert nowhere == outside == np.inf and np.all(np.isfinite(force))
@@ -210,6 +215,15 @@ def test_chains_that_stand_still_do_not_agree(line, monkeypatch):
     with pytest.warns(lp.LaplodeWarning, match=r"The chains do not agree: r̂ is inf for theta\[0\]"):
         tree = lp.nuts(line[0], **LONG | {"num_samples": 4})
     assert tree["posterior"].attrs["max_rhat"] == np.inf
+
+
+@pytest.mark.parametrize("structure", ["full", "low_rank", "block_diagonal", "diagonal"])
+def test_chains_start_where_they_are_told_to(by_structure, structure):
+    posterior = by_structure[structure]
+    starts = np.asarray(posterior.mean) + 0.01 * np.arange(12.0).reshape(2, 6)
+    target, first = _begin(posterior, starts, 2, KEY)
+    np.testing.assert_allclose(target.theta(first.z), starts, rtol=1e-9)
+    np.testing.assert_allclose(-first.potential_energy, log_joint(posterior, jnp.asarray(starts)), rtol=1e-8)
 
 
 # ---- Several optima

@@ -48,6 +48,7 @@ class NeuralODE(Shown):
     def __init__(
         self,
         vector_field: Callable,
+        *,
         y0: Any = None,
         observe: Callable | None = None,
         solver: diffrax.AbstractSolver | None = None,

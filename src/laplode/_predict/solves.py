@@ -19,6 +19,7 @@ from .._model.neural_ode import starts
 from .._model.own import predict_trajectories
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
+from .._problem.problem import Problem
 from .._solve import objective
 
 # Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.
@@ -102,8 +103,7 @@ def log_joint(
     return in_batches(at, thetas, "Weighing draws" if progress else None, mesh)
 
 
-def log_joint_at(posterior: Posterior, theta: Float[Array, " P"]) -> Float[Array, ""]:
+def log_joint_at(problem: Problem, view: Parameters, theta: Float[Array, " P"]) -> Float[Array, ""]:
     """The same of one parameter vector, for transformations, reverse mode too; not finite where its solve failed."""
-    data = posterior.problem.data
-    view = posterior.parameters
-    return objective.log_joint(posterior.problem, view, theta, _solve(view, data.ts, data.y0, data.args, theta))
+    data = problem.data
+    return objective.log_joint(problem, view, theta, _solve(view, data.ts, data.y0, data.args, theta))

@@ -117,27 +117,23 @@ def to_datatree(
     if parameters is None:
         parameters = "all" if posterior.size <= _MOST_ROWS else "layers"
     choose("parameters", parameters, dict.fromkeys(("all", "layers")))
-    data = posterior.problem.data
     layout = Layout.of(posterior, parameters, check_coords({} if coords is None else coords, posterior))
     basis = {**layout.attrs, **posterior_attrs(posterior)}
-
     if predictions:
-        groups = _predicted(posterior, predictions, layout, basis)
+        groups = _arrived(posterior, predictions, layout, basis)
     else:
         assert key is not None
-        draw = lambda key, num: posterior.sample(key, num)
-        blocks = (thetas for thetas, _ in _blocks(draw, jax.random.fold_in(key, 1), num_samples, posterior.size))
-        values = _joined([summarize(posterior.parameters, thetas[None], layout) for thetas in blocks])
-        groups = {"posterior": parameter_group(values, layout, {**basis, **_key_attrs(key)})}
+        blocks = _blocks(posterior.sample, jax.random.fold_in(key, 1), num_samples, posterior.size)
+        values = _joined([summarize(posterior.parameters, thetas[None], layout) for thetas, _ in blocks])
+        groups = {"posterior": _parameters(values, layout, {**basis, **_key_attrs(key)})}
     if key is not None:
-        groups |= _prior(
-            posterior, layout, {**layout.attrs, **_key_attrs(key)}, key, num_samples, prior_predictive, progress
-        )
-    groups |= data_groups(data, layout)
+        attrs = {**layout.attrs, **_key_attrs(key)}
+        groups |= _prior(posterior, layout, attrs, key, num_samples, prior_predictive, progress)
+    groups |= _data(posterior.problem.data, layout)
     if fits:
-        groups["fit_history"] = _history(fits, data, layout.attrs)
+        groups["fit_history"] = _history(fits, posterior.problem.data, layout.attrs)
     for name, given in sets.items():
-        inside = _predicted(posterior, given, layout, basis) | data_groups(data, layout)
+        inside = _arrived(posterior, given, layout, basis) | _data(posterior.problem.data, layout)
         groups |= {f"{name}/{group}": dataset for group, dataset in inside.items()}
     return xr.DataTree.from_dict(groups)
 
@@ -216,9 +212,7 @@ def check_coords(coords: Mapping[str, Sequence[Any]], posterior: Posterior) -> d
     named = {"trajectory": data.trajectories, "channel": data.channels}
     coords = {name: names for name, names in named.items() if names is not None} | dict(coords)
     neural = isinstance(model, NeuralODE)
-    num_states = (
-        data.y0.shape[1] if data.y0 is not None else model.y0.shape[-1] if neural and model.y0 is not None else 0
-    )
+    num_states = posterior.flow.num_states or (0 if data.y0 is None else data.y0.shape[1])
     lengths = {"trajectory": data.ys.shape[0], "channel": data.ys.shape[2], "state": num_states}
     for name, values in coords.items():
         if name not in lengths:
@@ -290,23 +284,20 @@ def summarize(view: Parameters, thetas: Float[Array, "C S P"], layout: Layout) -
     return values
 
 
-def parameter_group(values: dict[str, Array], layout: Layout, attrs: dict[str, Any]) -> xr.Dataset:
+def _parameters(values: dict[str, Array], layout: Layout, attrs: dict[str, Any]) -> xr.Dataset:
     """`posterior` or `prior`, of what `summarize` returns."""
     return _dataset(values, layout.coords, layout.dims, {**attrs, "parameters": layout.parameters})
 
 
-def predictive_group(draws: dict[str, Array], ts: Float[np.ndarray, "N T"], layout: Layout, attrs) -> xr.Dataset:
+def _predictive(draws: dict[str, Any], ts: Float[np.ndarray, "N T"], layout: Layout, attrs) -> xr.Dataset:
     """Draws at `ts`, (C, S, N, T, K), by name: "y" with noise, "f" without, and maybe "scale", that of the noise, and
     "y0", initial states (C, S, N, D). `layout.coords` names trajectories, channels and states.
     """
-    grid = {**layout.coords, **_time_coords(ts)}
     dims = {name: ["trajectory", "state"] if name == "y0" else _CELLS for name in draws}
-    return _dataset(draws, grid, dims, attrs)
+    return _dataset(draws, {**layout.coords, **_time_coords(ts)}, dims, attrs)
 
 
-def log_likelihood_group(
-    values: Float[np.ndarray, "C S N T K"], data: Trajectories, layout: Layout, attrs
-) -> xr.Dataset:
+def _log_likelihood(values: Float[np.ndarray, "C S N T K"], data: Trajectories, layout: Layout, attrs) -> xr.Dataset:
     """Of each observation that is there and that the draws have any influence on."""
     # A missing value has no likelihood, and one that no parameter changes, as at the time of a given initial state,
     # says nothing about them: az.loo fails on the first as NaN and on the second for want of a tail to fit.
@@ -321,7 +312,7 @@ def log_likelihood_group(
     return dataset.assign_coords(labels)
 
 
-def data_groups(data: Trajectories, layout: Layout) -> dict[str, xr.Dataset]:
+def _data(data: Trajectories, layout: Layout) -> dict[str, xr.Dataset]:
     """`observed_data` and `constant_data`."""
     grid = {**layout.coords, **_time_coords(data.ts)}
     observed = _dataset({"y": data.ys}, grid, {"y": _CELLS}, layout.attrs, sample_dims=[])
@@ -338,10 +329,40 @@ def _constant(ts: Float[np.ndarray, "N T"], y0: Any, dates: np.ndarray | None, l
 # ---- Groups, of what laplode returns
 
 
-def _predicted(
+def _groups(
+    posterior: Posterior,
+    predictions: Sequence[Predictions],
+    chained: Callable[[Any], Any],
+    stats: Mapping[str, Any],
+    layout: Layout,
+    attrs: dict[str, Any],
+) -> dict[str, xr.Dataset]:
+    """The groups that predictions of the same draws make; `chained` turns (S, ...) into (C, S, ...)."""
+    data, first = posterior.problem.data, predictions[0]
+    groups = {
+        "posterior": _parameters(summarize(posterior.parameters, chained(first.thetas), layout), layout, attrs),
+        "sample_stats": _dataset(stats, {}, {}, attrs),
+    }
+    for item in predictions:
+        drawn = {**attrs, "method": item.method, **_key_attrs(item.key)}
+        draws = {"y": item.y, "f": item.f, "scale": item.scale, "y0": item.y0}
+        draws = {name: chained(values) for name, values in draws.items() if values is not None}
+        same = item.ts.shape[0] == data.ts.shape[0]
+        there = layout._replace(coords={name: of for name, of in layout.coords.items() if same or name != "trajectory"})
+        group = _predictive(draws, item.ts, there, drawn)
+        if item.observed_grid:
+            density = _log_likelihood(chained(np.asarray(item.log_likelihood)), data, layout, drawn)
+            groups |= {"posterior_predictive": group, "log_likelihood": density}
+        else:
+            constant = _constant(item.ts, None, data.dates(item.ts), there)
+            groups |= {"predictions": group, "predictions_constant_data": constant}
+    return groups
+
+
+def _arrived(
     posterior: Posterior, predictions: Sequence[Predictions], layout: Layout, basis: dict[str, Any]
 ) -> dict[str, xr.Dataset]:
-    """The groups that predictions of the same draws make."""
+    """The groups that the draws make of which all predictions are finite."""
     first = predictions[0]
     ok = np.all([np.asarray(item.ok) for item in predictions], axis=0)
     if not np.any(ok):
@@ -355,46 +376,12 @@ def _predicted(
         )
     kept = (lambda x: x[None]) if np.all(ok) else (lambda x: x[ok][None])
     attrs = {**basis, **_key_attrs(first.key), "method": first.method, "num_failed": int(np.sum(~ok))}
+    stats = {"success": kept(first.ok)}
     weighed = next((item for item in predictions if item.khat is not None), None)
     if weighed is not None:
         attrs["khat"] = float(weighed.khat)  # pyright: ignore[reportArgumentType]
-
-    stats = {"success": kept(first.ok)}
-    if weighed is not None:
         stats |= {name: kept(getattr(weighed, name)) for name in ("log_p", "log_q", "log_weights")}
-    values = summarize(posterior.parameters, kept(first.thetas), layout)
-    groups = {
-        "posterior": parameter_group(values, layout, attrs),
-        "sample_stats": _dataset(stats, {}, {}, attrs),
-    }
-    for item in predictions:
-        groups |= _of(posterior, item, kept, layout, {**attrs, "method": item.method, **_key_attrs(item.key)})
-    return groups
-
-
-def _of(
-    posterior: Posterior,
-    item: Predictions,
-    chained: Callable[[Any], Any],
-    layout: Layout,
-    attrs: dict[str, Any],
-) -> dict[str, xr.Dataset]:
-    """The groups that one prediction makes; `chained` turns (S, ...) into (C, S, ...)."""
-    data = posterior.problem.data
-    draws = {"y": item.y, "f": item.f, "scale": item.scale, "y0": item.y0}
-    draws = {name: chained(values) for name, values in draws.items() if values is not None}
-    if item.observed_grid:
-        return {
-            "posterior_predictive": predictive_group(draws, item.ts, layout, attrs),
-            "log_likelihood": log_likelihood_group(chained(np.asarray(item.log_likelihood)), data, layout, attrs),
-        }
-    same = item.ts.shape[0] == data.ts.shape[0]
-    coords = {name: of for name, of in layout.coords.items() if same or name != "trajectory"}
-    there = layout._replace(coords=coords)
-    return {
-        "predictions": predictive_group(draws, item.ts, there, attrs),
-        "predictions_constant_data": _constant(item.ts, None, data.dates(item.ts), there),
-    }
+    return _groups(posterior, predictions, kept, stats, layout, attrs)
 
 
 def chains_to_datatree(
@@ -413,14 +400,7 @@ def chains_to_datatree(
     layout = Layout.of(posterior, "all", check_coords(coords, posterior))._replace(attrs=attrs)
     chains = len(next(iter(stats.values())))
     chained = lambda x: x.reshape(chains, -1, *x.shape[1:])
-    values = summarize(posterior.parameters, chained(predictions[0].thetas), layout)
-    groups = {
-        "posterior": parameter_group(values, layout, attrs),
-        "sample_stats": _dataset(stats, {}, {}, attrs),
-        **data_groups(posterior.problem.data, layout),
-    }
-    for item in predictions:
-        groups |= _of(posterior, item, chained, layout, {**attrs, "method": item.method})
+    groups = _groups(posterior, predictions, chained, stats, layout, attrs) | _data(posterior.problem.data, layout)
     if num_prior:
         groups |= _prior(posterior, layout, attrs, key, num_prior, False, False)
     return xr.DataTree.from_dict(groups)
@@ -452,7 +432,7 @@ def _prior(posterior, layout, attrs, key, num, push, progress) -> dict[str, xr.D
             f = in_batches(solve, thetas, "Solving at draws of the prior" if progress else None)
             everywhere = jnp.ones(f.shape[1:], bool)
             trajectories.append(with_noise(problem.likelihood, everywhere, f, jnp.ones(len(f), bool), key_noise))
-    groups = {"prior": parameter_group(_joined(parts), layout, attrs)}
+    groups = {"prior": _parameters(_joined(parts), layout, attrs)}
     if not push:
         return groups
     ok, f, y = (jnp.concatenate(some) for some in zip(*trajectories, strict=True))
@@ -463,7 +443,7 @@ def _prior(posterior, layout, attrs, key, num, push, progress) -> dict[str, xr.D
         )
     attrs = {**attrs, "num_failed": int(np.sum(~ok))}
     f = f[..., : y.shape[-1]]  # without the noise scale, where the model predicts one
-    group = predictive_group({"y": y[ok][None], "f": f[ok][None]}, data.ts, layout, attrs)
+    group = _predictive({"y": y[ok][None], "f": f[ok][None]}, data.ts, layout, attrs)
     groups["prior_predictive"] = group.assign_coords(draw=np.flatnonzero(ok))  # of these draws in `prior`
     return groups
 

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
@@ -17,13 +17,16 @@ from numpyro.infer.hmc import HMCState, hmc
 from numpyro.infer.util import ParamInfo
 from tqdm.auto import tqdm
 
+from .._algebra.precision import AbstractPrecision
 from .._checks import check_count, check_flag, check_fraction, check_from, check_key, check_x64, real_array
 from .._errors import LaplodeError, LaplodeWarning, choose
+from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
 from .._predict.grid import Grid
 from .._predict.predict import predict_at
 from .._predict.solves import advice, log_joint_at
 from .._problem.likelihood import AbstractLikelihood
+from .._problem.problem import Problem
 from .datatree import chains_to_datatree, check_coords
 
 # Above this the ranks of the chains differ too much (Vehtari et al., 2021).
@@ -78,8 +81,8 @@ def nuts(
     """Draws from the exact posterior p(θ | Y) by NumPyro's NUTS, to hold a Laplace approximation against.
 
     The density is log p(Y | θ) + log p(θ) with the model's own adaptive solve in it, differentiated in reverse; where
-    the solve fails it is −∞. Chains move in z, θ = start + C z with C Cᵀ = Λ⁻¹ of the Laplace posterior, in
-    which it is a standard normal if the approximation is right.
+    the solve fails it is −∞. Chains move in z, θ = θ* + C z with C Cᵀ = Λ⁻¹ of the Laplace posterior, in which it is a
+    standard normal if the approximation is right.
 
     **Arguments:**
 
@@ -143,8 +146,8 @@ def nuts(
     with tqdm(total=total, desc="NUTS", unit="transition", disable=not progress) as bar, advice():
         for i in range(0, num_chains, together):
             chosen = slice(i, i + together)
-            part = _run(target, settings, first.of(chosen), keys[chosen], num_samples, bar)
-            parts.append(part)
+            some = jax.tree.map(lambda x, chosen=chosen: x[chosen], first)
+            parts.append(_run(target, settings, some, keys[chosen], num_samples, bar))
     seconds = time.perf_counter() - began
     done = min(len(part.lp) for part in parts)
     if done < num_samples:
@@ -194,83 +197,69 @@ class _Settings(NamedTuple):
 
 
 class _Target(eqx.Module):
-    """−log p(Y, θ) at θ = start + C z, as a function of z.
+    """−log p(Y, θ) at θ = θ* + C z, as a function of z.
 
     Above `ceiling`, in nats, no trajectory of NUTS can be but in error.
     """
 
-    posterior: Posterior
+    # Not the posterior, whose diagnostics are numbers of its own: each would be compiled anew.
+    problem: Problem
+    parameters: Parameters
+    structure: AbstractPrecision
     ceiling: Float[Array, ""]
 
-    def theta(self, start: Float[Array, " P"], z: Float[Array, "... P"]) -> Float[Array, "... P"]:
-        return start + self.posterior.built.root_product(z)
+    def theta(self, z: Float[Array, "... P"]) -> Float[Array, "... P"]:
+        return self.parameters.vector + self.structure.root_product(z)
 
-    def potential(self, start: Float[Array, " P"]) -> Callable[[Array], Array]:
-        def at(z):
-            inside = jnp.all(jnp.abs(z) < _OUTSIDE)
-            place = jax.lax.stop_gradient(jnp.where(inside, z, 0))
-            negative = lambda z: -log_joint_at(self.posterior, self.theta(start, z))
-            value, force = jax.value_and_grad(negative)(place)
-            # Any finite force leaves the distribution as it is; one that is NaN would end the chain.
-            force = jnp.where(jnp.isfinite(force), force, 0)
-            allowed = inside & jnp.isfinite(value)
-            value = jnp.where(allowed, value, jnp.inf)
-            force = jnp.where(allowed & (value < self.ceiling), force, _WALL)
-            return value + force @ (z - jax.lax.stop_gradient(z))
+    def __call__(self, z: Float[Array, " P"]) -> Float[Array, ""]:
+        inside = jnp.all(jnp.abs(z) < _OUTSIDE)
+        place = jax.lax.stop_gradient(jnp.where(inside, z, 0))
+        value, force = jax.value_and_grad(self._negative_log_joint)(place)
+        # Any finite force leaves the distribution as it is; one that is NaN would end the chain.
+        force = jnp.where(jnp.isfinite(force), force, 0)
+        value = jnp.where(inside & jnp.isfinite(value), value, jnp.inf)
+        force = jnp.where(value < self.ceiling, force, _WALL)
+        return value + force @ (z - jax.lax.stop_gradient(z))
 
-        return at
-
-
-class _Start(NamedTuple):
-    """Where chains start, with the potential and its gradient in z there."""
-
-    theta: Float[Array, "C P"]
-    potential: Float[Array, " C"]
-    gradient: Float[Array, "C P"]
-
-    def of(self, chosen: slice) -> "_Start":
-        return _Start(*(x[chosen] for x in self))
+    def _negative_log_joint(self, z: Float[Array, " P"]) -> Float[Array, ""]:
+        return -log_joint_at(self.problem, self.parameters, self.theta(z))
 
 
 @eqx.filter_jit
-def _evaluate(target: _Target, starts: Float[Array, "C P"]):
-    at = lambda start: jax.value_and_grad(target.potential(start))(jnp.zeros_like(start))
-    return jax.vmap(at)(starts)
+def _evaluate(target: _Target, zs: Float[Array, "C P"]) -> ParamInfo:
+    """Positions of chains, with the potential and its gradient there."""
+    return ParamInfo(zs, *jax.vmap(jax.value_and_grad(target))(zs))
 
 
-def _begin(posterior: Posterior, starts: Any, num_chains: int, key: PRNGKeyArray) -> tuple[_Target, _Start]:
+def _begin(posterior: Posterior, starts: Any, num_chains: int, key: PRNGKeyArray) -> tuple[_Target, ParamInfo]:
     """**Raises:** `LaplodeError` when `starts` do not fit, or have no density."""
-    size = posterior.size
-    unlimited = _Target(posterior, jnp.array(jnp.inf))
+    shape = (num_chains, posterior.size)
+    unlimited = _Target(posterior.problem, posterior.parameters, posterior.built, jnp.array(jnp.inf))
     if starts is not None:
         thetas = real_array("starts", starts)
-        if thetas.shape != (num_chains, size) or not np.all(np.isfinite(thetas)):
-            raise LaplodeError(
-                f"`starts` must be finite and of shape (num_chains, P) = ({num_chains}, {size}), got {thetas.shape}."
-            )
-        thetas = jnp.asarray(thetas)
-        values, gradients = _evaluate(unlimited, thetas)
+        if thetas.shape != shape or not np.all(np.isfinite(thetas)):
+            raise LaplodeError(f"`starts` must be finite and of shape (num_chains, P) = {shape}, got {thetas.shape}.")
+        offsets = posterior.built.precision_product(jnp.asarray(thetas) - posterior.mean)
+        (zs,) = jax.linear_transpose(posterior.built.root_product, offsets)(offsets)  # C⁻¹ = Cᵀ Λ
+        first = _evaluate(unlimited, zs)
     else:
-        normals = _OVERDISPERSION * jax.random.normal(key, (num_chains, size))
-        offsets = posterior.built.root_product(normals)
-        least = _evaluate(unlimited, posterior.mean[None])[0]
-        scale = np.ones(num_chains)
+        zs = _OVERDISPERSION * jax.random.normal(key, shape)
+        least = _evaluate(unlimited, jnp.zeros((1, posterior.size))).potential_energy
         for _ in range(_HALVINGS):
-            thetas = posterior.mean + scale[:, None] * offsets
-            values, gradients = _evaluate(unlimited, thetas)
-            far = ~np.asarray(values < least + 2 * size + 10)
-            if not np.any(far):
+            first = _evaluate(unlimited, zs)
+            far = ~(first.potential_energy < least + 2 * posterior.size + 10)
+            if not jnp.any(far):
                 break
-            scale = np.where(far, scale / 2, scale)
-    failed = np.flatnonzero(~np.isfinite(np.asarray(values)))
+            zs = jnp.where(far[:, None], zs / 2, zs)
+    failed = np.flatnonzero(~np.isfinite(np.asarray(first.potential_energy)))
     if failed.size:
         raise LaplodeError(
             f"{'`starts`' if starts is not None else '`posterior`'}: the density is not finite where chain "
             f"{failed[0]} would start ({failed.size} of {num_chains} chains): the solve fails there, or the likelihood "
             "can't have the data."
         )
-    ceiling = jnp.max(values) + _DIVERGENCE + 10 * size
-    return _Target(posterior, ceiling), _Start(thetas, values, gradients)
+    ceiling = jnp.max(first.potential_energy) + _DIVERGENCE + 10 * posterior.size
+    return eqx.tree_at(lambda target: target.ceiling, unlimited, ceiling), first
 
 
 class _Trace(NamedTuple):
@@ -286,58 +275,50 @@ class _Trace(NamedTuple):
 
 
 def _kernel(target: _Target, settings: _Settings):
-    """NumPyro's functions for one chain: `begin(start, key)` and `step(state, start)`."""
-    init, sample = hmc(potential_fn_gen=target.potential, algo="NUTS")
+    """NumPyro's functions for one chain: `begin(first, key)` and `step(state)`."""
+    init, step = hmc(target, algo="NUTS")
 
-    def begin(start: _Start, key):
-        zero = jnp.zeros_like(start.theta)
-        return init(
-            ParamInfo(zero, start.potential, start.gradient),
-            num_warmup=settings.num_warmup,
-            step_size=zero.size**-0.25,
-            dense_mass=settings.dense_mass,
-            target_accept_prob=settings.target_accept_prob,
-            max_tree_depth=settings.max_tree_depth,
-            model_args=(start.theta,),
-            rng_key=key,
-        )
+    def begin(first: ParamInfo, key):
+        size = first.z.size
+        return init(first, step_size=size**-0.25, rng_key=key, **settings._asdict())
 
-    return begin, sample
+    return begin, step
 
 
 @eqx.filter_jit
-def _initial(target: _Target, settings: _Settings, first: _Start, keys: PRNGKeyArray) -> HMCState:
+def _initial(target: _Target, settings: _Settings, first: ParamInfo, keys: PRNGKeyArray) -> HMCState:
     return jax.vmap(_kernel(target, settings)[0])(first, keys)
 
 
+# NumPyro's MCMC would run these transitions too, but it was seen to compile anew in each part of a run, and for each
+# posterior, whose numbers it has inside; and it warms up in one call that shows nothing meanwhile.
 @eqx.filter_jit
-def _advance(target: _Target, settings: _Settings, first: _Start, keys, state: HMCState, num):
+def _advance(target: _Target, settings: _Settings, first: ParamInfo, keys, state: HMCState, num):
     """`num` transitions of every chain, at most `_CHUNK`."""
-    begin, sample = _kernel(target, settings)
-    jax.eval_shape(jax.vmap(begin), first, keys)  # it hands its settings to `sample`
+    begin, step = _kernel(target, settings)
+    jax.eval_shape(jax.vmap(begin), first, keys)  # it hands its settings to `step`
 
-    def record(state, start):
+    def record(state):
         adapted = state.adapt_state.step_size
         found = (-state.potential_energy, state.energy, state.diverging, state.num_steps, state.accept_prob, adapted)
-        return _Trace(target.theta(start, state.z), *found)
+        return _Trace(target.theta(state.z), *found)
 
     def one(i, carry):
         state, trace = carry
-        state = jax.vmap(lambda state, start: sample(state, (start,)))(state, first.theta)
-        row = jax.vmap(record)(state, first.theta)
-        return state, jax.tree.map(lambda all, new: all.at[i].set(new), trace, row)
+        state = jax.vmap(step)(state)
+        return state, jax.tree.map(lambda all, new: all.at[i].set(new), trace, jax.vmap(record)(state))
 
-    shapes = jax.eval_shape(jax.vmap(record), state, first.theta)
+    shapes = jax.eval_shape(jax.vmap(record), state)
     empty = jax.tree.map(lambda x: jnp.zeros((_CHUNK, *x.shape), x.dtype), shapes)
     return jax.lax.fori_loop(0, num, one, (state, empty))
 
 
 def _run(
-    target: _Target, settings: _Settings, first: _Start, keys: PRNGKeyArray, num_samples: int, bar: tqdm
+    target: _Target, settings: _Settings, first: ParamInfo, keys: PRNGKeyArray, num_samples: int, bar: tqdm
 ) -> _Trace:
     """What was drawn after warmup, draws before chains."""
     state = _initial(target, settings, first, keys)
-    kept, drawn, num = [], 0, 1
+    kept, num = [], 1
     for phase, length in (("warmup", settings.num_warmup), ("sample", num_samples)):
         done = diverged = 0
         while done < length:
@@ -353,9 +334,7 @@ def _run(
             seconds = time.perf_counter() - began
             num = min(2 * num, _CHUNK) if seconds < _SECONDS[0] else max(num // 2, 1) if seconds > _SECONDS[1] else num
             done, diverged = done + some, diverged + int(np.sum(trace.diverging))
-            if phase == "sample":
-                kept.append(trace)
-                drawn += some
+            kept += [trace] if phase == "sample" else []
             bar.update(some)
             bar.set_postfix(phase=phase, divergences=diverged, steps=int(np.max(trace.n_steps)))
     return jax.tree.map(lambda *x: np.concatenate(x), *kept)
