@@ -50,6 +50,11 @@ from ._predict.sampled import Sampled as Sampled
 from ._problem.constraint import SoftConstraint as SoftConstraint
 from ._problem.counts import NegativeBinomial as NegativeBinomial, Poisson as Poisson
 from ._problem.data import Trajectories as Trajectories
+from ._problem.field_prior import (
+    FieldPrior as FieldPrior,
+    Matern52 as Matern52,
+    SquaredExponential as SquaredExponential,
+)
 from ._problem.prior import GaussianPrior as GaussianPrior, NamedPriors as NamedPriors
 from ._problem.problem import Problem as Problem
 from ._problem.scale import Gaussian as Gaussian, LogNormal as LogNormal, StudentT as StudentT

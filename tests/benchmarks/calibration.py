@@ -15,6 +15,9 @@ maximize_evidence(online=True). Methods:
 
 - linearized, geodesic, sampled: of the restart of highest evidence; weighted: the geodesic draws by their importance
     weights, which is what resampling stands for;
+- leaf, field, learned: linearized, with a precision for each leaf of the model; with `FieldPrior()` as it is; and with
+    its amplitude and length by the evidence, too; "leaf geodesic" and so on, the same with geodesic draws. --priors
+    says which;
 - mixture: of all restarts by their evidence, each linearized;
 - ensemble: all restarts as Adam left them, a deep ensemble: the mean of their trajectories, the standard deviation
     between them, and the noise from their residuals. Refined, they fall into the same optimum and say nothing.
@@ -45,7 +48,11 @@ warnings.simplefilter("ignore", laplode.LaplodeWarning)
 ADAM = optax.adam(1e-2)
 NOISE, TRAIN = 0.1, 41
 TS = np.linspace(0, 15, 61)
+PRIORS = ("leaf", "field", "learned")
 METHODS = ("linearized", "geodesic", "sampled", "weighted", "mixture", "ensemble")
+METHODS += tuple(name for prior in PRIORS for name in (prior, f"{prior} geodesic"))
+# New initial states in the box of the data, and in one 1.5 times as wide; of how many, and at which of the times.
+BOXES, STATES, SOME = {"inside": 1.0, "wide": 1.5}, 8, slice(4, TRAIN, 4)
 
 
 # ---- Systems
@@ -124,6 +131,30 @@ def simulate(name, seed):
     truth = np.asarray(exact(TS, y0))
     old, new = truth + NOISE * rng.normal(size=(2, *truth.shape))
     return model, laplode.Trajectories(TS[:TRAIN], old[:TRAIN], y0), truth, new
+
+
+def elsewhere(name, seed, data, posterior):
+    """The linearized forecast from new initial states against the truth; None where the model has no solution."""
+    rng, found = np.random.default_rng([100 + list(SYSTEMS).index(name), seed]), {}
+    exact = laplode.NeuralODE(SYSTEMS[name](), stepsize_controller=diffrax.PIDController(1e-9, 1e-9))
+    low, high = data.ys[0].min(axis=0), data.ys[0].max(axis=0)
+    for box, wide in BOXES.items():
+        states = (low + high) / 2 + wide * (high - low) * (rng.uniform(size=(STATES, 2)) - 0.5)
+        truth = np.stack([np.asarray(_solve(exact, y0)) for y0 in states])[:, SOME]
+        try:
+            options = dict(num_samples=1, key=jax.random.key(0), progress=False)
+            predictions = laplode.predict(posterior, TS[:TRAIN], states, **options)
+        except laplode.LaplodeError:
+            found[box] = None
+            continue
+        variance = np.diagonal(np.asarray(predictions.covariance()), axis1=1, axis2=2)
+        std = np.sqrt(np.maximum(variance.reshape(STATES, TRAIN, 2)[:, SOME], 1e-12))
+        found[box] = rounded(st.norm.cdf((truth - np.asarray(predictions.mean)[:, SOME]) / std))
+    return found
+
+
+def rounded(values):
+    return np.round(np.asarray(values, dtype=float), 4).tolist()
 
 
 # ---- What a method predicts, and how well
@@ -216,30 +247,47 @@ def timed(clock, name, function):
     return result
 
 
-def posteriors_of(name, model, data, seed, restarts, steps, clock):
-    scale = 0.1 * float(np.std(data.ys))
-    problem = laplode.Problem(data, laplode.Gaussian(np.full(2, scale)), 1.0)
-    models = [model]
-    if name != "linear":
-        adam = lambda: laplode.fit(
-            model, problem, ADAM, steps=steps, key=jax.random.key(seed), restarts=restarts, progress=False
-        )
-        models = timed(clock, "fit", adam).restarts
+def fitted(name, model, problem, seed, restarts, steps, clock):
+    if name == "linear":
+        return [model]
+    adam = lambda: laplode.fit(
+        model, problem, ADAM, steps=steps, key=jax.random.key(seed), restarts=restarts, progress=False
+    )
+    fit = timed(clock, "fit", adam)
+    return fit.restarts or (fit.model,)
+
+
+def posteriors_of(models, problem, precision="one"):
+    """Of each model one, with hyperparameters by evidence; the most probable first."""
     found = []
-    start = time.perf_counter()
-    for each in models:
+    for model in models:
         # As far as is of use: with the hyperparameters the optimum will move, and online=True refines again.
-        fit = laplode.refine(each, problem, curvature="ggn", decrement=1e-2, progress=False)
+        fit = laplode.refine(model, problem, curvature="ggn", decrement=1e-2, progress=False)
         posterior = laplode.laplace(fit.model, problem, curvature="ggn", progress=False)
-        found.append(laplode.maximize_evidence(posterior, online=True, progress=False))
-    clock["refine and evidence"] = (time.perf_counter() - start) / len(models)
-    return sorted(found, key=lambda p: -float(p.log_evidence)), models
+        found.append(laplode.maximize_evidence(posterior, precision=precision, online=True, progress=False))
+    return sorted(found, key=lambda p: -float(p.log_evidence))
 
 
-def one(name, seed, draws, restarts, steps):
-    clock = {}
+def with_prior(prior, posteriors, data):
+    """The most probable posterior with another prior, from where `posteriors` are."""
+    likelihood = posteriors[0].problem.likelihood
+    weights = laplode.FieldPrior() if prior in ("field", "learned") else 1.0
+    precision = {"leaf": "leaf", "field": "fixed", "learned": "one"}[prior]
+    models = [posterior.model for posterior in posteriors]
+    return posteriors_of(models, laplode.Problem(data, likelihood, weights), precision)[0]
+
+
+def started(name, model, data, seed, options, clock):
+    """The models as Adam left them, and their posteriors."""
+    problem = laplode.Problem(data, laplode.Gaussian(np.full(2, 0.1 * float(np.std(data.ys)))), 1.0)
+    models = fitted(name, model, problem, seed, options.restarts, options.steps, clock)
+    return models, timed(clock, "refine and evidence", lambda: posteriors_of(models, problem))
+
+
+def one(name, seed, options):
+    clock, draws = {}, options.draws
     model, data, truth, new = simulate(name, seed)
-    posteriors, models = posteriors_of(name, model, data, seed, restarts, steps, clock)
+    models, posteriors = started(name, model, data, seed, options, clock)
     best = posteriors[0]
     table = laplode.compare_evidence({str(i): posterior for i, posterior in enumerate(posteriors)})
     table = table[table["weight"] > 0]
@@ -261,7 +309,18 @@ def one(name, seed, draws, restarts, steps):
                     found["weighted"] = Marginals.of_draws(predictions, noise, predictions.log_weights)
     if len(models) > 1:
         found["ensemble"] = ensemble(models, data)
-    rounded = lambda x: np.round(np.asarray(x, dtype=float), 4).tolist()
+    others = {
+        prior: timed(clock, prior, lambda prior=prior: with_prior(prior, posteriors, data))
+        for prior in options.priors
+        if name != "linear"
+    }
+    for prior, posterior in others.items():
+        found[prior] = closed_form([posterior], [1.0])
+        if draws:
+            how = dict(method="geodesic", num_samples=draws, key=jax.random.key(seed), progress=False)
+            predictions = laplode.predict(posterior, TS, **how)
+            found[f"{prior} geodesic"] = Marginals.of_draws(predictions, scale_of(posterior))
+    states = {"linearized": best, **others} if name != "linear" else {}
     record = {
         "system": name,
         "seed": seed,
@@ -274,6 +333,9 @@ def one(name, seed, draws, restarts, steps):
         "khat": khat,
         "draws": draws,
         "seconds": clock,
+        "evidence": {prior: float(p.log_evidence) for prior, p in others.items()},
+        "field": {prior: _shape_of(p) for prior, p in others.items() if prior != "leaf"},
+        "elsewhere": {method: elsewhere(name, seed, data, posterior) for method, posterior in states.items()},
         "methods": {},
     }
     for method in METHODS:
@@ -293,6 +355,11 @@ def one(name, seed, draws, restarts, steps):
     return record
 
 
+def _shape_of(posterior):
+    prior = posterior.problem.prior
+    return {"amplitude": rounded(prior.amplitude), "length": rounded(prior.length)}
+
+
 def run(options):
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{options.system}.jsonl"
@@ -300,7 +367,7 @@ def run(options):
     for seed in range(options.first, options.last):
         if seed in done:
             continue
-        record = one(options.system, seed, options.draws, options.restarts, options.steps)
+        record = one(options.system, seed, options)
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         clock = ", ".join(f"{k} {v:.1f} s" for k, v in record["seconds"].items())
@@ -320,7 +387,7 @@ def run(options):
 def against_nuts(options):
     """Rows of a Markdown table: spread over that of NUTS, and the distance of means in its standard deviations."""
     model, data, *_ = simulate(options.system, options.seed)
-    found, _ = posteriors_of(options.system, model, data, options.seed, options.restarts, options.steps, {})
+    _, found = started(options.system, model, data, options.seed, options, {})
     best, key = found[0], jax.random.key(options.seed)
     draws, deep = options.draws, options.max_tree_depth
     sampler = dict(num_warmup=draws, num_samples=draws, target_accept_prob=0.9, max_tree_depth=deep, progress=False)
@@ -369,14 +436,31 @@ def table(folder):
                     print(_row(name, method, having, rows))
 
 
+def table_elsewhere(folder):
+    """The same for new initial states; where a model has no solution from one of them, the data set is left out."""
+    print("\nnew initial states\n\n| system | method | box | seeds | covers at 50% | 90% | 95% | without solution |")
+    print("|---|---|---|---:|---:|---:|---:|---:|")
+    for name in SYSTEMS:
+        records = [r for r in read(Path(folder) / f"{name}.jsonl") if r.get("elsewhere")]
+        for method in ("linearized", *PRIORS):
+            for box in BOXES:
+                having = [r["elsewhere"][method][box] for r in records if method in r["elsewhere"]]
+                pits = np.array([pit for pit in having if pit is not None])
+                if len(pits):
+                    cells = " | ".join(_covers(pits, level) for level in (0.5, 0.9, 0.95))
+                    print(f"| {name} | {method} | {box} | {len(pits)} | {cells} | {len(having) - len(pits)} |")
+
+
+def _covers(pits, level):
+    each = np.mean(np.abs(pits - 0.5) < level / 2, axis=tuple(range(1, pits.ndim)))
+    error = np.std(each, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else np.nan
+    return f"{100 * np.mean(each):.0f} ± {100 * error:.0f}"
+
+
 def _row(name, method, records, rows):
     pick = lambda key: np.stack([np.array(r["methods"][method][key])[rows] for r in records])
 
-    def covers(key, level):
-        each = np.mean(np.abs(pick(key) - 0.5) < level / 2, axis=(1, 2))
-        error = np.std(each, ddof=1) / np.sqrt(len(each)) if len(each) > 1 else np.nan
-        return f"{100 * np.mean(each):.0f} ± {100 * error:.0f}"
-
+    covers = lambda key, level: _covers(pick(key), level)
     linear = np.stack([np.array(r["methods"]["linearized"]["std"])[rows] for r in records])
     ratio = np.median(np.mean(pick("std"), axis=(1, 2)) / np.mean(linear, axis=(1, 2)))
     seconds = [r["seconds"][method] / r["draws"] for r in records if r["draws"] and method in r["seconds"]]
@@ -397,6 +481,7 @@ def main():
     command.add_argument("last", type=int)
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--draws", type=int, default=60, help="of geodesic and sampled; 0 leaves these out")
+    command.add_argument("--priors", nargs="*", choices=PRIORS, default=PRIORS)
     command.add_argument("--restarts", type=int, default=3)
     command.add_argument("--steps", type=int, default=800, help="of Adam")
     command.set_defaults(do=run)
@@ -408,7 +493,7 @@ def main():
     command.set_defaults(do=against_nuts, restarts=3, steps=800)
     command = commands.add_parser("table")
     command.add_argument("folder", type=Path)
-    command.set_defaults(do=lambda options: table(options.folder))
+    command.set_defaults(do=lambda options: (table(options.folder), table_elsewhere(options.folder)))
     options = parser.parse_args()
     options.do(options)
 

@@ -80,6 +80,15 @@ ARGUMENTS = {
     "NegativeBinomial": dict(concentration="positive array"),
     "GaussianPrior": dict(precision=[0.0, -1.0, INF, NAN, "three", NOTHING, None, [], 1j, {"a": -1.0}],
                           mean=[INF, NAN, "three", NOTHING, None, 1j]),
+    "SoftConstraint": dict(function="callable", value=["three", NOTHING, NAN, INF, [1j]],
+                           covariance=[0.0, -1.0, NAN, INF, "three", NOTHING, [1.0, 2.0], [[1.0, 2.0]], 1j],
+                           weights=[0.0, -1.0, NAN, "three", NOTHING, None]),
+    "FieldPrior": dict(amplitude=[0.0, -1.0, INF, NAN, "three", NOTHING], length=[0.0, -1.0, NAN, "three", NOTHING],
+                       weights=[0.0, -1.0, "three", NOTHING, None], kernel=[3, "smooth", jnp.exp],
+                       contexts=[NOTHING, "here", [1.0], [[NAN, 1.0]], [[1j, 1.0]]], ts=[NOTHING, [1.0], [1.0, 2.0]],
+                       part=[NOTHING, 3, "field"], nugget=[0.0, -1.0, NAN, "three", NOTHING], num_contexts="count"),
+    "SquaredExponential": dict(periods=[NOTHING, 1.0, [0.0], [-1.0, 1.0], [NAN], "three"]),
+    "Matern52": dict(periods=[NOTHING, 1.0, [0.0], [-1.0, 1.0], [NAN], "three"]),
     "NamedPriors": dict(named=[NOTHING, None, {}, {"rate": 1.0}, {3: dist.Normal()}, {"rate": dist.Poisson(1.0)},
                                {"rate": dist.Dirichlet(jnp.ones(2))}]),
     "Problem": dict(data="data", likelihood=[NOTHING, None, 3, lp.Gaussian, "gaussian", lambda f: f,
@@ -153,6 +162,7 @@ NEEDS = {
     ("Hessian", "num_probes"): dict(key=KEY),
     ("predict", "args"): dict(y0=[[1.0, 1.0], [1.0, 1.0]]),
     ("to_datatree", "num_samples"): dict(key=KEY),
+    ("FieldPrior", "ts"): dict(contexts=np.ones((3, 2))),
 }
 
 OF_A_POSTERIOR = (
@@ -188,6 +198,8 @@ def good(growth, growth_posterior):
         "NegativeBinomial": dict(concentration=1.0),
         "GaussianPrior": dict(precision=1.0),
         "NamedPriors": dict(named={"rate": dist.Normal()}),
+        "SoftConstraint": dict(function=lambda m: m.rate, value=0.0, covariance=1.0, weights=1.0),
+        **{name: {} for name in ("FieldPrior", "SquaredExponential", "Matern52")},
         "Problem": dict(data=data, likelihood=lp.Gaussian(1.0), prior=1.0),
         "NeuralODE": dict(vector_field=lambda t, y, args: y),
         **{name: fitted for name in ("laplace", "estimate", "curvature_products", "refine")},

@@ -35,6 +35,7 @@ ORDER = [
     "_problem/counts",
     "_problem/prior",
     "_problem/constraint",
+    "_problem/field_prior",
     "_problem/problem",
     "_model/neural_ode",
     "_model/own",
@@ -199,6 +200,9 @@ MADE_BY_USERS = [
     "Poisson",
     "Problem",
     "SoftConstraint",
+    "FieldPrior",
+    "SquaredExponential",
+    "Matern52",
     "StudentT",
     "Trajectories",
 ]

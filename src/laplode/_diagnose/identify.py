@@ -89,7 +89,7 @@ def identifiability(posterior: Posterior, *, threshold: float = 0.1) -> Identifi
     local.refuse_rows(
         "`posterior`",
         "directions are measured in units of each parameter's own prior. Ask it of the posterior of all data together, "
-        "or compare `covariance()` before and after.",
+        "or without the constraint; or compare `covariance()` before and after.",
     )
     prior = np.asarray(local.precision)
     names = _entry_names(view)

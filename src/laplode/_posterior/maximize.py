@@ -55,14 +55,15 @@ def maximize_evidence(
 
     - `posterior`: from `laplace`.
     - `precision`: how many prior precisions there are: "one"; one for each "leaf" of the model (weight matrix, bias,
-        scalar); one for each "parameter"; or "fixed" as they are.
+        scalar); one for each "parameter"; or "fixed" as they are. Of a `FieldPrior` amplitude and length: "one" factor
+        of each for all outputs of the field, otherwise one for each output.
     - `noise`: the noise scales: one for each "channel"; "one" factor on all; or "fixed". By default "channel" where the
         likelihood has a scale and the curvature at other scales is known: with "ggn" always, with the exact "hessian"
         for Gaussian and LogNormal ("one", if "low_rank" or with "jitter").
     - `online`: whether to alternate with `refine`, which moves θ* to the optimum under the new hyperparameters, until
         the evidence settles.
-    - `precision_bounds`, `scale_bounds`: of the prior precisions and of the noise scales, as multiples of those at the
-        start.
+    - `precision_bounds`, `scale_bounds`: of the prior precisions (or amplitudes and lengths) and of the noise scales, as
+        multiples of those at the start.
     - `steps`: of L-BFGS, at most.
     - `rounds`: of refinement and maximization, at most, when `online`.
     - `progress`: whether to show a progress bar with the evidence.
@@ -180,7 +181,7 @@ def _warn(
     if found.log_precision is not None:
         assert function.grouping is not None
         names = posterior.problem.prior.hyperparameter_names(posterior.parameters, function.grouping)
-        meaning = ("the prior is as good as flat there", "the data want these parameters at the prior's mean")
+        meaning = posterior.problem.prior.at_bounds
         said += _at_bounds(names, found.log_precision, low.log_precision, high.log_precision, meaning)
     if found.log_scale is not None:
         names = [f"the noise scale of channel {k}" for k in range(found.log_scale.size)]

@@ -68,6 +68,11 @@ class AbstractConstraint(AbstractPrior):
 
     # ---- Hyperparameters are those of the prior of the parameters
 
+    @property
+    def at_bounds(self):
+        """As for the prior of the parameters."""
+        return self.weights.at_bounds
+
     def check_tunable(self):
         self.weights.check_tunable()
 

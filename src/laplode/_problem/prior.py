@@ -148,6 +148,11 @@ class AbstractPrior(eqx.Module):
 
     # ---- Hyperparameters
 
+    @property
+    def at_bounds(self) -> tuple[str, str]:
+        """What it means where one has run to its lower and to its upper bound."""
+        return "the prior is as good as flat there", "the data want these parameters at the prior's mean"
+
     def check_tunable(self) -> None:
         """Raise `LaplodeError` when the evidence is no function of hyperparameters under this prior."""
 

@@ -26,7 +26,8 @@ class Problem(Shown):
     - `likelihood`: `Gaussian`, `LogNormal`, `StudentT`, `Poisson`, `NegativeBinomial`, or any function from predictions
         (..., K) to a NumPyro distribution of the same batch shape.
     - `prior`: a `GaussianPrior`, its precision as a positive number, `NamedPriors`, `posterior.as_prior()`, what was
-        learned from data before; or one of these within a `SoftConstraint`.
+        learned from data before; or one of these within a `SoftConstraint` or
+        a `FieldPrior`.
     - `given`: which values of the first row the initial states fix, so that they are no observations, (N, K). None at
         first; `fit`, `refine` and `laplace` find them, and the problem that they return holds them.
 
