@@ -134,16 +134,14 @@ class SoftConstraint(AbstractConstraint):
                 f"`covariance` has shape {covariance.shape}: give a variance, one for each value in the shape of "
                 f"`value`, {value.shape}, or a matrix {(value.size, value.size)}."
             )
-        try:
-            root = np.linalg.cholesky(covariance) if self.joint else np.sqrt(covariance)
-            positive = np.all(np.isfinite(root)) and np.all(np.diag(root) > 0 if self.joint else root > 0)
-        except np.linalg.LinAlgError:
-            positive = False
-        if not positive or (self.joint and not np.allclose(covariance, covariance.T)):
+        spread = np.linalg.eigvalsh(covariance) if self.joint and np.all(np.isfinite(covariance)) else covariance
+        symmetric = not self.joint or np.allclose(covariance, covariance.T)
+        if not (symmetric and np.all(np.isfinite(spread)) and np.all(spread > 0)):
             raise LaplodeError(
                 "`covariance` must be positive, and as a matrix symmetric and positive definite: what is known exactly "
                 "belongs into the model."
             )
+        root = np.linalg.cholesky(covariance) if self.joint else np.sqrt(covariance)
         self.function, self.weights = function, prior_of("weights", weights)
         self.value, self.root = jnp.asarray(value), jnp.asarray(root)
 
