@@ -17,6 +17,7 @@ from ._diagnose.design import (
     information_gain as information_gain,
 )
 from ._diagnose.identify import Identifiability as Identifiability, identifiability as identifiability
+from ._diagnose.misfit import residual_table as residual_table, sandwich as sandwich
 from ._diagnose.profile import Profile as Profile, profile as profile, profile_table as profile_table
 from ._diagnose.tolerance import check_tolerance as check_tolerance
 from ._errors import FitError as FitError, LaplodeError as LaplodeError, LaplodeWarning as LaplodeWarning

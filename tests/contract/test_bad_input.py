@@ -153,6 +153,8 @@ ARGUMENTS = {
     "plot_marginals": dict(source=[NOTHING, None, 3], num="count", names=[["nonsense"], 3]),
     "save": dict(path="path", value=[NOTHING, None, 3, TS]),
     "load": dict(path="path"),
+    "sandwich": dict(posterior="posterior", blocks="count"),
+    "residual_table": dict(posterior="posterior"),
 }  # fmt: skip
 
 # Left out: what a bad value of one argument has to do with another.
@@ -172,6 +174,8 @@ OF_A_POSTERIOR = (
     "plot_spectrum",
     "plot_phase",
     "check_tolerance",
+    "sandwich",
+    "residual_table",
 )
 
 

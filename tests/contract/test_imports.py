@@ -84,6 +84,7 @@ ORDER = [
     "_predict/mix",
     "_diagnose/identify",
     "_diagnose/tolerance",
+    "_diagnose/misfit",
     "_diagnose/design",
     "_diagnose/constrained",
     "_diagnose/profile",
