@@ -29,7 +29,8 @@ from .posterior import Posterior
 class Hyperparameters(eqx.Module):
     """What the evidence is a function of; None for what is held fixed.
 
-    - `log_precision`: log precisions of the Gaussian prior, one for each group of parameters that it is of, (A,).
+    - `log_precision`: log precisions of the Gaussian prior, one for each group of parameters that it is of, (A,); of a
+        `FieldPrior` log amplitudes and, after them, log lengths in half-ranges of the contexts.
     - `log_scale`: log noise scales as multiples of the present ones, one for each channel (K,) or one for all (1,).
     """
 

@@ -62,8 +62,8 @@ def maximize_evidence(
         for Gaussian and LogNormal ("one", if "low_rank" or with "jitter").
     - `online`: whether to alternate with `refine`, which moves θ* to the optimum under the new hyperparameters, until
         the evidence settles.
-    - `precision_bounds`, `scale_bounds`: of the prior precisions (or amplitudes and lengths) and of the noise scales, as
-        multiples of those at the start.
+    - `precision_bounds`, `scale_bounds`: of the prior precisions, or amplitudes and lengths, and of the noise scales,
+        as multiples of those at the start.
     - `steps`: of L-BFGS, at most.
     - `rounds`: of refinement and maximization, at most, when `online`.
     - `progress`: whether to show a progress bar with the evidence.
