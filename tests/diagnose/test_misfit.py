@@ -22,13 +22,14 @@ class Line(eqx.Module):
 
 
 def posterior_of(noise, precision=1.0, curvature="hessian"):
-    """With noise (N, T) on the truth, at the exact optimum."""
+    """With noise (N, T) on the truth, which is the mean of the prior, at the exact optimum."""
     design = np.stack([TS, TS**2], axis=1)
-    seen = design @ [0.5, -0.3] + noise
+    truth = np.array([0.5, -0.3])
+    seen = design @ truth + noise
     total = NUM * design.T @ design / SCALE**2 + precision * np.eye(2)
-    slope, bend = np.linalg.solve(total, design.T @ seen.sum(axis=0) / SCALE**2)
+    slope, bend = np.linalg.solve(total, design.T @ seen.sum(axis=0) / SCALE**2 + precision * truth)
     data = lp.Trajectories(TS, seen[..., None], np.zeros((NUM, 1)))
-    problem = lp.Problem(data, lp.Gaussian(SCALE), precision)
+    problem = lp.Problem(data, lp.Gaussian(SCALE), lp.GaussianPrior(precision, truth))
     return lp.laplace(Line(jnp.array(slope), jnp.array(bend)), problem, curvature=curvature, progress=False)
 
 
@@ -84,7 +85,7 @@ def test_residuals_are_those_of_the_data():
 
 
 def test_too_few_units_are_named(growth_posterior):
-    with pytest.warns(lp.LaplodeWarning, match="the data are 2 units, and determine 2"):
+    with pytest.warns(lp.LaplodeWarning, match="the data are 2 units, and determine 3.0"):
         lp.sandwich(growth_posterior)
     with pytest.raises(lp.LaplodeError, match="`blocks` = 10, but a trajectory has 9 times"):
         lp.sandwich(growth_posterior, blocks=10)
