@@ -270,11 +270,18 @@ def posteriors_of(models, problem, precision="one"):
 
 def with_prior(prior, posteriors, data):
     """The most probable posterior with another prior, from where `posteriors` are."""
-    likelihood = posteriors[0].problem.likelihood
-    weights = laplode.FieldPrior() if prior in ("field", "learned") else 1.0
-    precision = {"leaf": "leaf", "field": "fixed", "learned": "one"}[prior]
-    models = [posterior.model for posterior in posteriors]
-    return posteriors_of(models, laplode.Problem(data, likelihood, weights), precision)[0]
+    likelihood, models = posteriors[0].problem.likelihood, [posterior.model for posterior in posteriors]
+    if prior == "leaf":
+        return posteriors_of(models, laplode.Problem(data, likelihood, 1.0), "leaf")[0]
+    problem = laplode.Problem(data, likelihood, laplode.FieldPrior())
+    if prior == "field":
+        return posteriors_of(models, problem, "fixed")[0]
+    # The evidence has more than one maximum: short and long lengths lead to different ones.
+    found = []
+    for factor in (1.0, 4.0):
+        longer = laplode.FieldPrior(length=factor * problem.prior.length)
+        found += posteriors_of(models, laplode.Problem(data, likelihood, longer), "one")
+    return max(found, key=lambda p: float(p.log_evidence))
 
 
 def started(name, model, data, seed, options, clock):
