@@ -272,3 +272,19 @@ def test_a_model_of_ones_own_is_not_asked_for_what_nobody_observed():
         )
         np.testing.assert_allclose(one.marginal_std(), other.marginal_std(), rtol=1e-12)
         np.testing.assert_allclose(one.log_evidence, other.log_evidence, rtol=1e-12)
+
+
+class EndsInNaN(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        return jnp.sqrt(jnp.where(ts > 2.5, -1.0, 1.0))[:, None] * y0 * jnp.exp(-self.rate * ts)[:, None]
+
+
+def test_a_mesh_asks_a_model_for_what_was_seen_only():
+    ts, seen = np.tile([0.0, 1.0, 2.0, 3.0], (2, 1)), np.tile([True, True, True, False], (2, 1))
+    around = flow(parameters(EndsInNaN(jnp.array(0.5))), ts, np.ones((2, 1)), None, seen=seen)
+    alone, shared = linearize(around), linearize(around, mesh=jax.make_mesh((1,), ("devices",)))
+    assert np.all(np.isfinite(alone[0])) and np.all(np.isfinite(alone[1]))
+    for one, other in zip(alone, shared, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)

@@ -125,8 +125,8 @@ class AbstractFlow(AbstractMap):
 
     @property
     def rows(self) -> dict[str, PyTree]:
-        """All but the parameters: what there is of for each trajectory, along the first axis."""
-        names = (field.name for field in dataclasses.fields(self))
+        """What there is of for each trajectory, along the first axis."""
+        names = (field.name for field in dataclasses.fields(self) if not field.metadata.get("static"))
         return {name: getattr(self, name) for name in names if name != "parameters"}
 
     def part(self, chosen: slice) -> "AbstractFlow":
@@ -188,10 +188,6 @@ class ForeignFlow(AbstractFlow):
             return super().solved(theta)
         model, ts = self.parameters.unravel(theta), self.ts[:, np.array(self.seen.asked)]
         return predict_trajectories(model, ts, self.y0, self.args)[:, np.array(self.seen.source)]
-
-    @property
-    def rows(self):
-        return {name: value for name, value in super().rows.items() if name != "seen"}
 
     def starting(self, y0):
         return dataclasses.replace(self, y0=y0)
@@ -495,10 +491,11 @@ def _linearized(flow: AbstractMap, theta, route: str):
 
 
 @compiled
-def _linearized_rows(shared: tuple[type[AbstractFlow], Parameters, str], rows: dict[str, PyTree], _):
+def _linearized_rows(shared: tuple[AbstractFlow, str], rows: dict[str, PyTree], _):
     """Predictions (N, T, F) and their Jacobian (N, T·F, P) of some trajectories; no sums."""
-    kind, view, route = shared
-    predictions, jacobian = kind(view, **rows).linearized(view.vector, route)
+    of_none, route = shared
+    view = of_none.parameters
+    predictions, jacobian = dataclasses.replace(of_none, **rows).linearized(view.vector, route)
     return (predictions, jacobian.reshape(len(predictions), -1, view.size)), ()
 
 
@@ -516,6 +513,6 @@ def linearize(
         padded = _padded(flow)
         found = _linearized(padded, flow.parameters.vector, route)
         return found if padded is flow else _first_rows(*found, flow.ts.shape[1])  # pyright: ignore
-    shared = (type(flow), flow.parameters, route)
+    shared = (dataclasses.replace(flow, **dict.fromkeys(flow.rows)), route)
     (predictions, jacobian), _ = over_rows(mesh, _linearized_rows, shared, flow.rows)
     return predictions, jacobian.reshape(-1, flow.parameters.size)
