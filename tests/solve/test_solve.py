@@ -288,3 +288,35 @@ def test_a_mesh_asks_a_model_for_what_was_seen_only():
     assert np.all(np.isfinite(alone[0])) and np.all(np.isfinite(alone[1]))
     for one, other in zip(alone, shared, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
+class Decays(eqx.Module):
+    rates: jax.Array
+
+    def __call__(self, t, y, args):
+        return -self.rates * y * jnp.array([1.0, 0.3]) - 0.1 * y**2
+
+
+class Around(eqx.Module):
+    """A model of one's own around a `NeuralODE`."""
+
+    ode: lp.NeuralODE
+
+    def __call__(self, ts, y0):
+        return self.ode(ts, y0) @ jnp.array([[1.0], [-2.0]])
+
+
+def test_a_model_around_a_neural_ode_has_its_second_derivatives():
+    ts, y0, controller = np.linspace(0, 2, 5), np.ones((1, 2)), diffrax.PIDController(1e-8, 1e-8)
+    field = Decays(jnp.array([0.7, 0.4]))
+    around = Around(lp.NeuralODE(field, stepsize_controller=controller))
+    inside = lp.NeuralODE(
+        field, observe=lambda y, args: jnp.array([1.0, -2.0])[None] @ y, stepsize_controller=controller
+    )
+    ys = np.asarray(around(ts, y0[0]))[None] + 0.1
+    problem = lp.Problem(lp.Trajectories(ts, ys, y0), lp.Gaussian(0.1), 1.0)
+    for curvature in ("ggn", "hessian"):
+        one, other = (lp.refine(m, problem, curvature=curvature, progress=False).model for m in (around, inside))
+        one, other = (lp.laplace(m, problem, curvature=curvature, progress=False) for m in (one, other))
+        np.testing.assert_allclose(one.mean, other.mean, rtol=1e-4)
+        np.testing.assert_allclose(one.marginal_std(), other.marginal_std(), rtol=1e-4)

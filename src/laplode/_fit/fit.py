@@ -369,7 +369,7 @@ def _advance(view: Parameters, problem: Problem, update: AbstractUpdate, state: 
         here = Parameters(selected, view.rest, view.transforms)
         ts, y0 = jnp.asarray(data.ts), jax.tree.map(jnp.asarray, starts(here.model, data.y0, len(data.ts)))
         if room is None:
-            flow, needed, arrived = ForeignFlow(here, ts, y0, data.args), jnp.zeros((), int), True
+            flow, needed, arrived = ForeignFlow(here, ts, y0, data.args, first_order=True), jnp.zeros((), int), True
         else:
             flow, found = replayed(here, ts, y0, data.args, room)
             needed, arrived = jnp.max(found.number), jnp.all(found.arrived)

@@ -175,6 +175,30 @@ class NeuralODE(Shown):
         return self.observe_states(solution.ys, args)  # pyright: ignore[reportArgumentType]
 
 
+class _Smooth(eqx.Module):
+    """A `NeuralODE` inside of another model, solved such that derivatives of any kind and order exist."""
+
+    ode: NeuralODE
+
+    def __call__(self, ts, y0=None, args=None, *, throw: bool = True):
+        ts = jnp.asarray(ts, dtype=float)
+        adjoint = diffrax.DirectAdjoint()
+        solution = self.ode.solve(ts, y0, args, saveat=diffrax.SaveAt(ts=ts), adjoint=adjoint, throw=throw)
+        return self.ode.observe_states(solution.ys, args)  # pyright: ignore[reportArgumentType]
+
+    def __getattr__(self, name: str):
+        return getattr(self.ode, name)
+
+
+def smooth(model: Any) -> Any:
+    """The model with each `NeuralODE` inside of it solved such that second and forward derivatives exist.
+
+    Its values stay the same. Alone, reverse derivatives take less time and memory without.
+    """
+    inside = lambda node: isinstance(node, NeuralODE) and type(node).__call__ is NeuralODE.__call__
+    return jax.tree.map(lambda node: _Smooth(node) if inside(node) else node, model, is_leaf=inside)
+
+
 def _check_no_term(vector_field: Any) -> None:
     """Raise `LaplodeError` where a piece of Diffrax stands for the vector field."""
     name = type(vector_field).__name__

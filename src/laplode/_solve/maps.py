@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._devices import compiled, over_rows
 from .._errors import LaplodeError
-from .._model.neural_ode import NeuralODE, starts
+from .._model.neural_ode import NeuralODE, smooth, starts
 from .._model.own import predict_trajectories
 from .._model.parameters import Parameters
 from .autodiff import _AUTODIFF, _has, _pull, _push, _push_twice
@@ -171,6 +171,7 @@ class ForeignFlow(AbstractFlow):
 
     Where nobody observed anything, a prediction may be of no use, and so would be derivatives of it, even times 0.
     `seen` says which times a model is not asked for; the prediction at another time stands there, and counts nothing.
+    `first_order` says that reverse derivatives are enough, as they are for training.
     """
 
     parameters: Parameters
@@ -178,15 +179,20 @@ class ForeignFlow(AbstractFlow):
     y0: Array | None
     args: PyTree
     seen: "_Seen | None" = eqx.field(static=True, default=None)
+    first_order: bool = eqx.field(static=True, default=False)
     is_frozen: ClassVar[bool] = False
 
     def __call__(self, theta):
-        return self.solved(theta)
+        model = self.parameters.unravel(theta)
+        return self._predicted(model if self.first_order else smooth(model))
 
     def solved(self, theta):
+        return self._predicted(self.parameters.unravel(theta))
+
+    def _predicted(self, model: Any) -> Float[Array, "N T F"]:
         if self.seen is None:
-            return super().solved(theta)
-        model, ts = self.parameters.unravel(theta), self.ts[:, np.array(self.seen.asked)]
+            return predict_trajectories(model, self.ts, self.y0, self.args)
+        ts = self.ts[:, np.array(self.seen.asked)]
         return predict_trajectories(model, ts, self.y0, self.args)[:, np.array(self.seen.source)]
 
     def starting(self, y0):
