@@ -16,6 +16,7 @@ PACKAGE = Path(lp.__file__).parent
 # The rooms in the order of the data's way, and within each room its files: each imports only what stands before it.
 ORDER = [
     "_late",
+    "_progress",
     "_errors",
     "_show",
     "_checks",
@@ -167,6 +168,20 @@ def test_what_is_slow_to_import_waits_until_it_is_used():
     assert found.stdout.strip() == "[]"
     with pytest.raises(AttributeError, match="no attribute 'plot_nothing'"):
         _ = lp.plot_nothing
+
+
+def test_a_notebook_without_widgets_is_no_reason_to_warn():
+    """What tqdm says there when it is imported first."""
+    code = """
+import sys, types
+sys.modules["ipykernel.zmqshell"] = types.ModuleType("ipykernel.zmqshell")
+sys.modules["IPython"] = types.ModuleType("IPython")
+sys.modules["IPython"].get_ipython = lambda: None
+sys.modules["ipywidgets"] = None
+import laplode
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
 
 
 PUBLIC = sorted(name for name in dir(lp) if not name.startswith("_"))

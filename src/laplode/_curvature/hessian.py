@@ -11,12 +11,12 @@ import matfree.stochtrace
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, PRNGKeyArray
-from tqdm.auto import tqdm
 
 from .._algebra.forms import BlockForm, DenseForm, DiagonalForm, EigenForm, symmetrized
 from .._devices import agreed, compiled, everywhere, free_bytes, num_devices, over_rows, sharing_memory
 from .._files import Checkpoint
 from .._problem.problem import Problem
+from .._progress import tqdm
 from .._solve.autodiff import pullback_bytes
 from .._solve.finite import check_finite
 from .._solve.maps import AbstractFlow, evaluate

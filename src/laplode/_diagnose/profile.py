@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm.auto import tqdm
 
 from .._checks import check_count, check_from, real_array
 from .._errors import FitError, LaplodeError
 from .._late import pd
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
+from .._progress import tqdm
 from .._show import preformatted
 from .._solve.finite import check_slope
 from .._solve.maps import OfModel, linearize

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
-from tqdm.auto import tqdm
 
 from .._checks import check_count, check_key
 from .._devices import compiled, free_bytes
@@ -23,6 +22,7 @@ from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
 from .._problem.scale import AbstractScaleLikelihood
+from .._progress import tqdm
 from .._solve.autodiff import pullback_bytes
 from .._solve.maps import ForeignFlow, ReplayedFlow, replayed
 from .._solve.objective import NegativeLogLikelihood

@@ -8,7 +8,6 @@ import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from tqdm.auto import tqdm
 
 from .._algebra.forms import FactoredForm
 from .._algebra.low_rank import LowRankPrecision, ModesPrecision, low_rank
@@ -19,6 +18,7 @@ from .._model.given import with_given
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem, check_scale
+from .._progress import tqdm
 from .._solve.finite import check_finite
 from .._solve.frozen import check_influence, unfrozen
 from .._solve.maps import AbstractFlow, flow, linearize, second_along

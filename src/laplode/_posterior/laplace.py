@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from tqdm.auto import tqdm
 
 from .._algebra.build import built
 from .._algebra.forms import AbstractForm
@@ -25,6 +24,7 @@ from .._files import Checkpoint, Path, check_path
 from .._model.parameters import Parameters, Where
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
+from .._progress import tqdm
 from .._solve.finite import check_finite
 from .._solve.frozen import check_influence, unfrozen
 from .._solve.maps import AbstractFlow, flow, linearize

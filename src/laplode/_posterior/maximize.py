@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
-from tqdm.auto import tqdm
 
 from .._checks import check_count, check_flag, real_array
 from .._curvature.strategies import At
 from .._errors import LaplodeError, LaplodeWarning
 from .._fit.refine import refine
+from .._progress import tqdm
 from .evidence import Evidence, Hyperparameters, _forms, evidence_function, shrink
 from .laplace import laplace, reassembled
 from .posterior import Posterior

@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
-from tqdm.auto import tqdm
 
 from .._devices import compiled, everywhere, num_devices, over_rows
 from .._errors import LaplodeWarning
 from .._fit.trust_region import MOST_BENT, bent
+from .._progress import tqdm
 from .method import Proposal, check_df, check_number, straight, straight_log_density
 from .sampled import AbstractSolved
 from .surface import Surface, _damped_solve, _num_predictions, _Origin, _solved, log_volume

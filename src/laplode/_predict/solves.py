@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
-from tqdm.auto import tqdm
 
 from .._devices import compiled, num_devices, over_rows
 from .._errors import LaplodeError
@@ -20,6 +19,7 @@ from .._model.own import predict_trajectories
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
 from .._problem.problem import Problem
+from .._progress import tqdm
 from .._solve import objective
 
 # Samples solved together: enough to fill the processor, few enough that a slow one holds up few others.

@@ -15,7 +15,6 @@ from arviz_stats.base.array import array_stats
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from numpyro.infer.hmc import HMCState, hmc
 from numpyro.infer.util import ParamInfo
-from tqdm.auto import tqdm
 
 from .._algebra.precision import AbstractPrecision
 from .._checks import check_count, check_flag, check_fraction, check_from, check_key, check_x64, real_array
@@ -27,6 +26,7 @@ from .._predict.predict import predict_at
 from .._predict.solves import advice, log_joint_at
 from .._problem.likelihood import AbstractLikelihood
 from .._problem.problem import Problem
+from .._progress import tqdm
 from .datatree import chains_to_datatree, check_coords
 
 # Above this the ranks of the chains differ too much (Vehtari et al., 2021).
