@@ -167,12 +167,14 @@ def test_constrained_parameters(constrained):
 
 def test_the_metric_of_geodesics_and_draws_of_the_prior(constrained):
     before, after, _ = constrained
-    surface = Surface.of(after)
+    surface, origin = Surface.of(after, 0.3)
     tangent = surface.tangent(after.mean) * surface.root_prior
     metric = tangent.T @ tangent + jnp.diag(surface.root_prior**2)
     np.testing.assert_allclose(metric, after.precision(), rtol=1e-8, atol=1e-8)
     # In these coordinates nothing is curved.
-    np.testing.assert_allclose(surface.bend(after.mean, jnp.ones(3)), 0, atol=1e-9)
+    step = jnp.ones(3)
+    along = surface.tangent(after.mean) @ step
+    np.testing.assert_allclose(surface.bend(after.mean, origin.seen, step, along), 0, atol=1e-9)
     prior = lp.to_datatree(after, key=KEY, num_samples=4000)["prior"]
     deviation = before.marginal_std()
     np.testing.assert_allclose(np.log(prior["gain"]).std(), deviation[2], rtol=5 / np.sqrt(8000))

@@ -127,29 +127,30 @@ def test_heavy_tails_are_reported(elimination):
 
 def test_draws_are_the_nearest_points(elimination):
     """What remains from a draw to the end of its line is normal to the surface there."""
-    surface, mean = Surface.of(elimination), elimination.mean
+    (surface, origin), mean = Surface.of(elimination, 1e-6), elimination.mean
     lines = elimination.sample(KEY, 8) - mean
-    ends = follow(surface, mean, lines, 1e-6, progress=False)
+    ends = follow(surface, origin, lines, progress=False)
     assert np.all(ends.ok)
-    start, here = surface.tangent(mean), surface.solved(mean)
+    start = surface.tangent(mean)
     for line, theta in zip(lines, ends.thetas, strict=True):
         white = line * surface.root_prior
         off_theta = (theta - mean) * surface.root_prior - white
-        off_seen = surface.solved(jnp.asarray(theta)) - here - start @ white
-        along = off_theta + off_seen @ surface.tangent(jnp.asarray(theta))
+        there, seen = surface.renewed(jnp.asarray(theta))
+        off_seen = seen - origin.seen - start @ white
+        along = off_theta + off_seen @ there.tangent(jnp.asarray(theta))
         np.testing.assert_allclose(along, 0, atol=1e-4)
         assert np.linalg.norm(off_seen) > 1e-3  # so that this is no matter of course
 
 
 def test_the_density_of_draws(elimination):
     """Against differences of where neighboring lines end."""
-    surface, mean, h = Surface.of(elimination), elimination.mean, 1e-3
+    (surface, origin), mean, h = Surface.of(elimination, 1e-8), elimination.mean, 1e-3
     lines = 0.7 * (elimination.sample(KEY, 6) - mean)
     steps = h * np.linalg.cholesky(elimination.covariance())
     around = np.concatenate([lines + sign * step for step in steps.T for sign in (1, -1)])
-    ends = follow(surface, mean, jnp.concatenate([lines, around]), 1e-8, progress=False)
+    ends = follow(surface, origin, jnp.concatenate([lines, around]), progress=False)
     assert np.all(ends.ok)
-    found = log_volume(surface, mean, lines, jnp.asarray(ends.thetas[:6]))
+    found = log_volume(surface, origin, lines, jnp.asarray(ends.thetas[:6]))
     moved = ends.thetas[6:].reshape(2, 2, 6, 2)
     by_line = (moved[:, 0] - moved[:, 1]).transpose(1, 2, 0)  # (draws, θ, direction)
     expected = np.log(np.linalg.det(2 * steps)) - np.log(np.linalg.det(by_line))

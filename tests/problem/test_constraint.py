@@ -182,9 +182,9 @@ def test_derivatives_of_a_bent_constraint(bent):
 
 
 def test_geodesic_draws_keep_to_it(bent):
-    surface = Surface.of(bent)
+    surface, _ = Surface.of(bent, 0.3)
     theta = bent.mean + 0.1
-    np.testing.assert_allclose(surface.solved(theta)[-1], (theta[0] * theta[1] + 0.1) / 0.01, rtol=1e-8)
+    np.testing.assert_allclose(surface.renewed(theta)[1][-1], (theta[0] * theta[1] + 0.1) / 0.01, rtol=1e-8)
     tangent = surface.tangent(theta)[-1] * surface.root_prior
     np.testing.assert_allclose(tangent, [100 * theta[1], 100 * theta[0], 0], rtol=1e-8)
     drawn = lp.predict_function(bent, energy, method="geodesic", key=KEY, num_samples=40, progress=False)

@@ -124,7 +124,7 @@ def test_amplitude_and_length_by_evidence(linear, posterior):
 
 
 def test_geodesics_and_files(exact, posterior, tmp_path):
-    surface = Surface.of(posterior)
+    surface, _ = Surface.of(posterior, 0.3)
     tangent = np.asarray(surface.tangent(posterior.mean) * surface.root_prior)
     np.testing.assert_allclose(tangent.T @ tangent + WEIGHTS * np.eye(6), exact.precision, rtol=1e-8, atol=1e-6)
     lp.save(tmp_path / "field.laplode", posterior)

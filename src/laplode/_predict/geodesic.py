@@ -7,14 +7,7 @@ line's end. That agrees with the geodesic to second order (a projective retracti
 way doesn't count: one is found by optimization, with no step that has to be as short as the surface is curved.
 """
 
-import collections
-import concurrent.futures
-import contextlib
-import dataclasses
 import math
-import os
-import re
-import threading
 import warnings
 from typing import ClassVar, NamedTuple
 
@@ -31,7 +24,7 @@ from .._fit.trust_region import MOST_BENT, bent
 from .._progress import tqdm
 from .method import Proposal, check_df, check_number, straight, straight_log_density
 from .sampled import AbstractSolved
-from .surface import Surface, _damped_solve, _num_predictions, _Origin, _solved, log_volume
+from .surface import Origin, Surface, damped_solve, log_volume
 
 
 class Geodesic(AbstractSolved):
@@ -73,36 +66,23 @@ class Geodesic(AbstractSolved):
 
     def propose(self, posterior, key, num, *, mesh, progress):
         ends = straight(posterior, self.df, key, num)
-        surface, mean = Surface.of(posterior), posterior.mean
-        found = follow(surface, mean, ends - mean, self.tolerance, progress=progress, mesh=mesh)
+        surface, origin = Surface.of(posterior, self.tolerance)
+        lines = ends - posterior.mean
+        found = follow(surface, origin, lines, progress=progress, mesh=mesh)
         thetas = jnp.asarray(found.thetas)
         _warn_of_failures(found)
 
         def log_density():
-            return straight_log_density(posterior, self.df, ends) + log_volume(surface, mean, ends - mean, thetas)
+            return straight_log_density(posterior, self.df, ends) + log_volume(surface, origin, lines, thetas)
 
         return Proposal(thetas, jnp.asarray(found.ok), log_density)
 
 
-# Draws that a worker looks for together at most, and the bytes of Jacobians that all of them may take.
-_LANES = 16
+# Bytes of Jacobians that draws looked for together take, and the most of such draws.
+_TOGETHER_BYTES, _MOST_TOGETHER = 2**24, 256
 
 
-_LANE_BYTES = 2**28
-
-
-# Where few are left, so many times fewer are computed, down to so few.
-_NARROWER, _FEWEST_LANES = 4, 4
-
-
-_MOST_WORKERS = 8
-
-
-# Attempted steps between two looks at which draws have arrived; Jacobians are of one grid of steps in between.
-_ATTEMPTS = 8
-
-
-# A draw is given up after so many attempted steps.
+# A draw is given up after so many Jacobians.
 _MOST_ATTEMPTS = 500
 
 
@@ -123,7 +103,7 @@ _LEAST_DAMPING = 1e-2
 
 
 class Ends(NamedTuple):
-    """The draws (S, P), how many attempted steps each took, and which arrived.
+    """The draws (S, P), how many Jacobians each took, and which arrived.
 
     Of those that didn't the last point that was reached.
     """
@@ -136,11 +116,13 @@ class Ends(NamedTuple):
 class _Lane(eqx.Module):
     """A draw under way: a point of the surface, its place in the space around it, and the line that it follows.
 
-    The target is at the part `reached` of the line, and moves on by `stage` next.
+    `grid` is what the solve at the point chose. The target is at the part `reached` of the line, and moves on by
+    `stage` next.
     """
 
     theta: Float[Array, " P"]
     seen: Float[Array, " M+R"]
+    grid: tuple[Array, ...]
     line_theta: Float[Array, " P"]
     line_seen: Float[Array, " M+R"]
     reached: Float[Array, ""]
@@ -150,43 +132,30 @@ class _Lane(eqx.Module):
     arrived: Bool[Array, ""]
 
 
-@compiled
-def _start(shared: tuple[Surface, _Origin], velocities: Float[Array, "S P"], _):
-    surface, origin = shared
-    tangent = surface.tangent(origin.theta)
-
-    def one(velocity):
-        line = velocity * surface.root_prior
-        zero = jnp.zeros(())
-        first = jnp.asarray(_FIRST)
-        count, arrived = jnp.zeros((), int), jnp.zeros((), bool)
-        return _Lane(origin.theta, origin.seen, line, tangent @ line, zero, first, zero, count, arrived)
-
-    return jax.vmap(one)(velocities), ()
-
-
-def _attempt(surface: Surface, origin: _Origin, lane: _Lane) -> _Lane:
+def _attempt(surface: Surface, origin: Origin, lane: _Lane) -> _Lane:
     """A damped Gauss-Newton step, bent by its geodesic acceleration, to the nearest point of a target on the line.
 
     It is kept if it comes nearer by a solve of its own: on a frozen grid steps find where its solution is wrong.
     """
+    local = surface.on(lane.grid)
+    tangent = local.tangent(lane.theta)
+    # Lines begin in the tangent plane at θ*, where each draw takes its first Jacobian.
+    line_seen = jnp.where(lane.attempts == 0, tangent @ lane.line_theta, lane.line_seen)
     reached = jnp.minimum(lane.reached + lane.stage, 1.0)
     # From the target to a point, in both coordinates.
     off = lambda theta, seen: (
         (theta - origin.theta) * surface.root_prior - reached * lane.line_theta,
-        seen - origin.seen - reached * lane.line_seen,
+        seen - origin.seen - reached * line_seen,
     )
     distance = lambda at: 0.5 * (at[0] @ at[0] + at[1] @ at[1])
     here = off(lane.theta, lane.seen)
-    tangent = surface.tangent(lane.theta)
-    solve = _damped_solve(tangent, 1 + lane.damping)
+    solve = damped_solve(tangent, 1 + lane.damping)
     gradient = here[0] + here[1] @ tangent
     step = -solve(gradient)
-    ratio, moved = jnp.zeros(()), step
-    if surface.bends:
-        moved, ratio = bent(step, -solve(surface.bend(lane.theta, step / surface.root_prior) @ tangent), 1.0)
+    bend = local.bend(lane.theta, lane.seen, step, tangent @ step)
+    moved, ratio = bent(step, -solve(bend @ tangent), 1.0)
     theta = lane.theta + moved / surface.root_prior
-    seen = surface.solved(theta)
+    there, seen = surface.renewed(theta)
     gained = distance(here) - distance(off(theta, seen))
     # Outside of what a model or a likelihood allows nothing is finite, and the comparison fails.
     kept = (gained >= 0) & (ratio < MOST_BENT)
@@ -194,120 +163,76 @@ def _attempt(surface: Surface, origin: _Origin, lane: _Lane) -> _Lane:
     left = -(1 + lane.damping) * (gradient @ step)
     near = jnp.minimum(left, jnp.where(kept, gained, jnp.inf)) < origin.tolerance**2
     faster = near | (kept & (ratio < _HARDLY_BENT))
-    select = lambda choice, new, old: jax.tree.map(lambda a, b: jnp.where(choice, a, b), new, old)
-    theta, seen, reached = select(kept, (theta, seen, reached), (lane.theta, lane.seen, lane.reached))
-    new = dataclasses.replace(
-        lane,
-        theta=theta,
-        seen=seen,
-        reached=reached,
+    theta, seen, grid, reached = jax.tree.map(
+        lambda new, old: jnp.where(kept, new, old),
+        (theta, seen, there.flow.grid, reached),
+        (lane.theta, lane.seen, lane.grid, lane.reached),
+    )
+    return _Lane(
+        *(theta, seen, grid, lane.line_theta, line_seen, reached),
         stage=lane.stage * jnp.where(faster, _FASTER, jnp.where(kept, 1.0, _SLOWER)),
         damping=jnp.where(kept, lane.damping / 4, jnp.maximum(4 * lane.damping, _LEAST_DAMPING)),
         attempts=lane.attempts + 1,
         arrived=(reached >= 1) & near,
     )
-    return select(lane.arrived, lane, new)
 
 
 @compiled
-def _advance(shared: tuple[Surface, _Origin], lanes: _Lane, _):
+def _advance(shared: tuple[Surface, Origin], lanes: _Lane, _):
     surface, origin = shared
-
-    def one(lane):
-        local = surface.renewed(lane.theta)
-        return jax.lax.scan(lambda lane, _: (_attempt(local, origin, lane), None), lane, length=_ATTEMPTS)[0]
-
-    return jax.vmap(one)(lanes), ()
+    return jax.vmap(lambda lane: _attempt(surface, origin, lane))(lanes), ()
 
 
 def follow(
     surface: Surface,
-    mean: Float[Array, " P"],
+    origin: Origin,
     velocities: Float[Array, "S P"],
-    tolerance: float,
     *,
     progress: bool,
     mesh: Mesh | None = None,
 ) -> Ends:
-    """The draws whose lines leave `mean` at `velocities` for unit time.
+    """The draws whose lines leave `origin` at `velocities` for unit time.
 
-    Many at once, and no slow one holds up the rest: whenever some have ended, others take their places; when none are
-    left to start, those under way move together. Spread over the devices of the `mesh`, or over the cores.
+    Many are looked for at once, each device of the `mesh` with some of them. Whenever one has ended, another takes its
+    place, so that no slow one holds up the rest.
     """
     num, size = velocities.shape
-    # An array, so that another tolerance is not compiled anew.
-    origin = _Origin(mean, _solved(surface, mean), jnp.asarray(tolerance, dtype=float))
+    together = max(1, min(_TOGETHER_BYTES // surface.lane_bytes(), _MOST_TOGETHER)) * num_devices(mesh)
+    width = 2 ** min(int(math.log2(together)), math.ceil(math.log2(num)))
+    lines = np.asarray(velocities * surface.root_prior)
+    start = _Lane(
+        origin.theta,
+        origin.seen,
+        surface.flow.grid,
+        line_theta=jnp.zeros(size),
+        line_seen=jnp.zeros_like(origin.seen),
+        reached=jnp.zeros(()),
+        stage=jnp.asarray(_FIRST),
+        damping=jnp.zeros(()),
+        attempts=jnp.zeros((), int),
+        arrived=jnp.zeros((), bool),
+    )
+    fresh = jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], width, axis=0), start)
+    lanes = jax.tree.map(np.copy, fresh)
     shared = everywhere(mesh, (surface, origin))
-    workers = _num_workers(surface, num, mesh)
-    together = min(_LANES, max(1, _LANE_BYTES // surface.lane_bytes(_num_predictions(surface)) // workers))
-    together *= num_devices(mesh)
-    most = 2 ** min(int(math.log2(together)), math.ceil(math.log2(math.ceil(num / workers))))
     thetas, attempts, ok = np.empty((num, size)), np.zeros(num, int), np.zeros(num, bool)
-    waiting = collections.deque(range(num))
-    compiled, compiling, stopped = set(), threading.Lock(), threading.Event()
-
-    def call(function, rows, width):
-        # Each program is compiled once, for a width, not by each worker.
-        with contextlib.nullcontext() if (function, width) in compiled else compiling:
-            found = over_rows(mesh, function, shared, rows)[0]
-            compiled.add((function, width))
-        return jax.tree.map(np.array, found)
-
-    take = lambda tree, rows: jax.tree.map(lambda x: x[rows], tree)
-
-    def search(bar):
-        width = most
-        # Shapes stay the same, so that few are compiled.
-        pad = lambda rows: np.concatenate([rows, np.zeros(width - len(rows), int)])
-        draws, lanes = np.zeros(0, int), None  # whose search is in each lane
-        while not stopped.is_set():
-            new = []
-            while waiting and len(draws) + len(new) < width:
-                with contextlib.suppress(IndexError):  # another worker was faster
-                    new.append(waiting.popleft())
-            if new:
-                fresh = take(call(_start, velocities[pad(np.array(new))], width), slice(len(new)))
-                lanes = fresh if lanes is None else jax.tree.map(lambda a, b: np.concatenate([a, b]), lanes, fresh)
-                draws = np.concatenate([draws, new])
-            if not len(draws):
-                return
-            while width > _FEWEST_LANES and len(draws) <= width // _NARROWER:
-                width //= _NARROWER
-            lanes = take(call(_advance, take(lanes, pad(np.arange(len(draws)))), width), slice(len(draws)))
-            ended = lanes.arrived | (lanes.attempts >= _MOST_ATTEMPTS)
-            done = draws[ended]
-            thetas[done], attempts[done], ok[done] = lanes.theta[ended], lanes.attempts[ended], lanes.arrived[ended]
-            bar.update(len(done))
-            draws, lanes = draws[~ended], take(lanes, ~ended)
-
+    draws = np.full(width, num)  # the draw that each lane follows; `num` where it follows none
+    begun = ended = 0
     with tqdm(total=num, desc="Geodesics", unit="draw", disable=not progress) as bar:
-        if workers == 1:
-            search(bar)
-        else:
-            with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-                searches = [pool.submit(search, bar) for _ in range(workers)]
-                try:
-                    for each in searches:
-                        each.result()
-                except BaseException:  # such as Ctrl-C: the others need not go on
-                    stopped.set()
-                    raise
+        while ended < num:
+            free = np.flatnonzero(draws == num)[: num - begun]
+            draws[free] = np.arange(begun, begun + len(free))
+            for old, new in zip(jax.tree.leaves(lanes), jax.tree.leaves(fresh), strict=True):
+                old[free] = new[free]
+            lanes.line_theta[free] = lines[draws[free]]
+            lanes = jax.tree.map(np.array, over_rows(mesh, _advance, shared, lanes)[0])
+            done = np.flatnonzero((draws < num) & (lanes.arrived | (lanes.attempts >= _MOST_ATTEMPTS)))
+            found = draws[done]
+            thetas[found], attempts[found], ok[found] = lanes.theta[done], lanes.attempts[done], lanes.arrived[done]
+            draws[done] = num
+            begun, ended = begun + len(free), ended + len(done)
+            bar.update(len(done))
     return Ends(thetas, attempts, ok)
-
-
-# Operations of which XLA's processor backend makes tasks that wait for one another, see `_cholesky`.
-_FACTORS = re.compile(r"= (lu|cholesky|triangular_solve|qr|geqrf|householder_product|svd|eigh?|schur)[ \[]")
-
-
-def _num_workers(surface: Surface, num: int, mesh: Mesh | None) -> int:
-    """Small operations one after another keep one core of a processor busy: others are given searches of their own."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = min(cores, _MOST_WORKERS, num // _FEWEST_LANES)
-    # Implicit solvers factor matrices, and a model of one's own may have one.
-    if mesh is not None or jax.default_backend() != "cpu" or surface.route != "sensitivity" or most < 2:
-        return 1
-    solve = jax.make_jaxpr(surface.flow.solved)(surface.flow.parameters.vector)
-    return 1 if _FACTORS.search(str(solve)) else most
 
 
 def _warn_of_failures(ends: Ends) -> None:

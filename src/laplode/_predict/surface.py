@@ -1,6 +1,8 @@
 """The surface on which models that fit alike lie near each other."""
 
+import functools as ft
 import math
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
@@ -14,7 +16,7 @@ from .._errors import LaplodeError
 from .._posterior.posterior import Posterior
 from .._problem.likelihood import AbstractLikelihood
 from .._problem.prior import AbstractPrior
-from .._solve.maps import AbstractFlow, evaluate, flow
+from .._solve.maps import DIFFERENCE, AbstractFlow, evaluate, flow
 
 # Up to so many parameters the density of draws is exact, at the price of this number squared of tangents.
 _FEW = 32
@@ -38,13 +40,13 @@ class Surface(eqx.Module):
     bends: bool = eqx.field(static=True)  # whether the model has the second derivatives that steps are bent by
 
     @classmethod
-    def of(cls, posterior: Posterior) -> "Surface":
-        """The surface around a posterior's mean.
+    def of(cls, posterior: Posterior, tolerance: float) -> "tuple[Surface, Origin]":
+        """The surface around a posterior's mean, and that point of it; `tolerance` ends the search for others.
 
         **Raises:** `LaplodeError` when memory holds no Jacobian.
         """
         problem, data = posterior.problem, posterior.problem.data
-        around = flow(posterior.parameters, data.ts, data.y0, data.args, spare=_SPARE)
+        around = flow(posterior.parameters, data.ts, data.y0, data.args, spare=_SPARE).trimmed(_SPARE)
         predictions = evaluate(around, posterior.mean)
         observed = jnp.asarray(np.flatnonzero(problem.informed))
         prior = problem.prior.local(posterior.parameters)
@@ -60,7 +62,7 @@ class Surface(eqx.Module):
             route=around.jacobian_route(),
             bends=around.has_second_pushforward() and problem.prior.bends(posterior.parameters),
         )
-        needed, free = surface.lane_bytes(predictions.size), free_bytes()
+        needed, free = surface.lane_bytes(), free_bytes()
         if needed > free:
             raise LaplodeError(
                 f'`method`="geodesic" holds the Jacobian of the data in every parameter, '
@@ -68,10 +70,13 @@ class Surface(eqx.Module):
                 f"{free / 2**30:.3g} GiB are free. Take "
                 'method="linearized", or a part of the parameters with `where` in laplode.laplace.'
             )
-        return surface
+        # An array, so that another tolerance is not compiled anew.
+        limit = jnp.asarray(tolerance, dtype=float)
+        return surface, Origin(posterior.mean, surface.seen(posterior.mean, predictions), limit)
 
-    def lane_bytes(self, num_predictions: int) -> int:
-        """What one geodesic takes, with so many predictions, observed or not."""
+    def lane_bytes(self) -> int:
+        """What one geodesic takes."""
+        num_predictions = math.prod(jax.eval_shape(self.flow, self.flow.parameters.vector).shape)
         size, num = self.root_prior.size, self.observed.size + len(self.tied(self.flow.parameters.vector))
         return 8 * ((num_predictions + 2 * num) * size + 3 * min(num, size) ** 2)
 
@@ -85,13 +90,14 @@ class Surface(eqx.Module):
         """The residual of the prior."""
         return self.prior.residual(self.flow.parameters, theta)
 
-    def solved(self, theta: Float[Array, " P"]) -> Float[Array, " M+R"]:
-        """The same by a solve of its own."""
-        return self.seen(theta, self.flow.solved(theta))
+    def on(self, grid: tuple[Array, ...]) -> "Surface":
+        """The same surface, with derivatives on another grid of steps."""
+        return eqx.tree_at(lambda s: s.flow, self, self.flow.on(grid))
 
-    def renewed(self, theta: Float[Array, " P"]) -> "Surface":
-        """The same surface, with derivatives on the grid of steps that the solve at θ takes."""
-        return eqx.tree_at(lambda s: s.flow, self, self.flow.renewed(theta))
+    def renewed(self, theta: Float[Array, " P"]) -> "tuple[Surface, Float[Array, ' M+R']]":
+        """The same surface on the grid that a solve at θ chooses, and what is seen by it; not finite where it fails."""
+        around, predictions = self.flow.renewed(theta)
+        return eqx.tree_at(lambda s: s.flow, self, around), self.seen(theta, predictions)
 
     def tangent(self, theta: Float[Array, " P"]) -> Float[Array, "M+R P"]:
         """A = R^½ ∂g/∂θ Λ0^-½, and the same of the residual of the prior below it."""
@@ -100,15 +106,29 @@ class Surface(eqx.Module):
         seen = (self.root_information * scale.ravel()[self.observed])[:, None] * jacobian[self.observed]
         return jnp.concatenate([seen, jax.jacrev(self.tied)(theta)]) / self.root_prior
 
-    def bend(self, theta: Float[Array, " P"], direction: Float[Array, " P"]) -> Float[Array, " M+R"]:
-        """The second derivative of what is seen along a direction of θ."""
+    def bend(
+        self,
+        theta: Float[Array, " P"],
+        seen: Float[Array, " M+R"],
+        step: Float[Array, " P"],
+        along: Float[Array, " M+R"],
+    ) -> Float[Array, " M+R"]:
+        """The second derivative of what is seen along a step in units of the prior; `along` is the first.
+
+        On frozen steps it is a difference: what is seen there is smooth, and a replay is cheap.
+        """
         at = lambda theta: self.seen(theta, self.flow(theta))
+        direction = step / self.root_prior
+        if self.flow.is_frozen:
+            return 2 / DIFFERENCE * ((at(theta + DIFFERENCE * direction) - seen) / DIFFERENCE - along)
+        if not self.bends:
+            return jnp.zeros_like(seen)
         push = lambda theta: jax.jvp(at, (theta,), (direction,))[1]
         return jax.jvp(push, (theta,), (direction,))[1]
 
-    def log_volume(self, origin: "_Origin", start: Float[Array, "M+R P"], line: Float[Array, " P"], theta):
+    def log_volume(self, origin: "Origin", start: Float[Array, "M+R P"], line: Float[Array, " P"], theta):
         """log |det dv/dθ| of a draw θ and the `line` v (P,) that it is the end of; `start` is the tangent A at θ*."""
-        surface = self.renewed(theta)
+        surface, seen = self.renewed(theta)
         tangent = surface.tangent(theta)
         num, size = tangent.shape
         small = num < size and not self.is_exact  # the smaller side
@@ -117,7 +137,7 @@ class Surface(eqx.Module):
         if self.is_exact:
             white = line * self.root_prior
             off_theta = (theta - origin.theta) * self.root_prior - white
-            off_seen = surface.solved(theta) - origin.seen - start @ white
+            off_seen = seen - origin.seen - start @ white
             # Where the search has ended a little early, the part of it along the surface isn't zero yet.
             normal = off_seen - tangent @ jnp.linalg.solve(metric, off_theta + off_seen @ tangent)
             along = lambda theta: normal @ surface.seen(theta, surface.flow(theta))
@@ -132,7 +152,7 @@ class Surface(eqx.Module):
 
 @compiled
 def log_volume(
-    surface: Surface, mean: Float[Array, " P"], lines: Float[Array, "S P"], thetas: Float[Array, "S P"]
+    surface: Surface, origin: "Origin", lines: Float[Array, "S P"], thetas: Float[Array, "S P"]
 ) -> Float[Array, " S"]:
     """log |det dv/dθ| of draws, v where a line ends: how much wider they lie in v than in θ.
 
@@ -142,12 +162,11 @@ def log_volume(
 
     of which the sum over second derivatives is left out where there are more than a few parameters.
     """
-    start = surface.tangent(mean)
-    origin = _Origin(mean, surface.solved(mean), jnp.zeros(()))
+    start = surface.tangent(origin.theta)
     return jax.lax.map(lambda each: surface.log_volume(origin, start, *each), (lines, thetas))
 
 
-class _Origin(eqx.Module):
+class Origin(eqx.Module):
     """Where all lines begin, and what ends the search."""
 
     theta: Float[Array, " P"]
@@ -155,24 +174,11 @@ class _Origin(eqx.Module):
     tolerance: Float[Array, ""]
 
 
-# One matrix after another: XLA's processor backend factors those of many lanes in tasks that wait for one another in
-# its thread pool, and where several programs do so at once, all threads wait forever.
-@jax.custom_batching.sequential_vmap
-def _cholesky(matrix):
-    return jnp.linalg.cholesky(matrix)
-
-
-@jax.custom_batching.sequential_vmap
-def _cholesky_solve(factor, right):
-    return jsl.cho_solve((factor, True), right)
-
-
-def _damped_solve(tangent: Float[Array, "M+R P"], ridge: Float[Array, ""]):
+def damped_solve(tangent: Float[Array, "M+R P"], ridge: Float[Array, ""]) -> Callable[[Array], Array]:
     """v ↦ (ridge + Aᵀ A)⁻¹ v, on the smaller side."""
     num, size = tangent.shape
     gram = tangent @ tangent.T if num < size else tangent.T @ tangent
-    factor = _cholesky(ridge * jnp.eye(len(gram)) + gram)
-    inner = lambda v: _cholesky_solve(factor, v)
+    inner = ft.partial(jsl.cho_solve, jsl.cho_factor(ridge * jnp.eye(len(gram)) + gram, lower=True))
     if num < size:
         return lambda v: (v - inner(tangent @ v) @ tangent) / ridge
     return inner
@@ -183,15 +189,6 @@ def _root_information(likelihood: AbstractLikelihood, predictions: Array, inform
     """In the coordinate in which the likelihood is stable."""
     _, scale = jax.jvp(likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
     return jnp.sqrt((information / scale**2).ravel()[observed])
-
-
-@compiled
-def _solved(surface: Surface, theta: Float[Array, " P"]) -> Float[Array, " M+R"]:
-    return surface.solved(theta)
-
-
-def _num_predictions(surface: Surface) -> int:
-    return math.prod(jax.eval_shape(surface.flow, surface.flow.parameters.vector).shape)
 
 
 # Room for more steps of the solve than it takes at θ*, as a part of those.

@@ -9,6 +9,7 @@ mixed modes.
 import abc
 import dataclasses
 import functools as ft
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -97,9 +98,25 @@ class AbstractFlow(AbstractMap):
     def starting(self, y0: Float[Array, "N D"]) -> "AbstractFlow":
         """The same map from other initial states."""
 
-    @abc.abstractmethod
-    def renewed(self, theta: Float[Array, " P"]) -> "AbstractFlow":
-        """The same map around another point, in any transformation."""
+    @property
+    def grid(self) -> tuple[Array, ...]:
+        """What a solve has chosen and `on` takes: the steps of each trajectory, where they are frozen."""
+        return ()
+
+    def on(self, grid: tuple[Array, ...]) -> "AbstractFlow":
+        """The same map on other steps."""
+        return self
+
+    def renewed(self, theta: Float[Array, " P"]) -> "tuple[AbstractFlow, Float[Array, 'N T K']]":
+        """The same map on the steps that a solve at θ chooses, and the predictions of that, in any transformation.
+
+        Predictions are not finite where the solve fails.
+        """
+        return self, self.solved(theta)
+
+    def trimmed(self, spare: float) -> "AbstractFlow":
+        """The same map with room for `spare` times more steps than it takes, and for no others."""
+        return self
 
     @abc.abstractmethod
     def tightened(self, factor: float, spare: float = 0.0) -> "AbstractFlow":
@@ -198,9 +215,6 @@ class ForeignFlow(AbstractFlow):
     def starting(self, y0):
         return dataclasses.replace(self, y0=y0)
 
-    def renewed(self, theta):
-        return self
-
     def tightened(self, factor, spare=0.0):
         raise LaplodeError(
             f"`posterior` is of a {type(self.parameters.model).__name__}, whose solver laplode does not know: "
@@ -258,14 +272,16 @@ class ReplayedFlow(AbstractFlow):
         return eqx.tree_at(lambda f: f.steps.y0, self, y0)
 
     def renewed(self, theta):
-        """If the solve fails, keep the steps. If it takes more steps than fit, merge neighbors."""
+        """If the solve takes more steps than fit, merge neighbors, up to two of them; more are a failure."""
         model, room = self.parameters.unravel(theta), self.num_steps
         found = accepted_steps(model, *self._span, self.y0, self.args)
         kept = jnp.round(jnp.arange(room + 1) * jnp.maximum(found.number / room, 1.0)[:, None]).astype(int)
         pick = lambda new, index, old: jnp.where(found.arrived[:, None], jnp.take_along_axis(new, index, axis=1), old)
-        return self._with(
-            pick(found.starts, kept[:, :-1], self.steps.starts), pick(found.ends, kept[:, 1:] - 1, self.steps.ends)
+        around = self.on(
+            (pick(found.starts, kept[:, :-1], self.steps.starts), pick(found.ends, kept[:, 1:] - 1, self.steps.ends))
         )
+        good = found.arrived & (found.number <= 2 * room)
+        return around, jnp.where(good[:, None, None], around(theta), jnp.nan)
 
     def neighbor(self, theta: Float[Array, " P"]) -> "tuple[ReplayedFlow, Accepted] | None":
         """The flow around another point on steps of its own, in the same shapes, and the solve that took them.
@@ -278,8 +294,16 @@ class ReplayedFlow(AbstractFlow):
             return None
         return ReplayedFlow(view, found.steps(self.num_steps, self.ts, self.y0, self.args)), found  # pyright: ignore[reportCallIssue]
 
-    def _with(self, starts: Float[Array, "N steps"], ends: Float[Array, "N steps"]) -> "ReplayedFlow":
-        return eqx.tree_at(lambda f: (f.steps.starts, f.steps.ends), self, (starts, ends))
+    @property
+    def grid(self):
+        return self.steps.starts, self.steps.ends
+
+    def on(self, grid):
+        return eqx.tree_at(lambda f: f.grid, self, grid)
+
+    def trimmed(self, spare):
+        taken = int(np.max(np.sum(np.asarray(self.steps.lengths) > 0, axis=1)))
+        return self.on(tuple(steps[:, : math.ceil((1 + spare) * taken)] for steps in self.grid))
 
     def tightened(self, factor, spare=0.0):
         rest = self.parameters.rest
@@ -469,7 +493,7 @@ def _first(values: Float[Array, "N all ..."], num: int) -> Float[Array, "N T ...
 
 
 # Second derivatives on frozen steps are differences over this part of a step, as in Transtrum and Sethna (2012).
-_DIFFERENCE = 0.1
+DIFFERENCE = 0.1
 
 
 def second_along(flow: AbstractFlow, step: Float[Array, " P"]) -> Float[Array, "N T F"]:
@@ -481,8 +505,8 @@ def second_along(flow: AbstractFlow, step: Float[Array, " P"]) -> Float[Array, "
     if not flow.is_frozen:
         return _second_along(flow, step)
     theta = flow.parameters.vector
-    before, here, after = (evaluate(flow, theta + part * step) for part in (-_DIFFERENCE, 0, _DIFFERENCE))
-    return (before + after - 2 * here) / _DIFFERENCE**2
+    before, here, after = (evaluate(flow, theta + part * step) for part in (-DIFFERENCE, 0, DIFFERENCE))
+    return (before + after - 2 * here) / DIFFERENCE**2
 
 
 @compiled
