@@ -18,7 +18,7 @@ from numpyro.infer import SVI, Trace_ELBO
 import laplode as lp
 from laplode._model.parameters import parameters
 from laplode._predict.solves import log_joint
-from laplode._report.nuts import _advance, _begin, _largest, _rhat, _Target
+from laplode._report.nuts import _advance, _begin, _kernel, _largest, _rhat, _Target
 
 KEY = jax.random.key(0)
 LONG = {"key": KEY, "num_warmup": 200, "num_samples": 500, "progress": False}
@@ -224,6 +224,24 @@ def test_chains_start_where_they_are_told_to(by_structure, structure):
     target, first = _begin(posterior, starts, 2, KEY)
     np.testing.assert_allclose(target.theta(first.z), starts, rtol=1e-9)
     np.testing.assert_allclose(-first.potential_energy, log_joint(posterior, jnp.asarray(starts)), rtol=1e-8)
+
+
+def test_one_program_serves_other_data(line, monkeypatch):
+    (posterior, mean, covariance), traced = line, []
+    problem, data = posterior.problem, posterior.problem.data
+    design = data.y0[:, None] * np.stack([np.ones((2, 4)), data.ts], axis=-1)
+    shift = covariance @ np.sum(design, axis=(0, 1)) * 0.1 / 0.3**2
+    shifted = eqx.tree_at(lambda p: p.data.ys, problem, data.ys + 0.1)
+    other = lp.laplace(Line(jnp.asarray(mean + shift)), shifted, progress=False)
+    monkeypatch.setattr("laplode._report.nuts._kernel", lambda *given: traced.append(given) or _kernel(*given))
+    few = LONG | {"num_samples": 100}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", lp.LaplodeWarning)  # a hundred draws may disagree a little
+        lp.nuts(posterior, **few)
+        num = len(traced)
+        tree = lp.nuts(other, **few)
+    assert len(traced) == num
+    assert_means(tree["posterior"]["theta"].values, mean + shift)
 
 
 # ---- Several optima
