@@ -56,6 +56,7 @@ from ._problem.field_prior import (
     Matern52 as Matern52,
     SquaredExponential as SquaredExponential,
 )
+from ._problem.per_channel import PerChannel as PerChannel
 from ._problem.prior import GaussianPrior as GaussianPrior, NamedPriors as NamedPriors
 from ._problem.problem import Problem as Problem
 from ._problem.scale import Gaussian as Gaussian, LogNormal as LogNormal, StudentT as StudentT

@@ -54,6 +54,8 @@ def in_a_line(value: Any) -> str:
         return few if value.ndim == 0 else f"[{few}]"
     if isinstance(value, Mapping):
         return ", ".join(f"{key}: {in_a_line(each)}" for key, each in value.items())
+    if isinstance(value, tuple):
+        return f"({', '.join(map(in_a_line, value))})"
     if isinstance(value, eqx.Module):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         shown = [f"{name}={in_a_line(each)}" for name, each in fields.items() if each is not None and each is not False]

@@ -34,6 +34,7 @@ ORDER = [
     "_problem/likelihood",
     "_problem/scale",
     "_problem/counts",
+    "_problem/per_channel",
     "_problem/prior",
     "_problem/constraint",
     "_problem/field_prior",

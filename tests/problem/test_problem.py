@@ -147,7 +147,7 @@ def test_a_prediction_of_which_nothing_is_observed_needs_no_place_in_the_support
     """Such as that of a compartment that is empty at first."""
     ys = jnp.array([[np.nan], [3.0]])
     full = jnp.array([[0.0], [2.5]])
-    if likelihood.num_predictions(1) == 2:
+    if len(likelihood.channel_of(1)) == 2:
         full = jnp.concatenate([full, jnp.full((2, 1), -1.0)], axis=1)
     score = lambda f: likelihood.score(f, ys)
     first, second = jax.jit(lambda f: (score(f), jax.jacfwd(score)(f)))(full)

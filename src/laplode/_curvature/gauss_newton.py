@@ -28,8 +28,7 @@ def _factored(
 ) -> FactoredForm:
     check_finite(jnp.sqrt(weights), flow, problem)
     informed = problem.informed
-    # A likelihood may take several numbers for each channel, one after the other.
-    channel = np.nonzero(informed)[2] % problem.data.ys.shape[2]
+    channel = problem.channel[np.nonzero(informed)[2]]
     if np.all(informed):  # a matrix this large is not copied for nothing
         return FactoredForm(jacobian, weights.ravel(), channel)
     factor, kept = _rows(jacobian, weights.ravel(), np.flatnonzero(informed))

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
@@ -16,12 +15,8 @@ from .._errors import LaplodeError, choose
 from .._posterior.posterior import Posterior
 from .._predict.function import of_posterior, value_at_mean
 from .._predict.grid import Grid
-from .._problem.likelihood import AbstractLikelihood, FromDistribution
 from .._solve.finite import check_finite, check_slope
 from .._solve.maps import flow, linearize
-
-# Observations drawn for the expected information of a distribution that names no closed form.
-_DRAWS = 1000
 
 
 class AbstractCriterion(eqx.Module):
@@ -268,7 +263,7 @@ def _candidates(posterior: Any, ts, y0, args, scale, criterion: str, target: Any
     check_finite(jacobian, around)
     rows = jacobian.reshape(*predictions.shape, -1)[:, grid.skip :]
     predictions = predictions[:, grid.skip :]
-    information = _expected_information(likelihood, predictions)
+    information = likelihood.expected_fisher(predictions)
     # What no parameter reaches tells nothing, such as a known initial state, whatever the likelihood makes of it.
     inert = jnp.all(rows == 0, axis=-1)
     wrong = ~inert & ~(jnp.isfinite(information) & jnp.isfinite(posterior.problem.likelihood.stabilize(predictions)))
@@ -280,9 +275,12 @@ def _candidates(posterior: Any, ts, y0, args, scale, criterion: str, target: Any
         )
     scaled = jnp.where(inert, 0, jnp.sqrt(jnp.where(inert, 0, information)))[..., None] * rows
     # A channel's location and the logarithm of its scale are told by the same observation.
-    channels = posterior.problem.data.ys.shape[2]
-    scaled = scaled.reshape(*scaled.shape[:2], -1, channels, posterior.size)
-    candidates = jnp.swapaxes(scaled, 2, 3).reshape(-1, scaled.shape[2], posterior.size)
+    channel, channels = posterior.problem.channel, posterior.problem.data.ys.shape[2]
+    own = [np.flatnonzero(channel == k) for k in range(channels)]
+    most = max(map(len, own))
+    none = jnp.zeros((*scaled.shape[:2], most, posterior.size))
+    each = [none.at[:, :, : len(mine)].set(scaled[:, :, mine]) for mine in own]
+    candidates = jnp.stack(each, axis=2).reshape(-1, most, posterior.size)
     return grid, make(posterior, candidates, wanted)
 
 
@@ -294,15 +292,6 @@ def _check_memory(posterior: Posterior, grid: Grid) -> None:
             f"`ts` makes {num} candidates, whose Jacobian and covariance take {needed / 2**30:.1f} GiB, more than "
             "fits. Give fewer times."
         )
-
-
-@eqx.filter_jit
-def _expected_information(likelihood: AbstractLikelihood, predictions: Float[Array, "N T F"]) -> Array:
-    at = lambda key: likelihood.fisher(predictions, likelihood.sample(key, predictions))
-    if not isinstance(likelihood, FromDistribution):
-        return at(jax.random.key(0))
-    add = lambda total, key: (total + at(key), None)
-    return jax.lax.scan(add, jnp.zeros_like(predictions), jax.random.split(jax.random.key(0), _DRAWS))[0] / _DRAWS
 
 
 def _with_target(posterior: Posterior, candidates: Float[Array, "C r P"], wanted: Float[Array, "Q P"] | None):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._checks import check_count, check_key
 from .._devices import compiled, free_bytes
@@ -21,7 +21,6 @@ from .._model.neural_ode import NeuralODE, starts
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
-from .._problem.scale import AbstractScaleLikelihood
 from .._progress import tqdm
 from .._solve.autodiff import pullback_bytes
 from .._solve.maps import ForeignFlow, ReplayedFlow, replayed
@@ -81,7 +80,7 @@ def fit(
     - `model`: the first guess.
     - `problem`: data, likelihood and prior.
     - `optimizer`: such as `optax.adam(1e-2)`. It sees the model's parameters, and the log noise scales beside them as a
-        tuple `(parameters, log_scale)` where they are learned.
+        tuple `(parameters, log_scale)` where they are learned, as multiples of the first guess.
     - `steps`: in all, shared equally among the horizons.
     - `key`: a JAX random key, for the restarts.
     - `horizons`: the growing fractions of the times that are fitted one after another, the last of them 1. A Neural ODE
@@ -126,10 +125,8 @@ def fit(
         )
         guesses.append(other)
     trainable = jax.tree.map(lambda *leaves: jnp.stack(leaves), *guesses)
-    scale = _learned_scale(problem)
-    if scale is not None:
-        log_scale = jnp.broadcast_to(jnp.log(jnp.asarray(scale, dtype=float)), (restarts, *np.shape(scale)))
-        trainable = (trainable, log_scale)
+    if num_scales := np.sum(_learned(problem)):
+        trainable = (trainable, jnp.zeros((restarts, num_scales), dtype=float))
 
     infinite = jnp.full(restarts, jnp.inf, dtype=float)
     state = _State(
@@ -170,7 +167,7 @@ def fit(
         return Fit(
             view.build(selected),
             history,
-            _found(found),
+            eqx.tree_at(lambda p: p.likelihood, found, found.likelihood.found()),
             loss=float(every[first]),
             reason="interrupted" if interrupted else "budget",
             steps=len(history),
@@ -261,11 +258,10 @@ def _stage_lengths(horizons: Sequence[float], num_times: int) -> list[int]:
     return sorted(set(lengths))
 
 
-def _learned_scale(problem: Problem) -> Float[Array, " K"] | None:
-    likelihood = problem.likelihood
-    if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.learned:
-        return likelihood.scale  # pyright: ignore[reportReturnType]
-    return None
+def _learned(problem: Problem) -> Bool[np.ndarray, " K"]:
+    """The channels whose noise scale is to be learned."""
+    noise = problem.likelihood.noise(problem.data.ys.shape[2])
+    return np.array([each is not None and each.learned for each in noise])
 
 
 def _shuffled(view: Parameters, key: PRNGKeyArray) -> PyTree:
@@ -297,18 +293,12 @@ def _same(model: Any, view: Parameters, where: Where, problem: Problem) -> PyTre
 
 def _split(problem: Problem, trainable: PyTree) -> tuple[PyTree, Problem]:
     """The model's parameters, and the problem with the noise scales that go with them."""
-    if _learned_scale(problem) is None:
+    learned = _learned(problem)
+    if not np.any(learned):
         return trainable, problem
     selected, log_scale = trainable
-    return selected, eqx.tree_at(lambda p: p.likelihood.scale, problem, jnp.exp(log_scale))
-
-
-def _found(problem: Problem) -> Problem:
-    """The problem with the noise scale no longer to be learned."""
-    if _learned_scale(problem) is None:
-        return problem
-    likelihood = problem.likelihood.found(np.asarray(problem.likelihood.scale))  # pyright: ignore[reportAttributeAccessIssue]
-    return eqx.tree_at(lambda p: p.likelihood, problem, likelihood)
+    by = jnp.ones(len(learned)).at[np.flatnonzero(learned)].set(jnp.exp(log_scale))
+    return selected, eqx.tree_at(lambda p: p.likelihood, problem, problem.likelihood.scaled(by))
 
 
 def _shortened(problem: Problem, length: int, *, masked: bool) -> Problem:

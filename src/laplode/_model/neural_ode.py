@@ -27,7 +27,8 @@ class NeuralODE(Shown):
         trajectories or (N, D) for one each, and it becomes a parameter like any other.
     - `observe`: module or function `(y, args) -> (K,)`; None observes all states.
     - `scale`: None when the noise scale belongs to the likelihood; otherwise its first guess in the likelihood's units,
-        positive, shape (K,), and it becomes a parameter, with a prior of its own:
+        positive, shape (K,), or one for each channel of a `PerChannel` whose likelihood has none, and it becomes a
+        parameter, with a prior of its own:
         `NamedPriors({"scale": dist.HalfNormal(1.0)}, rest=...)`. The model then predicts (T, 2K), the logarithms of the
         scales last, as `Gaussian()`, `LogNormal()` and `StudentT(df)` without a scale take it. Under
         `NegativeBinomial()` it is the concentration.
@@ -138,12 +139,12 @@ class NeuralODE(Shown):
             seen = jax.vmap(lambda y: self.observe(y, args))(states)  # pyright: ignore[reportOptionalCall]
         if self.scale is None:
             return seen
-        if self.scale.shape != seen.shape[1:]:
+        if self.scale.size > seen.shape[1]:
             raise LaplodeError(
                 f"`scale` of the model has shape {self.scale.shape}, but {seen.shape[1]} channels are observed: give "
                 "one for each."
             )
-        return jnp.concatenate([seen, jnp.broadcast_to(jnp.log(self.scale), seen.shape)], axis=1)
+        return jnp.concatenate([seen, jnp.broadcast_to(jnp.log(self.scale), (len(seen), self.scale.size))], axis=1)
 
     def solve(self, ts, y0, args, *, saveat: diffrax.SaveAt, adjoint: diffrax.AbstractAdjoint, throw: bool):
         """One trajectory by `diffrax.diffeqsolve` from ts[0] to ts[-1]."""

@@ -226,12 +226,15 @@ def _failed(model: Callable, problem: Problem, error: Exception) -> LaplodeError
 
 def _remedy(model: Callable, problem: Problem, shape: tuple[int, ...]) -> str:
     data, channels = problem.data, problem.data.ys.shape[2]
+    scales = problem.prediction_shape[1] - channels
     if shape == (data.ys.shape[1], 2 * channels):
+        if scales:
+            return f"The likelihood has scales of its own for all channels but {scales}: predict the others' alone."
         return "It seems to predict noise scales too, and the likelihood has one: leave that out, as in Gaussian()."
-    if problem.prediction_shape[1] == 2 * channels:
+    if scales:
         return (
-            "A likelihood without a scale wants locations and the logarithms of scales, 2K numbers at each time: let "
-            "the model predict them, NeuralODE(..., scale=first_guess), or give the likelihood a scale."
+            f"A likelihood without a scale wants locations and the logarithms of scales, {scales} of these at each "
+            "time: let the model predict them, NeuralODE(..., scale=first_guess), or give the likelihood a scale."
         )
     if isinstance(model, NeuralODE):
         return "If the states are not what is observed, give NeuralODE an `observe`."

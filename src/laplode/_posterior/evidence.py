@@ -21,7 +21,6 @@ from .._late import pd
 from .._model.parameters import Parameters
 from .._problem.prior import GROUPINGS, Grouping
 from .._problem.problem import Problem
-from .._problem.scale import AbstractScaleLikelihood
 from .._solve.maps import evaluate
 from .posterior import Posterior
 
@@ -31,7 +30,8 @@ class Hyperparameters(eqx.Module):
 
     - `log_precision`: log precisions of the Gaussian prior, one for each group of parameters that it is of, (A,); of a
         `FieldPrior` log amplitudes and, after them, log lengths in half-ranges of the contexts.
-    - `log_scale`: log noise scales as multiples of the present ones, one for each channel (K,) or one for all (1,).
+    - `log_scale`: log noise scales as multiples of the present ones, one for all (1,), or one for each of the channels
+        whose likelihood has a scale.
     """
 
     log_precision: Float[Array, " A"] | None
@@ -76,13 +76,13 @@ class Evidence(eqx.Module):
     log_det: Determinant | GramDeterminant
     form: AbstractForm
     grouping: Grouping | None = eqx.field(static=True)
-    by_channel: bool = eqx.field(static=True)
+    scale_of: tuple[int, ...] = eqx.field(static=True)  # of each channel, the place in `log_scale`; -1 if it is fixed
 
     def __call__(self, hyperparameters: Hyperparameters) -> Float[Array, ""]:
         """log p(Y | θ*) + log p(θ*) + P/2 log 2π − ½ log det Λ, in nats."""
         problem, view = self.problem_at(hyperparameters), self.view
         prior = problem.prior.local(view)
-        log_det = self.log_det(prior, shrink(hyperparameters))
+        log_det = self.log_det(prior, self.shrink(hyperparameters))
         constant = 0.5 * view.size * math.log(2 * math.pi)
         return problem.log_likelihood(self.predictions) + prior.normalized + constant - 0.5 * log_det
 
@@ -93,17 +93,19 @@ class Evidence(eqx.Module):
             assert self.grouping is not None
             prior = problem.prior.at(self.view, self.grouping, hyperparameters.log_precision)
             problem = eqx.tree_at(lambda p: p.prior, problem, prior)
+        likelihood = problem.likelihood.scaled(jnp.exp(self._log_factor(hyperparameters)))
+        return eqx.tree_at(lambda p: p.likelihood, problem, likelihood)
+
+    def shrink(self, hyperparameters: Hyperparameters) -> Float[Array, "*K"]:
+        """What is left of the information of each channel, or of all."""
+        return jnp.exp(-2 * self._log_factor(hyperparameters))
+
+    def _log_factor(self, hyperparameters: Hyperparameters) -> Float[Array, "*K"]:
+        """Of the noise scale of each channel, or of all."""
         if hyperparameters.log_scale is None:
-            return problem
-        likelihood: Any = problem.likelihood
-        factor = jnp.exp(hyperparameters.log_scale)
-        scaled = likelihood.scaled(factor if self.by_channel else factor[0])
-        return eqx.tree_at(lambda p: p.likelihood, problem, scaled)
-
-
-def shrink(hyperparameters: Hyperparameters) -> Float[Array, " B"]:
-    """What is left of the information of each channel, or of all."""
-    return jnp.ones(1) if hyperparameters.log_scale is None else jnp.exp(-2 * hyperparameters.log_scale)
+            return jnp.zeros(())
+        factors = jnp.append(hyperparameters.log_scale, 0.0)
+        return factors[np.array(self.scale_of)] if len(set(self.scale_of)) > 1 else factors[0]
 
 
 _NOISES: dict[str, bool | None] = {"channel": True, "one": False, "fixed": None}
@@ -122,10 +124,10 @@ def evidence_function(
 
     **Raises:** `LaplodeError` as `maximize_evidence` does.
     """
-    grouping, by_channel = _forms(posterior, precision, noise)
+    grouping, scale_of = _forms(posterior, precision, noise)
     view, problem = posterior.parameters, posterior.problem
     log_precision = None if grouping is None else problem.prior.hyperparameters(view, grouping)
-    form = form_by_channel(posterior) if by_channel else posterior.form
+    form = form_by_channel(posterior) if len(set(scale_of)) > 1 else posterior.form
     log_det = determinant(
         posterior.structure,
         form,
@@ -134,11 +136,9 @@ def evidence_function(
         _groups(grouping, posterior),
         posterior.diagnostics.condition_number,
     )
-    log_scale = None
-    if by_channel is not None:
-        log_scale = jnp.zeros(problem.data.ys.shape[2] if by_channel else 1)
+    log_scale = jnp.zeros(max(scale_of) + 1) if max(scale_of) >= 0 else None
     predictions = evaluate(posterior.flow, view.vector)
-    function = Evidence(view, problem, predictions, log_det, form, grouping, by_channel is True)
+    function = Evidence(view, problem, predictions, log_det, form, grouping, scale_of)
     return function, Hyperparameters(log_precision, log_scale)
 
 
@@ -152,49 +152,60 @@ def _groups(grouping: Grouping | None, posterior: Posterior) -> Int[np.ndarray, 
     return groups
 
 
-def _forms(posterior: Any, precision: str, noise: str | None) -> tuple[Grouping | None, bool | None]:
-    """How parameters are grouped, and whether noise scales are by channel; None for what is fixed."""
+def _forms(posterior: Any, precision: str, noise: str | None) -> tuple[Grouping | None, tuple[int, ...]]:
+    """How parameters are grouped, None where they are fixed, and `Evidence.scale_of`."""
     check_from("posterior", posterior, Posterior, "laplace")
     posterior.problem.prior.check_tunable()
     grouping = choose("precision", precision, GROUPINGS)
     if grouping is not None and not posterior.problem.prior.hyperparameters(posterior.parameters, grouping).size:
         grouping = None  # every parameter has a prior of its own
-    by_channel = _noise_form(posterior, noise)
-    if grouping is None and by_channel is None:
+    scale_of = _noise_form(posterior, noise)
+    if grouping is None and max(scale_of) < 0:
         raise LaplodeError("`precision` and `noise` are both fixed: nothing is left to optimize.")
-    return grouping, by_channel
+    return grouping, scale_of
 
 
-def _noise_form(posterior: Posterior, noise: str | None) -> bool | None:
-    likelihood, curvature = posterior.problem.likelihood, posterior.curvature
-    scaled = falls = known = False
-    if isinstance(likelihood, AbstractScaleLikelihood):
-        scaled, falls = likelihood.scale is not None, likelihood.scalable
-        known = falls and curvature.falls_with_scale(likelihood.quadratic)
-    if noise is None:
-        return (None if not known else posterior.form.knows_channels) if scaled else None
-    by_channel = choose("noise", noise, _NOISES)
+def _noise_form(posterior: Posterior, noise: str | None) -> tuple[int, ...]:
+    """Of each channel the place of its noise scale among those that are learned; -1 if it is fixed."""
+    given, curvature = posterior.problem.likelihood.noise(posterior.problem.data.ys.shape[2]), posterior.curvature
+    knows_channels = posterior.form.knows_channels
+    learned = [each is not None and each.scalable and curvature.falls_with_scale(each.quadratic) for each in given]
+    by_channel = knows_channels if noise is None else choose("noise", noise, _NOISES)
     if by_channel is None:
-        return None
-    name = type(likelihood).__name__
-    if not scaled:
+        return (-1,) * len(given)
+    if noise is not None:
+        _check_known(posterior, noise, learned)
+    places = itertools.count() if by_channel else itertools.repeat(0)
+    scale_of = tuple(next(places) if free else -1 for free in learned)
+    if len(set(scale_of)) > 1 and not knows_channels:
+        if noise is None:
+            return (-1,) * len(given)
+        one = 'noise="one", ' if by_channel and all(learned) else ""
+        raise LaplodeError(
+            f'`noise`="{noise}": the leading eigenpairs of the exact Hessian are of all channels together. Take {one}'
+            'curvature="ggn", or structure="full".'
+        )
+    return scale_of
+
+
+def _check_known(posterior: Posterior, noise: str, known: list[bool]) -> None:
+    """Raise `LaplodeError` where a channel has a scale that can't be learned, or none has one."""
+    given = posterior.problem.likelihood.noise(len(known))
+    if not any(given):
+        name = type(posterior.problem.likelihood).__name__
         raise LaplodeError(f'`noise`="{noise}", but the likelihood, {name}, has no scale. Take noise="fixed".')
-    if not falls:
+    for each, is_known in zip(given, known, strict=True):
+        if each is None or is_known:
+            continue
+        if not each.scalable:
+            raise LaplodeError(
+                f'`noise`="{noise}": how observations beyond a limit of {each.family} weigh changes with the scale. '
+                'Take noise="fixed", and the scale from fit (learned=True).'
+            )
         raise LaplodeError(
-            f'`noise`="{noise}": how observations beyond a limit of {name} weigh changes with the scale. Take '
-            'noise="fixed", and the scale from fit (learned=True).'
+            f'`noise`="{noise}": how curvature="{posterior.curvature.name}" changes with the scale of {each.family} is '
+            'not known without computing it again. Take a posterior with curvature="ggn", or noise="fixed".'
         )
-    if not known:
-        raise LaplodeError(
-            f'`noise`="{noise}": how curvature="{curvature.name}" changes with the scale of {name} is not known '
-            'without computing it again. Take a posterior with curvature="ggn", or noise="fixed".'
-        )
-    if by_channel and not posterior.form.knows_channels:
-        raise LaplodeError(
-            '`noise`="channel": the leading eigenpairs of the exact Hessian are of all channels together. Take '
-            'noise="one", curvature="ggn", or structure="full".'
-        )
-    return by_channel
 
 
 # ---- Comparison

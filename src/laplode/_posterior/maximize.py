@@ -16,7 +16,7 @@ from .._curvature.strategies import At
 from .._errors import LaplodeError, LaplodeWarning
 from .._fit.refine import refine
 from .._progress import tqdm
-from .evidence import Evidence, Hyperparameters, _forms, evidence_function, shrink
+from .evidence import Evidence, Hyperparameters, _forms, evidence_function
 from .laplace import laplace, reassembled
 from .posterior import Posterior
 
@@ -168,7 +168,7 @@ def _value_and_gradient(function: Evidence, hyperparameters: Hyperparameters):
 def _with(posterior: Posterior, function: Evidence, found: Hyperparameters) -> Posterior:
     """The posterior with other hyperparameters."""
     problem = function.problem_at(found)
-    form = function.form.scaled(shrink(found))
+    form = function.form.scaled(function.shrink(found))
     if form.chosen_by_prior:
         form = posterior.structure.form(posterior.curvature, At(posterior.flow, problem))
     return reassembled(posterior, problem, form)
@@ -184,8 +184,11 @@ def _warn(
         meaning = posterior.problem.prior.at_bounds
         said += _at_bounds(names, found.log_precision, low.log_precision, high.log_precision, meaning)
     if found.log_scale is not None:
-        names = [f"the noise scale of channel {k}" for k in range(found.log_scale.size)]
-        names = names if function.by_channel else ["the noise scale"]
+        names = ["the noise scale"]
+        if len(set(function.scale_of)) > 1:
+            labels = posterior.problem.data.channels or range(len(function.scale_of))
+            pairs = zip(labels, function.scale_of, strict=True)
+            names = [f"the noise scale of channel {label}" for label, place in pairs if place >= 0]
         meaning = ("the model runs through the observations", "the model explains nothing")
         said += _at_bounds(names, found.log_scale, low.log_scale, high.log_scale, meaning)
     if not settled:

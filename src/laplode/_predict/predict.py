@@ -153,7 +153,7 @@ def _predictions(
     return Predictions(
         ts=grid.ts,
         mean=jnp.where(there, mean, jnp.nan)[..., : y.shape[-1]],
-        **parts(predictions, y),
+        **parts(likelihood, predictions, y),
         **draws._replace(ok=ok)._asdict(),  # pyright: ignore[reportArgumentType]
         log_likelihood=pointwise(problem.likelihood, predictions, problem.ys) if grid.observed else None,
         method=method,

@@ -52,7 +52,8 @@ class Predictions(Shown):
         after an event that ends the solve.
     - `f`: draws of the noise-free prediction, (S, N, T, K); NaN where not `ok`.
     - `y`: the same with observation noise, (S, N, T, K).
-    - `scale`: where the model predicts the noise scale (or concentration), draws of it, (S, N, T, K); else None.
+    - `scale`: where the model predicts the noise scale (or concentration), draws of it, (S, N, T, K), NaN in channels
+        whose likelihood has its own; else None.
     - `thetas`: the parameter vectors of the draws, (S, P); of a geodesic draw that did not arrive, the last it reached.
     - `ok`: False for draws that did not arrive or whose solve failed, or that the likelihood can't have (negative under
         LogNormal), (S,).
@@ -133,11 +134,14 @@ class Predictions(Shown):
         return self._closed_form.covariance()
 
 
-def parts(predictions: Float[Array, "S N T F"], y: Float[Array, "S N T K"]) -> dict[str, Any]:
+def parts(
+    likelihood: AbstractLikelihood, predictions: Float[Array, "S N T F"], y: Float[Array, "S N T K"]
+) -> dict[str, Any]:
     """`f`, `y` and `scale`, of what the likelihood takes and of what it makes of that."""
-    channels = y.shape[-1]
-    log_scale = predictions[..., channels:]
-    scale = jnp.exp(log_scale) if log_scale.shape[-1] else None
+    channels, scale = y.shape[-1], None
+    predicted = np.array(likelihood.channel_of(channels)[channels:])
+    if predicted.size:
+        scale = jnp.full_like(y, jnp.nan).at[..., predicted].set(jnp.exp(predictions[..., channels:]))
     return {"f": predictions[..., :channels], "y": y, "scale": scale}
 
 

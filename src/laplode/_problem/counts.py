@@ -9,10 +9,10 @@ from jaxtyping import Array, Float
 from .._checks import check_positive
 from .._errors import LaplodeError
 from .._late import dist
-from .likelihood import AbstractLikelihood
+from .likelihood import AbstractFamily
 
 
-class Poisson(AbstractLikelihood):
+class Poisson(AbstractFamily):
     """y ~ Poisson(prediction): counts, with a positive prediction."""
 
     def distribution(self, prediction):
@@ -31,7 +31,7 @@ class Poisson(AbstractLikelihood):
         _check_counts(ys, "Poisson")
 
 
-class NegativeBinomial(AbstractLikelihood):
+class NegativeBinomial(AbstractFamily):
     """y ~ NegativeBinomial of mean prediction and variance prediction + prediction² / concentration: uneven counts.
 
     **Arguments:**
@@ -54,8 +54,8 @@ class NegativeBinomial(AbstractLikelihood):
                 )
         self.concentration = concentration
 
-    def num_predictions(self, channels):
-        return channels if self.concentration is not None else 2 * channels
+    def channel_of(self, channels):
+        return (*range(channels),) * (1 if self.concentration is not None else 2)
 
     def _parts(self, prediction: Float[Array, "... F"]) -> tuple[Float[Array, "... K"], Float[Array, "... K"]]:
         if self.concentration is None:

@@ -2,7 +2,7 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import equinox as eqx
 import jax
@@ -12,6 +12,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._errors import LaplodeError
 from .._late import dist
+from .data import Trajectories
+
+# Observations drawn for the expected information of a distribution that names no closed form.
+_DRAWS = 1000
 
 
 def _an_observed_value(ys: Float[Array, "... K"]) -> Float[Array, " K"]:
@@ -21,44 +25,39 @@ def _an_observed_value(ys: Float[Array, "... K"]) -> Float[Array, " K"]:
     return first(largest(ys, tuple(range(ys.ndim - 1))), first(largest(ys, None), 1.0))
 
 
+class Noise(NamedTuple):
+    """What is known of the noise scale of a channel, where the likelihood holds one.
+
+    - `family`: the name of the likelihood.
+    - `learned`: whether `fit` is still to learn it.
+    - `scalable`: whether the Fisher information falls as scale⁻².
+    - `quadratic`: whether −log p is a square over scale², so that all of its derivatives fall like that.
+    """
+
+    family: str
+    learned: bool
+    scalable: bool
+    quadratic: bool
+
+
 class AbstractLikelihood(eqx.Module):
     """p(y | prediction), independent over observations given the prediction.
 
-    Of each time there are F predictions: one for each of the K channels or, where the model predicts the noise scale
-    too, two, of which the first K are locations.
+    Of each time there are F predictions: a location for each of the K channels, then the logarithms of the noise scales
+    that the model predicts, if any.
     """
 
-    def num_predictions(self, channels: int) -> int:
-        """F, for K channels."""
-        return channels
+    def channel_of(self, channels: int) -> tuple[int, ...]:
+        """The channel of each of the F predictions, for K channels: 0, …, K − 1, then those of the predicted scales."""
+        return tuple(range(channels))
 
     @abc.abstractmethod
-    def distribution(self, prediction: Float[Array, "... F"]) -> "dist.Distribution":
-        """The NumPyro distribution of the observations (..., K)."""
-
-    @eqx.filter_jit
     def sample(self, key: PRNGKeyArray, prediction: Float[Array, "... F"]) -> Float[Array, "... K"]:
         """Observations as they would be recorded."""
-        return jnp.asarray(self.distribution(prediction).sample(key), dtype=float)
 
-    @eqx.filter_jit
+    @abc.abstractmethod
     def log_prob(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... K"]:
         """log p(y | prediction) of each observation, in nats; 0 where `ys` is NaN."""
-        observed = ~jnp.isnan(ys)
-        # An observed value lies in the support, so that no NaN enters a gradient through the unused branch.
-        values = jnp.where(observed, ys, _an_observed_value(ys))
-        log_prob = self.distribution(self._possible(prediction, ys)).log_prob(values)
-        return jnp.where(observed, log_prob, 0.0)
-
-    def _possible(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... F"]:
-        """The prediction, and in the place of one that no value can have, where none is observed, one that can.
-
-        A state that starts at 0 is no median of a LogNormal, and its derivative there must not count.
-        """
-        value, channels = _an_observed_value(ys), ys.shape[-1]
-        possible = ~jnp.isnan(ys) | _has_density(self, jax.lax.stop_gradient(prediction), value)
-        location = jnp.where(possible, prediction[..., :channels], value)
-        return jnp.concatenate([location, prediction[..., channels:]], axis=-1)
 
     @eqx.filter_jit
     def score(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... F"]:
@@ -72,6 +71,10 @@ class AbstractLikelihood(eqx.Module):
         `ys` matters only where the information has no closed form and the observed one stands in for it.
         """
 
+    def expected_fisher(self, prediction: Float[Array, "... F"]) -> Float[Array, "... F"]:
+        """Fisher information of one observation that is yet to be made."""
+        return self.fisher(prediction, prediction)  # a closed form does not look at observations
+
     def stabilize(self, prediction: Float[Array, "... F"]) -> Float[Array, "... F"]:
         """The prediction in the coordinate whose Fisher information is constant, in which it is linearized."""
         return prediction
@@ -80,8 +83,32 @@ class AbstractLikelihood(eqx.Module):
         """Inverse of `stabilize`."""
         return stabilized
 
+    def noise(self, channels: int) -> tuple[Noise | None, ...]:
+        """Of each of K channels what is known of the noise scale that the likelihood holds; None without one."""
+        return (None,) * channels
+
+    def scaled(self, by: Float[Array, "*K"]) -> Self:
+        """The likelihood with its noise scales times `by`: one number, or one for each channel."""
+        return self
+
+    def found(self) -> Self:
+        """The likelihood with learned noise scales, which are given from here on."""
+        return self
+
+    @abc.abstractmethod
+    def with_data(self, data: Trajectories) -> Self:
+        """The likelihood as it is for the channels of these data.
+
+        **Raises:** `LaplodeError` when it does not fit them.
+        """
+
     def check(self, ys: Float[np.ndarray, "N T K"]) -> None:
         """Raise `LaplodeError` where the observations lie outside the support."""
+
+    @property
+    def by_value(self) -> bool:
+        """Whether each value of the data has a noise scale of its own."""
+        return False
 
     def elsewhere(self, scale: Any, shape: tuple[int, int, int], observed: bool) -> "AbstractLikelihood":
         """The likelihood of values (N, T, K) that are perhaps not those of the data.
@@ -100,13 +127,82 @@ class AbstractLikelihood(eqx.Module):
         return self
 
 
+class AbstractFamily(AbstractLikelihood):
+    """A likelihood whose channels have one NumPyro distribution, with parameters for all of them or one for each."""
+
+    @abc.abstractmethod
+    def distribution(self, prediction: Float[Array, "... F"]) -> "dist.Distribution":
+        """The NumPyro distribution of the observations (..., K)."""
+
+    @eqx.filter_jit
+    def sample(self, key, prediction):
+        return jnp.asarray(self.distribution(prediction).sample(key), dtype=float)
+
+    @eqx.filter_jit
+    def log_prob(self, prediction, ys):
+        observed = ~jnp.isnan(ys)
+        # An observed value lies in the support, so that no NaN enters a gradient through the unused branch.
+        values = jnp.where(observed, ys, _an_observed_value(ys))
+        log_prob = self.distribution(self._possible(prediction, ys)).log_prob(values)
+        return jnp.where(observed, log_prob, 0.0)
+
+    def _possible(self, prediction: Float[Array, "... F"], ys: Float[Array, "... K"]) -> Float[Array, "... F"]:
+        """The prediction, and in the place of one that no value can have, where none is observed, one that can.
+
+        A state that starts at 0 is no median of a LogNormal, and its derivative there must not count.
+        """
+        value, channels = _an_observed_value(ys), ys.shape[-1]
+        possible = ~jnp.isnan(ys) | _has_density(self, jax.lax.stop_gradient(prediction), value)
+        location = jnp.where(possible, prediction[..., :channels], value)
+        return jnp.concatenate([location, prediction[..., channels:]], axis=-1)
+
+    def with_data(self, data):
+        channels = data.ys.shape[2]
+        for name, value in vars(self).items():
+            allowed = ((), (channels,), data.ys.shape) if name == "scale" else ((), (channels,))
+            if isinstance(value, np.ndarray | Array) and value.shape not in allowed:
+                raise LaplodeError(
+                    f"`{name}` has shape {value.shape} but ys has K = {channels} channels: give one {name}, or an "
+                    f"array of shape {' or '.join(str(shape) for shape in allowed[1:])}."
+                )
+        _check_distribution(self, data.ys.shape)
+        return self
+
+
 # Traced, a distribution does not refuse what is looked for here.
 @eqx.filter_jit
-def _has_density(likelihood: AbstractLikelihood, prediction: Float[Array, "... F"], ys: Float[Array, " K"]):
+def _has_density(likelihood: AbstractFamily, prediction: Float[Array, "... F"], ys: Float[Array, " K"]):
     return jnp.isfinite(likelihood.distribution(prediction).log_prob(ys))
 
 
-class FromDistribution(AbstractLikelihood):
+def _check_distribution(likelihood: AbstractFamily, shape: tuple[int, ...]) -> None:
+    def batch_shape(prediction):
+        found = likelihood.distribution(prediction)
+        if not isinstance(found, dist.Distribution):
+            raise LaplodeError(
+                f"`likelihood` must return a NumPyro distribution, got {type(found).__name__}: write, for example, "
+                "lambda prediction: numpyro.distributions.Laplace(prediction, 0.1)."
+            )
+        if found.event_shape or found.batch_shape != shape:
+            raise LaplodeError(
+                f"`likelihood` must treat observations one by one: for predictions of shape {shape} its batch shape "
+                f"is {found.batch_shape} and its event shape {found.event_shape}. Drop event dimensions (no "
+                "`.to_event`)."
+            )
+        return prediction
+
+    predictions = (*shape[:2], len(likelihood.channel_of(shape[2])))
+    try:
+        jax.eval_shape(batch_shape, jax.ShapeDtypeStruct(predictions, jnp.result_type(float)))
+    except LaplodeError:
+        raise
+    except Exception as error:
+        raise LaplodeError(
+            f"`likelihood` can't be evaluated on predictions of shape {shape}: {type(error).__name__}: {error}"
+        ) from error
+
+
+class FromDistribution(AbstractFamily):
     """Any function from predictions to a NumPyro distribution, elementwise.
 
     The Fisher information falls back on the observed one, −∂² log p / ∂prediction² by automatic differentiation,
@@ -122,3 +218,26 @@ class FromDistribution(AbstractLikelihood):
         score = lambda f: self.score(f, ys)
         _, curvature = jax.jvp(score, (prediction,), (jnp.ones_like(prediction),))
         return jnp.maximum(-curvature, 0)
+
+    @eqx.filter_jit
+    def expected_fisher(self, prediction):
+        def add(total, key):
+            return total + self.fisher(prediction, self.sample(key, prediction)), None
+
+        keys = jax.random.split(jax.random.key(0), _DRAWS)
+        return jax.lax.scan(add, jnp.zeros_like(prediction), keys)[0] / _DRAWS
+
+
+def likelihood_of(name: str, given: Any) -> AbstractLikelihood:
+    """A likelihood, or the one that a function from predictions to a NumPyro distribution makes."""
+    if isinstance(given, type):
+        raise LaplodeError(f"`{name}` must be an instance, as in {given.__name__}(...), got the class.")
+    if isinstance(given, AbstractLikelihood):
+        return given
+    if not callable(given):
+        raise LaplodeError(
+            f"`{name}` must be Gaussian(scale), LogNormal(scale), StudentT(df, scale), Poisson(), "
+            "NegativeBinomial(concentration), PerChannel(...) of these, or a "
+            f"function `prediction -> numpyro distribution`; got {type(given).__name__}."
+        )
+    return FromDistribution(given)  # pyright: ignore[reportArgumentType]

@@ -3,18 +3,16 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from .._errors import LaplodeError
 from .._late import dist
 from .._show import Shown, in_a_line, rows
 from .data import Trajectories
-from .likelihood import AbstractLikelihood, FromDistribution
+from .likelihood import AbstractLikelihood, likelihood_of
 from .prior import AbstractPrior, prior_of
-from .scale import AbstractScaleLikelihood
 
 
 class Problem(Shown):
@@ -23,8 +21,8 @@ class Problem(Shown):
     **Arguments:**
 
     - `data`: the observed `Trajectories`.
-    - `likelihood`: `Gaussian`, `LogNormal`, `StudentT`, `Poisson`, `NegativeBinomial`, or any function from predictions
-        (..., K) to a NumPyro distribution of the same batch shape.
+    - `likelihood`: `Gaussian`, `LogNormal`, `StudentT`, `Poisson`, `NegativeBinomial`, `PerChannel` of these, or any
+        function from predictions (..., K) to a NumPyro distribution of the same batch shape.
     - `prior`: a `GaussianPrior`, its precision as a positive number, `NamedPriors`, `posterior.as_prior()`, what was
         learned from data before; or one of these within a `SoftConstraint` or
         a `FieldPrior`.
@@ -43,47 +41,20 @@ class Problem(Shown):
     def __init__(self, data: Trajectories, likelihood: Any, prior: Any, *, given: Any = None):
         if not isinstance(data, Trajectories):
             raise LaplodeError(f"`data` must be laplode.Trajectories(ts, ys, ...), got {type(data).__name__}.")
-        if isinstance(likelihood, type):
-            raise LaplodeError(f"`likelihood` must be an instance, as in {likelihood.__name__}(...), got the class.")
-        if not isinstance(likelihood, AbstractLikelihood):
-            if not callable(likelihood):
-                raise LaplodeError(
-                    "`likelihood` must be Gaussian(scale), LogNormal(scale), StudentT(df, scale), Poisson(), "
-                    "NegativeBinomial(concentration), or a "
-                    f"function `prediction -> numpyro distribution`; got {type(likelihood).__name__}."
-                )
-            likelihood = FromDistribution(likelihood)  # pyright: ignore[reportArgumentType]
+        likelihood = likelihood_of("likelihood", likelihood).with_data(data)
+        likelihood.check(data.ys)
         if isinstance(prior, AbstractLikelihood | Trajectories | dist.Distribution):
             raise LaplodeError(
                 "`prior` must be laplode.GaussianPrior(precision), a precision, or laplode.NamedPriors; got "
                 f"{type(prior).__name__}."
             )
         channels = data.ys.shape[-1]
-        for name in ("scale", "lower", "upper", "concentration"):
-            value = getattr(likelihood, name, None)
-            allowed = ((), (channels,), data.ys.shape) if name == "scale" else ((), (channels,))
-            if isinstance(value, np.ndarray | Array) and value.shape not in allowed:
-                raise LaplodeError(
-                    f"`{name}` has shape {value.shape} but ys has K = {channels} channels: give one {name}, or an "
-                    f"array of shape {' or '.join(str(shape) for shape in allowed[1:])}."
-                )
-        if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.learned:  # one for each channel from here on
-            scale = np.broadcast_to(np.asarray(likelihood.scale), (channels,)).copy()
-            likelihood = eqx.tree_at(lambda l: l.scale, likelihood, scale)
-        if isinstance(likelihood, AbstractScaleLikelihood) and likelihood.by_value:
-            unknown = np.isnan(np.asarray(likelihood.scale)) & data.observed
-            if np.any(unknown):
-                i, t, k = map(int, np.argwhere(unknown)[0])
-                raise LaplodeError(
-                    f"`scale` is NaN at [{i}, {t}, {k}], where ys is {data.ys[i, t, k]:g}: give every observed value a "
-                    "scale, or make it NaN in ys if it is not to count."
-                )
-        likelihood.check(data.ys)
-        _check_distribution(likelihood, data.ys.shape)
         self.data = data
         self.likelihood = likelihood
         self.prior = prior_of("prior", prior).with_data(data)
         self.given = np.zeros((len(data.ys), channels), bool) if given is None else np.asarray(given, bool)
+        if self.given.shape != (len(data.ys), channels):
+            raise LaplodeError(f"`given` must have shape (N, K) = {(len(data.ys), channels)}, got {self.given.shape}.")
 
     def _shown(self):
         num, length, channels = self.data.ys.shape
@@ -96,14 +67,16 @@ class Problem(Shown):
             "next": "fit(model, problem, optimizer, ...) or, of a fitted model, refine(model, problem)",
         }
         return rows(named, "Problem")
-        if self.given.shape != (len(data.ys), channels):
-            raise LaplodeError(f"`given` must have shape (N, K) = {(len(data.ys), channels)}, got {self.given.shape}.")
 
     @property
     def prediction_shape(self) -> tuple[int, int]:
         """(T, F): the shape of a model's predictions of one trajectory."""
-        _, num_times, channels = self.data.ys.shape
-        return num_times, self.likelihood.num_predictions(channels)
+        return self.data.ys.shape[1], len(self.channel)
+
+    @property
+    def channel(self) -> Int[np.ndarray, " F"]:
+        """The channel of each of the predictions at a time: K locations, then the noise scales that are predicted."""
+        return np.array(self.likelihood.channel_of(self.data.ys.shape[2]))
 
     @property
     def observed(self) -> Bool[np.ndarray, "N T K"]:
@@ -131,8 +104,7 @@ class Problem(Shown):
     @property
     def informed(self) -> Bool[np.ndarray, "N T F"]:
         """True for the predictions of which something was observed."""
-        observed = self.observed
-        return np.tile(observed, (1, 1, self.prediction_shape[1] // observed.shape[2]))
+        return self.observed[..., self.channel]
 
     @property
     def seen(self) -> Bool[np.ndarray, "N T"]:
@@ -150,35 +122,8 @@ class Problem(Shown):
 
 @eqx.filter_jit
 def _information(likelihood: AbstractLikelihood, predictions: Float[Array, "N T F"], ys: Float[Array, "N T K"]):
-    observed = jnp.tile(~jnp.isnan(ys), (1, 1, predictions.shape[2] // ys.shape[2]))
+    observed = ~jnp.isnan(ys)[..., np.array(likelihood.channel_of(ys.shape[-1]))]
     return jnp.where(observed, likelihood.fisher(predictions, ys), 0)
-
-
-def _check_distribution(likelihood: AbstractLikelihood, shape: tuple[int, ...]) -> None:
-    def batch_shape(prediction):
-        found = likelihood.distribution(prediction)
-        if not isinstance(found, dist.Distribution):
-            raise LaplodeError(
-                f"`likelihood` must return a NumPyro distribution, got {type(found).__name__}: write, for example, "
-                "lambda prediction: numpyro.distributions.Laplace(prediction, 0.1)."
-            )
-        if found.event_shape or found.batch_shape != shape:
-            raise LaplodeError(
-                f"`likelihood` must treat observations one by one: for predictions of shape {shape} its batch shape "
-                f"is {found.batch_shape} and its event shape {found.event_shape}. Drop event dimensions (no "
-                "`.to_event`)."
-            )
-        return prediction
-
-    predictions = (*shape[:2], likelihood.num_predictions(shape[2]))
-    try:
-        jax.eval_shape(batch_shape, jax.ShapeDtypeStruct(predictions, jnp.result_type(float)))
-    except LaplodeError:
-        raise
-    except Exception as error:
-        raise LaplodeError(
-            f"`likelihood` can't be evaluated on predictions of shape {shape}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def check_problem(problem: Any) -> None:
@@ -189,7 +134,7 @@ def check_problem(problem: Any) -> None:
 
 def check_scale(problem: Problem) -> None:
     """Raise `LaplodeError` where the noise scale is the guess from which `fit` is still to learn it."""
-    if isinstance(problem.likelihood, AbstractScaleLikelihood) and problem.likelihood.learned:
+    if any(noise is not None and noise.learned for noise in problem.likelihood.noise(problem.data.ys.shape[2])):
         raise LaplodeError(
             "`problem` has a noise scale that is still to be learned (learned=True): its value is a first guess. Take "
             "the problem that `fit` returns, which holds the scale found: fit = laplode.fit(model, problem, ...), then "

@@ -16,10 +16,10 @@ from jaxtyping import Array, Float
 from .._checks import check_flag, check_positive, real_array
 from .._errors import LaplodeError
 from .._late import dist
-from .likelihood import AbstractLikelihood
+from .likelihood import AbstractFamily, Noise
 
 
-class AbstractScaleLikelihood(AbstractLikelihood):
+class AbstractScaleLikelihood(AbstractFamily):
     """A likelihood with a location and a noise scale, which is predicted or given: for all, a channel, or a value.
 
     Where `scale` is None the model predicts 2K numbers at each time: the locations, then the logarithms of the scales.
@@ -38,16 +38,34 @@ class AbstractScaleLikelihood(AbstractLikelihood):
         """Whether there is a scale, and the Fisher information falls as scale⁻²."""
         return self.scale is not None
 
-    def found(self, scale: Float[np.ndarray, " K"]) -> "AbstractScaleLikelihood":
-        """The likelihood with a learned scale, which is given from here on."""
-        return dataclasses.replace(self, scale=scale, learned=False)
+    def noise(self, channels):
+        if self.scale is None:
+            return (None,) * channels
+        return (Noise(type(self).__name__, self.learned, self.scalable, self.quadratic),) * channels
 
-    def scaled(self, factor: Float[Array, "..."]) -> "AbstractScaleLikelihood":
-        """The likelihood with noise `factor` times as large, a number or one for each channel (K,)."""
+    def scaled(self, by):
+        if self.scale is None:
+            return self
         scale = jnp.asarray(self.scale)
         unknown = jnp.isnan(scale)
-        scale = jnp.where(unknown, scale, jnp.where(unknown, 1.0, scale) * factor)  # no NaN enters the gradient
+        scale = jnp.where(unknown, scale, jnp.where(unknown, 1.0, scale) * by)  # no NaN enters the gradient
         return eqx.tree_at(lambda likelihood: likelihood.scale, self, scale)
+
+    def found(self):
+        return dataclasses.replace(self, scale=np.asarray(self.scale), learned=False) if self.learned else self
+
+    def with_data(self, data):
+        fitting = super().with_data(data)
+        if self.learned:  # one for each channel from here on
+            scale = np.broadcast_to(np.asarray(self.scale), (data.ys.shape[2],)).copy()
+            return eqx.tree_at(lambda l: l.scale, fitting, scale)
+        if self.by_value and np.any(unknown := np.isnan(np.asarray(self.scale)) & data.observed):
+            i, t, k = map(int, np.argwhere(unknown)[0])
+            raise LaplodeError(
+                f"`scale` is NaN at [{i}, {t}, {k}], where ys is {data.ys[i, t, k]:g}: give every observed value a "
+                "scale, or make it NaN in ys if it is not to count."
+            )
+        return fitting
 
     @abc.abstractmethod
     def family(self, location: Float[Array, "... K"], scale: Float[Array, "... K"]) -> "dist.Distribution":
@@ -60,8 +78,7 @@ class AbstractScaleLikelihood(AbstractLikelihood):
         """Fisher information in the location, and in the logarithm of the scale."""
 
     @property
-    def by_value(self) -> bool:
-        """Whether each value of the data has a scale of its own."""
+    def by_value(self):
         return np.ndim(self.scale) == 3  # pyright: ignore[reportArgumentType]
 
     def elsewhere(self, scale, shape, observed):
@@ -78,10 +95,10 @@ class AbstractScaleLikelihood(AbstractLikelihood):
         scale = check_positive("scale", scale)
         if scale.shape not in ((), (shape[2],), shape):
             raise LaplodeError(f"`scale` must be a number, or have shape ({shape[2]},) or {shape}, got {scale.shape}.")
-        return self.found(scale)
+        return dataclasses.replace(self, scale=scale)
 
-    def num_predictions(self, channels):
-        return channels if self.scale is not None else 2 * channels
+    def channel_of(self, channels):
+        return (*range(channels),) * (1 if self.scale is not None else 2)
 
     def parts(self, prediction: Float[Array, "... F"]) -> tuple[Float[Array, "... K"], Float[Array, "... K"]]:
         """Location and scale, of one shape."""

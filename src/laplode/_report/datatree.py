@@ -193,7 +193,7 @@ class Layout(NamedTuple):
         dims = {}
         if isinstance(model, NeuralODE) and model.y0 is not None:
             dims["y0"] = ["state"] if model.y0.ndim == 1 else ["trajectory", "state"]
-        if isinstance(model, NeuralODE) and model.scale is not None:
+        if isinstance(model, NeuralODE) and model.scale is not None and model.scale.size == len(coords["channel"]):
             dims["scale"] = ["channel"]
         if parameters == "layers":
             leaves = posterior.parameters.leaves

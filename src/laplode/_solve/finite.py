@@ -84,7 +84,7 @@ def _in_likelihood(around: AbstractFlow, problem: Problem) -> str | None:
             continue
         i, t, k = map(int, bad[0])
         predicted = float(predictions[i, t, k])
-        channel = k % ys.shape[2]
+        channel = problem.channel[k]
         cure = "LogNormal, Poisson and NegativeBinomial likelihoods want positive predictions."
         if predicted <= 0 and abs(predicted) < _SMALL * np.nanmax(np.abs(predictions[..., k])):
             cure += (

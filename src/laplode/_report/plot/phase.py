@@ -80,7 +80,8 @@ def plot_phase(
     can = data.args is None and posterior.flow.num_states == 2
     if field and not can:
         raise LaplodeError("`field`: only of a NeuralODE with D = 2 states and without `args` is the field a picture.")
-    draws = np.asarray(item.f)[np.asarray(item.ok), row][..., pair]
+    every = np.asarray(item.f)[np.asarray(item.ok), row]
+    draws = every[..., pair]
     median = np.median(draws, axis=0)
     seen = [data.ys[row][:, pair]] if same else []
     unseen = [] if held_out is None else [held_out.ys[row][:, pair]]
@@ -97,7 +98,7 @@ def plot_phase(
     # The draws of a noise scale that the model predicts are not among these.
     likelihood = None if item.scale is not None else posterior.problem.likelihood
     times = np.unique(np.linspace(0, draws.shape[1] - 1, 6).astype(int))
-    rings = broken(np.stack([_ring(likelihood, draws[:, i], prob) for i in times], axis=1))
+    rings = broken(np.stack([_ring(likelihood, every[:, i], pair, prob) for i in times], axis=1))
     dotted = dict(color="black", width=0.8, linestyle="C2")
     layers.append(Layer("rings", visuals.line_xy, rings, dotted, f"{100 * prob:g}% at one time"))
     layers += [Layer("data", visuals.scatter_xy, xy(ys.T), DATA | {"size": 20}, "data") for ys in seen]
@@ -124,17 +125,19 @@ def _draw_layers(draws: Float[np.ndarray, "S T 2"], later: Bool[np.ndarray, " T"
 
 
 def _ring(
-    likelihood: AbstractLikelihood | None, draws: Float[np.ndarray, "S 2"], prob: float
+    likelihood: AbstractLikelihood | None, draws: Float[np.ndarray, "S K"], pair: list[int], prob: float
 ) -> Float[np.ndarray, "2 A"]:
     """What holds `prob` of draws: an ellipse, in the coordinate in which linearized predictions are Gaussian."""
     if likelihood is not None:
         draws = np.asarray(likelihood.stabilize(jnp.asarray(draws)))
+    middle = np.mean(draws, axis=0)
     angle = np.linspace(0, 2 * np.pi, 41)
-    eigenvalues, vectors = np.linalg.eigh(np.cov(draws.T))
+    eigenvalues, vectors = np.linalg.eigh(np.cov(draws[:, pair].T))
     root = vectors * np.sqrt(np.maximum(eigenvalues, 0))
     radius = np.sqrt(-2 * np.log1p(-prob))  # of a chi-squared with two degrees of freedom
-    ring = np.mean(draws, axis=0)[:, None] + radius * root @ np.stack([np.cos(angle), np.sin(angle)])
-    return ring if likelihood is None else np.asarray(likelihood.unstabilize(jnp.asarray(ring)))
+    ring = np.tile(middle, (len(angle), 1))
+    ring[:, pair] += radius * np.stack([np.cos(angle), np.sin(angle)], axis=1) @ root.T
+    return (ring if likelihood is None else np.asarray(likelihood.unstabilize(jnp.asarray(ring))))[:, pair].T
 
 
 # Arrows along each axis.
