@@ -244,9 +244,7 @@ def test_there_are_enough_and_no_function_is_left_out():
     }  # fmt: skip
     public = {name for name, value in vars(lp).items() if not name.startswith("_") and callable(value)}
     take_nothing = {"Poisson", "Linearized", "Full", "BlockDiagonal", "Diagonal", "GaussNewton", "EmpiricalFisher"}
-    by_any_name = {
-        "PerChannel"
-    }  # its arguments are named by the user; tests/problem/test_per_channel.py has its errors
+    by_any_name = {"PerChannel"}  # the user names its arguments; test_per_channel.py has its errors
     assert public - made_by_laplode == set(ARGUMENTS) | take_nothing | by_any_name
     for name, arguments in ARGUMENTS.items():
         assert set(arguments) <= set(inspect.signature(getattr(lp, name)).parameters), name
