@@ -1,5 +1,7 @@
 """A known noise scale for every value."""
 
+import warnings
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -133,3 +135,14 @@ def test_scales_that_do_not_fit(scale, words):
 def test_scales_of_values_are_not_learned_one_by_one():
     with pytest.raises(lp.LaplodeError, match="maximize_evidence"):
         lp.Gaussian(SCALE, learned=True)
+
+
+def test_learned_scales_are_one_for_each_channel():
+    for channels in (1, 2):
+        data = lp.Trajectories(TS, YS[..., :channels], Y0[:, :channels])
+        model = Lines(*(leaf[:channels] for leaf in (MODEL.slope, MODEL.bend)))
+        found = lp.laplace(model, lp.Problem(data, lp.Gaussian(0.1), 2.0), curvature="ggn", progress=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", lp.LaplodeWarning)
+            found = lp.maximize_evidence(found, precision="fixed", progress=False)
+        assert found.problem.likelihood.scale.shape == (channels,)

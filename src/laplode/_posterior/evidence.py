@@ -101,11 +101,12 @@ class Evidence(eqx.Module):
         return jnp.exp(-2 * self._log_factor(hyperparameters))
 
     def _log_factor(self, hyperparameters: Hyperparameters) -> Float[Array, "*K"]:
-        """Of the noise scale of each channel, or of all."""
+        """Of the noise scale of each channel, or of all of several together."""
         if hyperparameters.log_scale is None:
             return jnp.zeros(())
         factors = jnp.append(hyperparameters.log_scale, 0.0)
-        return factors[np.array(self.scale_of)] if len(set(self.scale_of)) > 1 else factors[0]
+        together = len(self.scale_of) > 1 and len(set(self.scale_of)) == 1
+        return factors[0] if together else factors[np.array(self.scale_of)]
 
 
 _NOISES: dict[str, bool | None] = {"channel": True, "one": False, "fixed": None}
