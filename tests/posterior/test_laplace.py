@@ -495,3 +495,19 @@ except lp.LaplodeError as error:
     environment = {name: value for name, value in os.environ.items() if name != "JAX_ENABLE_X64"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.stdout.strip() == "refused", done.stderr
+
+
+class Squared(eqx.Module):
+    x: jax.Array
+    level: jax.Array
+
+    def __call__(self, ts, y0):
+        return (self.x**2 + self.level * jnp.sign(ts - 1.5))[:, None]
+
+
+def test_negative_curvature_that_the_prior_outweighs_counts_as_no_freedom():
+    data = lp.Trajectories([1.0, 2.0], np.full((2, 1), 0.1))
+    model = Squared(jnp.array(0.0), jnp.array(0.0))
+    found = lp.laplace(model, lp.Problem(data, lp.Gaussian(1.0), 1.0), progress=False)
+    np.testing.assert_allclose(found.precision(), np.diag([0.6, 3.0]), rtol=1e-12)
+    np.testing.assert_allclose(found.diagnostics.effective_dof, 2 / 3, rtol=1e-12)

@@ -140,6 +140,8 @@ def _assembled(
     found = built(structure, form, prior, regularization)
     precision = found.built.precision
     gradient_norm, decrement, dof = _summary(precision, prior, nll_gradient)
+    against = np.minimum(found.built.after, 0)  # such directions the data do not determine, nor less than that
+    dof -= np.sum(against / (1 + against))
     diagnostics = Diagnostics(
         num_parameters=view.size,
         num_observations=problem.num_observations,

@@ -35,6 +35,7 @@ class Diagnostics(Shown):
     - `regularized`: what was changed, None if nothing.
     - `gradient_norm`, `newton_decrement`: ‖g‖ and ½ gᵀΛ⁻¹g (nats), g the gradient of −log p(Y | θ) − log p(θ).
     - `effective_dof`: tr((Λ − Λ0) Λ⁻¹), the number of directions that the data determine, Λ0 the prior's precision.
+        Directions in which the likelihood's curvature is negative count as 0.
     - `inert`: the names of parameters without any influence on the predictions.
     """
 
