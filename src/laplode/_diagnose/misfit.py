@@ -2,20 +2,16 @@
 
 import itertools
 import warnings
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._checks import check_count
+from .._checks import check_count, check_from
 from .._errors import LaplodeError, LaplodeWarning
 from .._late import pd
 from .._posterior.posterior import Posterior
 from .._solve.maps import evaluate, linearize
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 
 def sandwich(posterior: Posterior, *, blocks: int = 1) -> Float[Array, "P P"]:
@@ -44,9 +40,8 @@ def sandwich(posterior: Posterior, *, blocks: int = 1) -> Float[Array, "P P"]:
 
     White (1982), "Maximum likelihood estimation of misspecified models".
     """
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
-    problem, size = posterior.problem, posterior.size
+    check_from("posterior", posterior, Posterior, "laplace")
+    problem = posterior.problem
     times = problem.data.ts.shape[1]
     if check_count("blocks", blocks) > times:
         raise LaplodeError(f"`blocks` = {blocks}, but a trajectory has {times} times.")
@@ -66,11 +61,11 @@ def sandwich(posterior: Posterior, *, blocks: int = 1) -> Float[Array, "P P"]:
     prior = problem.prior.local(posterior.parameters)
     rows = jnp.concatenate([scores, prior.rows])
     inner = posterior.built.covariance_product(rows)
-    outer = posterior.built.covariance_product(jnp.eye(size))
-    return inner.T @ inner + (outer * jnp.maximum(prior.diagonal, 0)) @ outer
+    covariance = posterior.covariance()
+    return inner.T @ inner + (covariance * jnp.maximum(prior.diagonal, 0)) @ covariance
 
 
-def residual_table(posterior: Posterior) -> "DataFrame":
+def residual_table(posterior: Posterior) -> "pd.DataFrame":
     """Standardized residuals of each trajectory and channel: when to suspect the model.
 
     A residual is z = s / √R, s the derivative of log p(y | f) in the prediction f and R its Fisher information: (y − f)
@@ -90,8 +85,7 @@ def residual_table(posterior: Posterior) -> "DataFrame":
     Box and Pierce (1970), "Distribution of residual autocorrelations in autoregressive-integrated moving average time
     series models".
     """
-    if not isinstance(posterior, Posterior):
-        raise LaplodeError(f"`posterior` must come from laplode.laplace, got {type(posterior).__name__}.")
+    check_from("posterior", posterior, Posterior, "laplace")
     problem = posterior.problem
     predictions = evaluate(posterior.flow, posterior.mean)
     channels = problem.data.ys.shape[2]

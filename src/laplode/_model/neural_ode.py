@@ -170,8 +170,11 @@ class NeuralODE(Shown):
 
         With `throw=False` a failed solve leaves infinities instead of raising.
         """
+        return self._predicted(ts, y0, args, diffrax.RecursiveCheckpointAdjoint(), throw)
+
+    def _predicted(self, ts, y0, args, adjoint: diffrax.AbstractAdjoint, throw: bool) -> Float[Array, "T F"]:
+        """Predictions at `ts` by a solve with derivatives of a kind that `adjoint` says."""
         ts = jnp.asarray(ts, dtype=float)
-        adjoint = diffrax.RecursiveCheckpointAdjoint()
         solution = self.solve(ts, y0, args, saveat=diffrax.SaveAt(ts=ts), adjoint=adjoint, throw=throw)
         return self.observe_states(solution.ys, args)  # pyright: ignore[reportArgumentType]
 
@@ -182,10 +185,7 @@ class _Smooth(eqx.Module):
     ode: NeuralODE
 
     def __call__(self, ts, y0=None, args=None, *, throw: bool = True):
-        ts = jnp.asarray(ts, dtype=float)
-        adjoint = diffrax.DirectAdjoint()
-        solution = self.ode.solve(ts, y0, args, saveat=diffrax.SaveAt(ts=ts), adjoint=adjoint, throw=throw)
-        return self.ode.observe_states(solution.ys, args)  # pyright: ignore[reportArgumentType]
+        return self.ode._predicted(ts, y0, args, diffrax.DirectAdjoint(), throw)
 
     def __getattr__(self, name: str):
         return getattr(self.ode, name)

@@ -96,12 +96,11 @@ def maximize_evidence(
             moved = jax.tree.map(jnp.zeros_like, start) if moved is None else moved
             low, high = zip(precision_bounds, scale_bounds, strict=True)
             bounds = _bound(start, moved, *low), _bound(start, moved, *high)
-            found = _maximum(function, start, bounds, steps)
+            found, gained = _maximum(function, start, bounds, steps)
             posterior = _with(posterior, function, found)
             moved = jax.tree.map(lambda before, new, old: before + new - old, moved, found, start)
             bar.update(1)
             bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
-            gained = float(_value_and_gradient(function, found)[0] - _value_and_gradient(function, start)[0])
             settled = settled or gained < _SETTLED
             left -= 1
             if settled or not left:
@@ -136,8 +135,10 @@ def _bound(start: Hyperparameters, moved: Hyperparameters, precision: float, sca
     )
 
 
-def _maximum(function: Evidence, start: Hyperparameters, bounds: tuple[PyTree, PyTree], steps: int) -> Hyperparameters:
-    """The best hyperparameters that L-BFGS finds; the start, if none is better."""
+def _maximum(
+    function: Evidence, start: Hyperparameters, bounds: tuple[PyTree, PyTree], steps: int
+) -> tuple[Hyperparameters, float]:
+    """The best hyperparameters that L-BFGS finds, and what they gain in nats; the start, if none is better."""
     import scipy.optimize  # it takes a while to import, and few ask for it
 
     flat, unravel = ravel_pytree(start)
@@ -148,7 +149,8 @@ def _maximum(function: Evidence, start: Hyperparameters, bounds: tuple[PyTree, P
         good = np.isfinite(value)  # Λ is positive definite
         return (-float(value), -np.asarray(ravel_pytree(gradient)[0])) if good else (np.inf, np.zeros_like(low))
 
-    if not np.all(np.isfinite(ravel_pytree(_value_and_gradient(function, start))[0])):
+    first = _value_and_gradient(function, start)
+    if not np.all(np.isfinite(ravel_pytree(first)[0])):
         raise LaplodeError(
             "`posterior` has an evidence that is not finite, or has derivatives that are not, at its present "
             "hyperparameters: start from other ones."
@@ -157,7 +159,8 @@ def _maximum(function: Evidence, start: Hyperparameters, bounds: tuple[PyTree, P
     between = np.stack([low, high], axis=1)
     options = {"maxiter": steps, "ftol": 0.0, "gtol": _FLAT}
     found = scipy.optimize.minimize(loss, inside, jac=True, method="L-BFGS-B", bounds=between, options=options)
-    return unravel(jnp.asarray(found.x)) if found.fun <= loss(flat)[0] else start
+    gained = -float(found.fun) - float(first[0])
+    return (unravel(jnp.asarray(found.x)), gained) if gained >= 0 else (start, 0.0)
 
 
 @eqx.filter_jit

@@ -1,7 +1,6 @@
 """The surface on which models that fit alike lie near each other."""
 
 import functools as ft
-import math
 from collections.abc import Callable
 
 import equinox as eqx
@@ -76,8 +75,9 @@ class Surface(eqx.Module):
 
     def lane_bytes(self) -> int:
         """What one geodesic takes."""
-        num_predictions = math.prod(jax.eval_shape(self.flow, self.flow.parameters.vector).shape)
-        size, num = self.root_prior.size, self.observed.size + len(self.tied(self.flow.parameters.vector))
+        theta = self.flow.parameters.vector
+        num_predictions = jax.eval_shape(self.flow, theta).size
+        size, num = self.root_prior.size, self.observed.size + jax.eval_shape(self.tied, theta).size
         return 8 * ((num_predictions + 2 * num) * size + 3 * min(num, size) ** 2)
 
     def seen(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, " M+R"]:

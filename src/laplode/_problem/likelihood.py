@@ -127,6 +127,12 @@ class AbstractLikelihood(eqx.Module):
         return self
 
 
+def check_scale_fits(scale: Any, shape: tuple[int, int, int]) -> None:
+    """Raise `LaplodeError` unless `scale` is a number, or one for each channel or value of values (N, T, K)."""
+    if np.shape(scale) not in ((), shape[2:], shape):
+        raise LaplodeError(f"`scale` must be a number, or have shape {shape[2:]} or {shape}, got {np.shape(scale)}.")
+
+
 class AbstractFamily(AbstractLikelihood):
     """A likelihood whose channels have one NumPyro distribution, with parameters for all of them or one for each."""
 

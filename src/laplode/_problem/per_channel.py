@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._errors import LaplodeError
-from .likelihood import AbstractLikelihood, likelihood_of
+from .likelihood import AbstractLikelihood, check_scale_fits, likelihood_of
 
 
 class PerChannel(AbstractLikelihood):
@@ -107,10 +107,8 @@ class PerChannel(AbstractLikelihood):
     def elsewhere(self, scale, shape, observed):
         if not self.by_value:
             return super().elsewhere(scale, shape, observed)
-        if scale is not None and np.shape(scale) not in ((), shape[2:], shape):
-            raise LaplodeError(
-                f"`scale` must be a number, or have shape {shape[2:]} or {shape}, got {np.shape(scale)}."
-            )
+        if scale is not None:
+            check_scale_fits(scale, shape)
         found = []
         for k, each in enumerate(self.likelihoods):
             own = scale if scale is None or not np.ndim(scale) else np.asarray(scale)[..., k : k + 1]

@@ -49,9 +49,13 @@ class LocalPrior(eqx.Module):
 
     def covariance_product(self, v: Float[Array, "... P"]) -> Float[Array, "... P"]:
         """Covariance times v for the Gaussian of this precision and these rows."""
+        return v / self.precision - self._explained(v @ (self.rows / self.precision).T)
+
+    def _explained(self, seen: Float[Array, "... R"]) -> Float[Array, "... P"]:
+        """What the rows, with a standard deviation of 1, tell of θ where what they see of it is `seen`."""
         gain = self.rows / self.precision
         system = jnp.eye(self.rows.shape[0]) + self.rows @ gain.T
-        return v / self.precision - jsl.solve(system, gain @ v.T, assume_a="pos").T @ gain
+        return jsl.solve(system, seen.T, assume_a="pos").T @ gain
 
     def with_residual(self, residual: Float[Array, " R"], rows: Float[Array, "R P"]) -> "LocalPrior":
         """The prior times exp(−½ ‖r‖²), of which the value r and the Jacobian are given at the same θ."""
@@ -72,11 +76,8 @@ class LocalPrior(eqx.Module):
         # Draws of Normal(0, diag(precision)⁻¹) become draws of the prior by Matheron's rule.
         draws = jax.random.normal(key, (n, theta.size)) / jnp.sqrt(self.precision)
         noise = jax.random.normal(jax.random.fold_in(key, 0), (n, self.rows.shape[0]))
-        gain = self.rows / self.precision
-        seen = draws @ self.rows.T + noise
-        system = jnp.eye(self.rows.shape[0]) + self.rows @ gain.T
         mean = theta - self.covariance_product(self.gradient)
-        return mean + draws - jsl.solve(system, seen.T, assume_a="pos").T @ gain
+        return mean + draws - self._explained(draws @ self.rows.T + noise)
 
 
 class Grouping(NamedTuple):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from .._checks import check_flag, check_positive, real_array
 from .._errors import LaplodeError
 from .._late import dist
-from .likelihood import AbstractFamily, Noise
+from .likelihood import AbstractFamily, Noise, check_scale_fits
 
 
 class AbstractScaleLikelihood(AbstractFamily):
@@ -93,8 +93,7 @@ class AbstractScaleLikelihood(AbstractFamily):
                 f"that of what is predicted as `scale`, a number, (K,) = ({shape[2]},), or (N, T, K) = {shape}."
             )
         scale = check_positive("scale", scale)
-        if scale.shape not in ((), (shape[2],), shape):
-            raise LaplodeError(f"`scale` must be a number, or have shape ({shape[2]},) or {shape}, got {scale.shape}.")
+        check_scale_fits(scale, shape)
         return dataclasses.replace(self, scale=scale)
 
     def channel_of(self, channels):

@@ -24,7 +24,6 @@ from .._posterior.posterior import Posterior
 from .._predict.grid import Grid
 from .._predict.predict import predict_at
 from .._predict.solves import advice, log_joint_at
-from .._problem.likelihood import AbstractLikelihood
 from .._problem.problem import Problem
 from .._progress import tqdm
 from .datatree import chains_to_datatree, check_coords
@@ -127,9 +126,10 @@ def nuts(
     here = Grid.of(posterior, data.ts, None, None)
     if ts is None and not (y0 is None and args is None):
         raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
-    likelihood = here.likelihood(posterior, scale if ts is None else None)
-    elsewhere = None if ts is None else Grid.of(posterior, ts, y0, args)
-    likelihood_elsewhere = likelihood if elsewhere is None else elsewhere.likelihood(posterior, scale)
+    grids = [(here, here.likelihood(posterior, scale if ts is None else None))]
+    if ts is not None:
+        elsewhere = Grid.of(posterior, ts, y0, args)
+        grids.append((elsewhere, elsewhere.likelihood(posterior, scale)))
     if not posterior.flow.has_reverse():
         raise LaplodeError(
             "`posterior` is of a model that can't be differentiated in reverse, which NUTS needs. Inside it, solve "
@@ -157,12 +157,11 @@ def nuts(
     trace: _Trace = jax.tree.map(lambda *x: np.concatenate([a[:done] for a in x], axis=1).swapaxes(0, 1), *parts)
 
     thetas = jnp.asarray(trace.theta).reshape(-1, posterior.size)
-
-    def predicted_on(grid: Grid, likelihood: AbstractLikelihood, key: PRNGKeyArray):
-        return predict_at(posterior, grid, thetas, likelihood=likelihood, method="nuts", key=key, progress=progress)
-
-    predicted = predicted_on(here, likelihood, key_here)
-    others = [] if elsewhere is None else [predicted_on(elsewhere, likelihood_elsewhere, key_elsewhere)]
+    options = {"method": "nuts", "progress": progress}
+    predicted, *others = [
+        predict_at(posterior, grid, thetas, likelihood=likelihood, key=key, **options)
+        for (grid, likelihood), key in zip(grids, (key_here, key_elsewhere), strict=False)
+    ]
     if others and not np.all(others[0].ok):
         warnings.warn(
             f"{int(np.sum(~others[0].ok))} of {len(thetas)} draws have no finite trajectory at `ts`, though they have "
