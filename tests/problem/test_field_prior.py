@@ -10,6 +10,7 @@ from jax.scipy.stats import multivariate_normal
 import laplode as lp
 from laplode._model.parameters import parameters
 from laplode._predict.surface import Surface
+from laplode._problem.prior import GROUPINGS
 
 KEY = jax.random.key(0)
 TS, SCALE, WEIGHTS, NUGGET = np.linspace(0, 3, 12), 0.1, 0.5, 1e-4
@@ -106,6 +107,31 @@ def test_the_slope_of_the_evidence(linear, exact, posterior):
     np.testing.assert_allclose(slopes.log_scale, [along(scale=1.0)], rtol=1e-5)
 
 
+def test_the_evidence_far_from_where_it_was_taken(linear, exact, posterior, quiet):
+    """Of a linear model it is exact at all hyperparameters, though θ* is the optimum of the first ones only."""
+    evidence, start = lp.evidence_function(posterior, precision="leaf", noise="one")
+    moved = jnp.array([1.0, -2.0, 0.7, 1.5])
+    there = type(start)(start.log_precision + moved, jnp.array([0.8]))
+    amplitude, length = AMPLITUDE * np.exp(moved[:2]), LENGTH * np.exp(moved[2:])[:, None]
+    expected = Exact(linear, amplitude, length, SCALE * np.exp(0.8)).evidence
+    assert abs(expected - exact.evidence) > 10
+    np.testing.assert_allclose(evidence(there), expected, rtol=1e-8)
+    # And from any θ, since a linear model leads to the same optimum.
+    elsewhere = eqx.tree_at(lambda m: m.vector_field.w, exact.model, jnp.ones((2, 3)))
+    beside = quiet(elsewhere, problem_of(linear), curvature="ggn")
+    assert beside.diagnostics.newton_decrement > 10
+    evidence, _ = lp.evidence_function(beside, precision="leaf", noise="one")
+    np.testing.assert_allclose(evidence(there), expected, rtol=1e-8)
+
+
+def test_what_the_field_is_at_its_contexts_is_asked_once(posterior):
+    prior, view = posterior.problem.prior, posterior.parameters
+    linear = prior.linear(view)
+    assert linear[0].shape == (7, 2) and linear[1].shape == (7, 2, 6)
+    other = prior.at(view, GROUPINGS["leaf"], jnp.array([1.0, 2.0, 0.5, 0.1]))
+    jax.tree.map(np.testing.assert_array_equal, other.local(view, linear), other.local(view))
+
+
 def test_amplitude_and_length_by_evidence(linear, posterior):
     found = lp.maximize_evidence(posterior, noise="fixed", online=True, progress=False)
     prior = found.problem.prior
@@ -121,6 +147,17 @@ def test_amplitude_and_length_by_evidence(linear, posterior):
     around = [(0.3, 0), (-0.3, 0), (0, 0.3), (0, -0.3), (0.1, 0.1), (-0.1, -0.1)]
     assert best > max(exactly(a, l) for a, l in around) - 1e-3
     assert best > exactly(1.0, -1.0) + 0.1
+
+
+def test_a_search_from_afar_finds_the_same(linear, posterior, quiet):
+    options = {"noise": "fixed", "online": True, "progress": False}
+    near = lp.maximize_evidence(posterior, **options)
+    far = quiet(posterior.model, problem_of(linear, amplitude=30 * AMPLITUDE, length=0.1 * LENGTH), curvature="ggn")
+    np.testing.assert_allclose(lp.maximize_evidence(far, **options).log_evidence, near.log_evidence, atol=2e-2)
+    prior = posterior.problem.prior
+    shorter, longer = prior.starts()
+    np.testing.assert_allclose(longer.length / shorter.length, longer.amplitude[0] / shorter.amplitude[0])
+    assert longer.length[0, 0] > 2 * shorter.length[0, 0]
 
 
 def test_geodesics_and_files(exact, posterior, tmp_path):

@@ -84,23 +84,30 @@ def _range(eigenvalues: Float[np.ndarray, " R"], size: int) -> tuple[float, floa
 
 
 class Determinant(eqx.Module):
-    """log det Λ as a function of the local prior and of factors on the information of each channel, (B,) or one."""
+    """log det Λ as a function of the local prior and of factors on the information of each channel, (B,) or one.
+
+    With a gradient g, less gᵀΛ⁻¹g.
+    """
 
     structure: AbstractStructure
     form: AbstractForm
     regularization: AbstractRegularization
 
-    def __call__(self, local: Any, by: Float[Array, " B"]) -> Float[Array, ""]:
-        return self.structure.build(self.form.scaled(by), local, self.regularization).precision.log_det
+    def __call__(
+        self, local: Any, by: Float[Array, "*B"], gradient: Float[Array, " P"] | None = None
+    ) -> Float[Array, ""]:
+        precision = self.structure.build(self.form.scaled(by), local, self.regularization).precision
+        return precision.log_det - (0.0 if gradient is None else precision.inverse_quadratic(gradient))
 
 
 class GramDeterminant(eqx.Module):
-    """The same in data space, for the prior precisions that are alike within the groups it was made for."""
+    """log det Λ in data space, for priors without rows whose precisions are alike within the groups it was made for."""
 
     form: GramForm
     regularization: AbstractRegularization
 
-    def __call__(self, local: Any, by: Float[Array, " B"]) -> Float[Array, ""]:
+    def __call__(self, local: Any, by: Float[Array, "*B"], gradient: Any = None) -> Float[Array, ""]:
+        assert gradient is None, "only a prior with rows moves θ"
         return self.form.scaled(by).log_det(local.precision, self.regularization)
 
 

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._algebra.build import Determinant, GramDeterminant, determinant
 from .._algebra.forms import AbstractForm
@@ -22,6 +22,7 @@ from .._model.parameters import Parameters
 from .._problem.prior import GROUPINGS, Grouping
 from .._problem.problem import Problem
 from .._solve.maps import evaluate
+from .._solve.objective import value_and_gradient
 from .posterior import Posterior
 
 
@@ -64,7 +65,8 @@ def _channel(problem: Problem, k: int) -> Problem:
 class Evidence(eqx.Module):
     """log p(Y) of the Laplace approximation as a function of `Hyperparameters`, θ* and its curvature held fixed.
 
-    Made by `evidence_function`. Differentiable, jitted by its callers; a call takes no solve.
+    Made by `evidence_function`. Differentiable, jitted by its callers; a call takes no solve. With a `FieldPrior` or a
+    `SoftConstraint` it is the evidence of the model linearized around θ*, whose optimum moves with them.
 
     Every negative eigenvalue of the likelihood's curvature is regularized here, also where the prior outweighs it: at a
     fixed θ*, the evidence grows without bound where Λ ceases to be positive definite, and no optimum lies there.
@@ -73,17 +75,20 @@ class Evidence(eqx.Module):
     view: Parameters
     problem: Problem
     predictions: Float[Array, "N T F"]
+    linear: PyTree  # what the prior asks of the model
+    slope: Float[Array, "*K P"] | None  # of −log p(Y | θ), by channel where scales are; None if θ* is held
     log_det: Determinant | GramDeterminant
     form: AbstractForm
     grouping: Grouping | None = eqx.field(static=True)
     scale_of: tuple[int, ...] = eqx.field(static=True)  # of each channel, the place in `log_scale`; -1 if it is fixed
 
     def __call__(self, hyperparameters: Hyperparameters) -> Float[Array, ""]:
-        """log p(Y | θ*) + log p(θ*) + P/2 log 2π − ½ log det Λ, in nats."""
-        problem, view = self.problem_at(hyperparameters), self.view
-        prior = problem.prior.local(view)
-        log_det = self.log_det(prior, self.shrink(hyperparameters))
-        constant = 0.5 * view.size * math.log(2 * math.pi)
+        """log p(Y | θ*) + log p(θ*) + P/2 log 2π − ½ log det Λ (+ ½ gᵀΛ⁻¹g with the gradient g), in nats."""
+        problem, shrink = self.problem_at(hyperparameters), self.shrink(hyperparameters)
+        prior = problem.prior.local(self.view, self.linear)
+        gradient = None if self.slope is None else prior.gradient + jnp.tensordot(shrink, self.slope, shrink.ndim)
+        log_det = self.log_det(prior, shrink, gradient)
+        constant = 0.5 * self.view.size * math.log(2 * math.pi)
         return problem.log_likelihood(self.predictions) + prior.normalized + constant - 0.5 * log_det
 
     def problem_at(self, hyperparameters: Hyperparameters) -> Problem:
@@ -128,19 +133,28 @@ def evidence_function(
     grouping, scale_of = _forms(posterior, precision, noise)
     view, problem = posterior.parameters, posterior.problem
     log_precision = None if grouping is None else problem.prior.hyperparameters(view, grouping)
-    form = form_by_channel(posterior) if len(set(scale_of)) > 1 else posterior.form
+    apart, linear = len(set(scale_of)) > 1, problem.prior.linear(view)
+    form = form_by_channel(posterior) if apart else posterior.form
     log_det = determinant(
         posterior.structure,
         form,
-        problem.prior.local(view),
+        problem.prior.local(view, linear),
         dataclasses.replace(posterior.regularization, always=True),
         _groups(grouping, posterior),
         posterior.diagnostics.condition_number,
     )
     log_scale = jnp.zeros(max(scale_of) + 1) if max(scale_of) >= 0 else None
     predictions = evaluate(posterior.flow, view.vector)
-    function = Evidence(view, problem, predictions, log_det, form, grouping, scale_of)
+    slope = None if linear is None else _slope(posterior, apart)
+    function = Evidence(view, problem, predictions, linear, slope, log_det, form, grouping, scale_of)
     return function, Hyperparameters(log_precision, log_scale)
+
+
+def _slope(posterior: Posterior, apart: bool) -> Float[Array, "*K P"]:
+    """The gradient of −log p(Y | θ), of each channel if these are `apart`."""
+    problem, of = posterior.problem, lambda problem: value_and_gradient(posterior.flow, problem)[1]
+    channels = range(problem.data.ys.shape[2])
+    return jnp.stack([of(_channel(problem, k)) for k in channels]) if apart else of(problem)
 
 
 def _groups(grouping: Grouping | None, posterior: Posterior) -> Int[np.ndarray, " P"]:

@@ -2,19 +2,20 @@
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
 from .._checks import check_count, check_flag, real_array
 from .._curvature.strategies import At
 from .._errors import LaplodeError, LaplodeWarning
 from .._fit.refine import refine
+from .._problem.problem import Problem
 from .._progress import tqdm
 from .evidence import Evidence, Hyperparameters, _forms, evidence_function
 from .laplace import laplace, reassembled
@@ -28,6 +29,10 @@ _FLAT = 1e-5
 
 # Rounds of refinement that gain less than this, in nats, have settled.
 _SETTLED = 1e-3
+
+
+# The parts of a step that are tried, one after another.
+_PARTS = (1.0, 0.5, 0.2, 0.05)
 
 
 # Within this of a bound, in e-folds, an optimum has run to it.
@@ -61,7 +66,8 @@ def maximize_evidence(
         likelihood has a scale and the curvature at other scales is known: with "ggn" always, with the exact "hessian"
         for Gaussian and LogNormal ("one", if "low_rank" or with "jitter").
     - `online`: whether to alternate with `refine`, which moves θ* to the optimum under the new hyperparameters, until
-        the evidence settles.
+        the evidence settles. With a `FieldPrior` from two starts, its amplitude and length and four times these, of
+        which the better is kept.
     - `precision_bounds`, `scale_bounds`: of the prior precisions, or amplitudes and lengths, and of the noise scales,
         as multiples of those at the start.
     - `steps`: of L-BFGS, at most.
@@ -84,41 +90,88 @@ def maximize_evidence(
     for name, value in (("steps", steps), ("rounds", rounds)):
         check_count(name, value)
     check_flag("online", online)
-    _forms(posterior, precision, noise)
+    grouping, _ = _forms(posterior, precision, noise)
+    problem, view = posterior.problem, posterior.parameters
+    origin = None if grouping is None else problem.prior.hyperparameters(view, grouping)
+    starts = problem.prior.starts() if online and grouping is not None else [problem.prior]
+    low, high = zip(precision_bounds, scale_bounds, strict=True)
+    total = (rounds if online else 1) * len(starts)
+    with tqdm(total=total, desc="Evidence", unit="round", disable=not progress) as bar:
+        search = _Search(precision, noise, online, steps, total // len(starts), low, high, origin, bar)
+        found = [_climbed(eqx.tree_at(lambda p: p.problem.prior, posterior, prior), search) for prior in starts]
+    best = max(found, key=lambda each: float(each[0].log_evidence))
+    _warn(*best)
+    return best[0]
+
+
+class _Search(NamedTuple):
+    """What a search for hyperparameters keeps to."""
+
+    precision: str
+    noise: str | None
+    online: bool
+    steps: int
+    rounds: int
+    low: tuple[float, float]
+    high: tuple[float, float]
+    origin: Float[Array, " A"] | None  # the log hyperparameters of the prior of which bounds are multiples
+    bar: Any
+
+
+def _climbed(
+    posterior: Posterior, search: _Search
+) -> tuple[Posterior, Evidence, Hyperparameters, tuple[Hyperparameters, Hyperparameters], bool]:
+    """The posterior at the maximum that is found from here; and what `_warn` asks for."""
     moved = None  # the log hyperparameters, since the start
-    settled = not online
-    left = rounds if online else 1
-    with tqdm(total=left, desc="Evidence", unit="round", disable=not progress) as bar:
-        while True:
-            if online:
-                posterior = _refined(posterior)
-            function, start = evidence_function(posterior, precision=precision, noise=noise)
-            moved = jax.tree.map(jnp.zeros_like, start) if moved is None else moved
-            low, high = zip(precision_bounds, scale_bounds, strict=True)
-            bounds = _bound(start, moved, *low), _bound(start, moved, *high)
-            found, gained = _maximum(function, start, bounds, steps)
+    posterior = _refined(posterior, posterior.problem) if search.online else posterior
+    left = search.rounds
+    while True:
+        function, start = evidence_function(posterior, precision=search.precision, noise=search.noise)
+        if moved is None:
+            since = jax.tree.map(jnp.subtract, start.log_precision, search.origin)
+            moved = Hyperparameters(since, jax.tree.map(jnp.zeros_like, start.log_scale))
+        bounds = _bound(start, moved, *search.low), _bound(start, moved, *search.high)
+        found, gained = _maximum(function, start, bounds, search.steps)
+        settled = gained < _SETTLED or not search.online
+        if settled:
             posterior = _with(posterior, function, found)
-            moved = jax.tree.map(lambda before, new, old: before + new - old, moved, found, start)
-            bar.update(1)
-            bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
-            settled = settled or gained < _SETTLED
-            left -= 1
-            if settled or not left:
-                break
-    _warn(posterior, function, found, bounds, settled)
-    return posterior
+        else:
+            better, found = _stepped(posterior, function, start, found)
+            posterior, settled = better, better is posterior
+        moved = jax.tree.map(lambda before, new, old: before + new - old, moved, found, start)
+        search.bar.update(left if settled else 1)
+        left -= 1
+        search.bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
+        if settled or not left:
+            return posterior, function, found, bounds, settled
 
 
-def _refined(posterior: Posterior) -> Posterior:
-    """The posterior around the optimum of its own problem."""
+def _stepped(
+    posterior: Posterior, function: Evidence, start: Hyperparameters, found: Hyperparameters
+) -> tuple[Posterior, Hyperparameters]:
+    """The posterior around the optimum that goes with hyperparameters, and where these are: `start` if none is better.
+
+    The evidence at one θ* says less of others the farther they are: the step is cut short until the data are more
+    probable there indeed.
+    """
+    for part in _PARTS:
+        there = jax.tree.map(lambda a, b, part=part: a + part * (b - a), start, found)
+        trial = _refined(posterior, function.problem_at(there))
+        if trial.log_evidence > posterior.log_evidence:
+            return trial, there
+    return posterior, start
+
+
+def _refined(posterior: Posterior, problem: Problem) -> Posterior:
+    """The posterior around the optimum of a problem."""
     curvature, structure, where = posterior.curvature, posterior.structure, posterior.parameters.where
     descent = "hessian" if curvature.signed and structure.whole else "ggn"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LaplodeWarning)  # what remains of it at the end is said there
-        fit = refine(posterior.model, posterior.problem, curvature=descent, where=where, progress=False)
+        fit = refine(posterior.model, problem, curvature=descent, where=where, progress=False)
         return laplace(
             fit.model,
-            posterior.problem,
+            problem,
             curvature=curvature,
             structure=structure,
             regularization=posterior.regularization,

@@ -19,19 +19,30 @@ from .prior import AbstractPrior, prior_of
 class AbstractConstraint(AbstractPrior):
     """p(θ) ∝ p0(θ) exp(−½ ‖r(model)‖²): a prior p0 of the parameters, and beside it a residual r of the model.
 
-    The residual enters curvature by its first derivatives, which is all of it where it is linear in θ. The integral of
-    the density, which evidences are in need of, is that of the linear residual too.
+    r is affine in a function of the model that no hyperparameter enters. It is in the curvature by its first
+    derivatives, which is all of it where it is linear in θ. The integral of the density, which evidences are in need
+    of, is that of the linear residual too.
     """
 
     weights: eqx.AbstractVar[AbstractPrior]
 
     @abc.abstractmethod
-    def residual_of(self, model: Any) -> Float[Array, " R"]:
-        """r of a model, in units of its own standard deviation and independent."""
+    def values_of(self, model: Any) -> Float[Array, "..."]:
+        """What of a model this is about."""
+
+    @abc.abstractmethod
+    def whitened(self, values: Float[Array, "..."]) -> Float[Array, " R"]:
+        """r where the function has these values, in units of its own standard deviation and independent."""
 
     def residual_at(self, view: Any, theta: Float[Array, " P"]) -> Float[Array, " R"]:
-        """The same as a function of θ."""
-        return self.residual_of(view.unravel(theta))
+        """r as a function of θ."""
+        return self.whitened(self.values_of(view.unravel(theta)))
+
+    @eqx.filter_jit
+    def linear(self, view):
+        """The values and their Jacobian, and the same of the prior of the parameters."""
+        at = lambda theta: self.values_of(view.unravel(theta))
+        return at(view.vector), jax.jacrev(at)(view.vector), self.weights.linear(view)
 
     @property
     def coordinates(self):
@@ -53,9 +64,11 @@ class AbstractConstraint(AbstractPrior):
         return True
 
     @eqx.filter_jit
-    def local(self, view):
-        at = lambda theta: self.residual_at(view, theta)
-        return self.weights.local(view).with_residual(at(view.vector), jax.jacrev(at)(view.vector))
+    def local(self, view, linear=None):
+        values, jacobian, below = self.linear(view) if linear is None else linear
+        along = lambda column: jax.jvp(self.whitened, (values,), (column,))[1]
+        rows = jax.vmap(along, in_axes=-1, out_axes=1)(jacobian)
+        return self.weights.local(view, below).with_residual(self.whitened(values), rows)
 
     @eqx.filter_jit
     def log_density(self, view, theta):
@@ -75,6 +88,9 @@ class AbstractConstraint(AbstractPrior):
 
     def check_tunable(self):
         self.weights.check_tunable()
+
+    def starts(self):
+        return [eqx.tree_at(lambda p: p.weights, self, each) for each in self.weights.starts()]
 
     def groups(self, view, grouping):
         return self.weights.groups(view, grouping)
@@ -159,8 +175,11 @@ class SoftConstraint(AbstractConstraint):
                 f"{self.value.shape}: give a number, or a value for each."
             )
 
-    def residual_of(self, model):
-        off = jnp.asarray(self.function(model)) - self.value
+    def values_of(self, model):
+        return jnp.asarray(self.function(model))
+
+    def whitened(self, values):
+        off = values - self.value
         return jsl.solve_triangular(self.root, off.ravel(), lower=True) if self.joint else (off / self.root).ravel()
 
 

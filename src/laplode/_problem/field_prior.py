@@ -95,6 +95,10 @@ class Matern52(AbstractKernel):
 _WIDER = 1.3
 
 
+# The evidence has maxima at short and at long lengths: a second search starts so much farther, at the same slope.
+_LONGER = 4.0
+
+
 class FieldPrior(AbstractConstraint):
     """A Gaussian process as the prior of the vector field, at context states in and around the data.
 
@@ -218,7 +222,7 @@ class FieldPrior(AbstractConstraint):
         half = jnp.ptp(self._inputs, axis=0) / 2
         return jnp.where(half > 0, half, 1.0)
 
-    def field_of(self, model: Any) -> Float[Array, "C D"]:
+    def values_of(self, model: Any) -> Float[Array, "C D"]:
         """The field at the contexts."""
         field = model.vector_field if self.part is None else self.part(model)
         ts = np.zeros(len(self.contexts)) if self.ts is None else self.ts
@@ -231,7 +235,7 @@ class FieldPrior(AbstractConstraint):
                 "`contexts` of the field prior is missing: the model observes something else than its states, so that "
                 "the data do not say where these are. Give contexts, as an array of states."
             )
-        found = value_of("the field", self.field_of, view)
+        found = value_of("the field", self.values_of, view)
         num, width = found.shape[1], self._inputs.shape[1]
         for name, value, shapes in (
             ("amplitude", self.amplitude, ((), (num,))),
@@ -251,21 +255,20 @@ class FieldPrior(AbstractConstraint):
     def _moves_with_time(self, model: Any) -> Float[Array, "C D"]:
         """The derivative of the field in time at the contexts."""
         zeros = jnp.zeros(len(self.contexts))
-        at = lambda ts: eqx.tree_at(lambda p: p.ts, self, ts, is_leaf=lambda x: x is None).field_of(model)
+        at = lambda ts: eqx.tree_at(lambda p: p.ts, self, ts, is_leaf=lambda x: x is None).values_of(model)
         return jax.jvp(at, (zeros,), (jnp.ones_like(zeros),))[1]
 
-    def residual_of(self, model):
-        values, inputs = self.field_of(model), self._inputs
-        amplitude, length = self._by_output(values.shape[1])
+    def whitened(self, values):
+        inputs, (amplitude, length) = self._inputs, self._by_output(values.shape[1])
 
-        def whitened(values, amplitude, length):
+        def of_output(values, amplitude, length):
             correlation = self.kernel(inputs, length) + self.nugget * jnp.eye(len(inputs))
             return jsl.solve_triangular(jnp.linalg.cholesky(correlation), values / amplitude, lower=True)
 
-        return jax.vmap(whitened, in_axes=(1, 0, 0))(values, amplitude, length).ravel()
+        return jax.vmap(of_output, in_axes=(1, 0, 0))(values, amplitude, length).ravel()
 
     def _num_outputs(self, view: Any) -> int:
-        return eqx.filter_eval_shape(self.field_of, view.model).shape[1]
+        return eqx.filter_eval_shape(self.values_of, view.model).shape[1]
 
     def _by_output(self, num: int) -> tuple[Float[Array, " D"], Float[Array, "D I"]]:
         """The amplitude and the lengths of each output."""
@@ -280,6 +283,10 @@ class FieldPrior(AbstractConstraint):
             "the field is smaller or changes faster than that",
             "the field is as good as linear, or the prior as good as flat",
         )
+
+    def starts(self):
+        longer = eqx.tree_at(lambda p: (p.amplitude, p.length), self, (_LONGER * self.amplitude, _LONGER * self.length))
+        return [self, longer]
 
     def groups(self, view, grouping):
         return np.full(view.size, -1)

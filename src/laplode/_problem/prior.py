@@ -135,9 +135,13 @@ class AbstractPrior(eqx.Module):
         """Whether `residual` can be differentiated forward twice."""
         return True
 
+    def linear(self, view: Any) -> PyTree:
+        """What `local` asks of the model, which is the same at all hyperparameters."""
+        return None
+
     @abc.abstractmethod
-    def local(self, view: Any) -> LocalPrior:
-        """The prior as it looks from the parameters of `view` as they are."""
+    def local(self, view: Any, linear: PyTree = None) -> LocalPrior:
+        """The prior as it looks from the parameters of `view` as they are; with `linear`, where that is at hand."""
 
     @abc.abstractmethod
     def log_density(self, view: Any, theta: Float[Array, "... P"]) -> Float[Array, "..."]:
@@ -156,6 +160,10 @@ class AbstractPrior(eqx.Module):
 
     def check_tunable(self) -> None:
         """Raise `LaplodeError` when the evidence is no function of hyperparameters under this prior."""
+
+    def starts(self) -> "list[AbstractPrior]":
+        """Priors with the hyperparameters from which a search for better ones starts."""
+        return [self]
 
     def tunable(self, view: Any) -> Bool[np.ndarray, " P"]:
         """Which entries of θ have a precision that is a hyperparameter."""
@@ -246,7 +254,7 @@ class GaussianPrior(AbstractPrior):
         self.spread(view)
 
     @eqx.filter_jit
-    def local(self, view):
+    def local(self, view, linear=None):
         (mean, precision), theta = self.spread(view), view.vector
         density = jnp.sum(_log_normal(theta, mean, precision))
         return LocalPrior(density, precision * (theta - mean), precision, 0 * theta, jnp.zeros((0, theta.size)))
@@ -401,7 +409,7 @@ class NamedPriors(AbstractPrior):
         return (jnp.zeros(view.size), jnp.ones(view.size)) if self.rest is None else self.rest.spread(view)
 
     @eqx.filter_jit
-    def local(self, view):
+    def local(self, view, linear=None):
         (mean, precision), theta = self._spread(view), view.vector
         gradient, deficit = precision * (theta - mean), jnp.zeros_like(theta)
         for each, transform, shape, place in self._each(view):
@@ -505,7 +513,7 @@ class PosteriorPrior(AbstractPrior):
         )
 
     @eqx.filter_jit
-    def local(self, view):
+    def local(self, view, linear=None):
         theta = view.vector
         offset = theta - self.mean
         gradient = self.precision * offset + (self.rows @ offset) @ self.rows
