@@ -268,20 +268,13 @@ def posteriors_of(models, problem, precision="one"):
     return sorted(found, key=lambda p: -float(p.log_evidence))
 
 
-def with_prior(prior, posteriors, data, lengths):
+def with_prior(prior, posteriors, data):
     """The most probable posterior with another prior, from where `posteriors` are."""
     likelihood, models = posteriors[0].problem.likelihood, [posterior.model for posterior in posteriors]
     if prior == "leaf":
         return posteriors_of(models, laplode.Problem(data, likelihood, 1.0), "leaf")[0]
     problem = laplode.Problem(data, likelihood, laplode.FieldPrior())
-    if prior == "field":
-        return posteriors_of(models, problem, "fixed")[0]
-    # The evidence has more than one maximum: short and long lengths lead to different ones.
-    found = []
-    for factor in lengths:
-        longer = laplode.FieldPrior(length=factor * problem.prior.length)
-        found += posteriors_of(models, laplode.Problem(data, likelihood, longer), "one")
-    return max(found, key=lambda p: float(p.log_evidence))
+    return posteriors_of(models, problem, "fixed" if prior == "field" else "one")[0]
 
 
 def started(name, model, data, seed, options, clock):
@@ -317,7 +310,7 @@ def one(name, seed, options):
     if len(models) > 1:
         found["ensemble"] = ensemble(models, data)
     others = {
-        prior: timed(clock, prior, lambda prior=prior: with_prior(prior, posteriors, data, options.lengths))
+        prior: timed(clock, prior, lambda prior=prior: with_prior(prior, posteriors, data))
         for prior in options.priors
         if name != "linear"
     }
@@ -489,9 +482,6 @@ def main():
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--draws", type=int, default=60, help="of geodesic and sampled; 0 leaves these out")
     command.add_argument("--priors", nargs="*", choices=PRIORS, default=PRIORS)
-    command.add_argument(
-        "--lengths", nargs="*", type=float, default=[1.0, 4.0], help="learned starts from, in defaults"
-    )
     command.add_argument("--restarts", type=int, default=3)
     command.add_argument("--steps", type=int, default=800, help="of Adam")
     command.set_defaults(do=run)
