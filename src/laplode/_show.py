@@ -1,6 +1,5 @@
 """How objects print."""
 
-import abc
 import dataclasses
 import html
 from collections.abc import Mapping
@@ -15,9 +14,9 @@ import numpy as np
 class Shown(eqx.Module):
     """An object that prints as a few lines for a reader, in a notebook too."""
 
-    @abc.abstractmethod
     def _shown(self) -> str:
-        """The lines."""
+        """The lines; one, with the fields that are set, unless there is more to say."""
+        return in_a_line(self)
 
     def __repr__(self) -> str:
         try:

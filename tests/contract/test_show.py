@@ -51,6 +51,11 @@ def results():
         "predictions": lp.predict(posterior, TS, key=key, num_samples=50, weigh=True),
         "profile": profile[0] if isinstance(profile, list) else profile,
         "identifiability": lp.identifiability(posterior),
+        "gain": lp.information_gain(posterior, [1.0, 3.0]),
+        "measurements": lp.choose_measurements(posterior, TS, 9, repeat=True),
+        "likelihood": problem.likelihood,
+        "prior": problem.prior,
+        "estimate": lp.estimate(fit.model, problem),
     }
 
 
@@ -68,6 +73,11 @@ SAYS = {
     "predictions": ["1 trajectories at 9 times", "50 by method='linearized', 0 failed", "Pareto k̂", "to_datatree"],
     "profile": ["rate = 0.", "identifiable"],
     "identifiability": ["determined by the data"],
+    "gain": ["1 trajectories, 2 times, 1 channels", "time 1 of trajectory 0, channel 0", "choose_measurements"],
+    "measurements": ["trajectory 0, channel 0: 0.", "and 1 more"],
+    "likelihood": ["Gaussian(scale=0.1)"],
+    "prior": ["GaussianPrior(precision=1"],
+    "estimate": ["hessian by forward over reverse, full", "P = 1, M = 8", "free"],
 }
 
 

@@ -15,6 +15,7 @@ from .._errors import LaplodeError, choose
 from .._posterior.posterior import Posterior
 from .._predict.function import of_posterior, value_at_mean
 from .._predict.grid import Grid
+from .._show import Shown, rows
 from .._solve.finite import check_finite, check_slope
 from .._solve.maps import flow, linearize
 
@@ -100,7 +101,7 @@ class _Variance(AbstractCriterion):
         return float(np.sum(cross * np.linalg.solve(matrix, cross)))
 
 
-class InformationGain(eqx.Module):
+class InformationGain(Shown):
     """What observations would tell.
 
     - `ts`: candidate times, (N, T).
@@ -114,6 +115,17 @@ class InformationGain(eqx.Module):
     each: Float[np.ndarray, "N T K"]
     total: float
     criterion: AbstractCriterion
+
+    def _shown(self):
+        trajectory, time, channel = np.unravel_index(np.argmax(self.each), self.each.shape)
+        best = f"time {self.ts[trajectory, time]:.4g} of trajectory {trajectory}, channel {channel}"
+        named = {
+            "candidates": "{} trajectories, {} times, {} channels".format(*self.each.shape),
+            "best one": f"{np.max(self.each):.3g}, {best}",
+            "all together": f"{self.total:.3g}",
+            "next": "choose_measurements(posterior, ts, num)",
+        }
+        return rows(named, "Information gain")
 
     def of(self, counts: Any) -> float:
         """The gain of a set of observations together.
@@ -129,7 +141,7 @@ class InformationGain(eqx.Module):
         return self.criterion.together(counts.ravel())
 
 
-class Measurements(eqx.Module):
+class Measurements(Shown):
     """Observations to make, in the order in which they were chosen.
 
     - `trajectory`, `time`, `channel`: their indices, (num,); `ts`: their times, (num,).
@@ -142,6 +154,12 @@ class Measurements(eqx.Module):
     channel: Int[np.ndarray, " num"]
     ts: Float[np.ndarray, " num"]
     gains: Float[np.ndarray, " num"]
+
+    def _shown(self):
+        chosen = zip(self.ts[:8], self.trajectory, self.channel, self.gains, strict=False)
+        lines = [f"  time {t:.4g}, trajectory {i}, channel {k}: {gain:.3g} more" for t, i, k, gain in chosen]
+        left = [f"  and {len(self.ts) - 8} more"] if len(self.ts) > 8 else []
+        return "\n".join([f"Measurements, {self.total:.3g} together", *lines, *left])
 
     @property
     def total(self) -> float:
@@ -169,8 +187,8 @@ def information_gain(
     - `scale`: the noise scale of the candidates, as in `predict`, for a likelihood that knows it for each observed
         value only.
     - `criterion`: "information": expected information gain about all parameters, or about the target, in nats.
-        "variance": by how much
-        the variances of the target, or of all parameters in the coordinates of θ, are expected to fall, in sum.
+        "variance": by how much the variances of the target, or of all parameters in the coordinates of θ, are expected
+        to fall, in sum.
     - `target`: what is to become known, called as `target(model)`, as in `predict_function`: `lambda m: m.rate`, say.
 
     **Returns:** `InformationGain`.

@@ -1,6 +1,5 @@
 """What `laplace` is about to do, and what it would take."""
 
-import dataclasses
 import math
 import time
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from .._model.given import with_given
 from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem, check_scale
+from .._show import Shown, rows
 from .._solve.maps import AbstractFlow, flow
 from .._solve.objective import value_and_gradient
 
@@ -31,8 +31,7 @@ class Plan(NamedTuple):
     num_bytes: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
+class Estimate(Shown):
     """What `laplace` is about to do.
 
     - `num_parameters` (P), `num_observations` (M), `num_states` (D, 0 if the model is not a `NeuralODE`),
@@ -55,15 +54,18 @@ class Estimate:
     free_bytes: int
     seconds: float | None
 
-    def __str__(self) -> str:
+    def _shown(self):
         states = f" of D = {self.num_states} states" if self.num_states else ""
         steps = f", at most {self.num_steps} steps" if self.num_steps else ""
-        return (
-            f"{self.curvature} by {self.route}, {self.structure}: P = {self.num_parameters}, M = "
-            f"{self.num_observations}, {self.num_trajectories} trajectories{states}{steps}; "
-            f"about {_in_units(self.num_bytes)} of {_in_units(self.free_bytes)} free"
-            + ("" if self.seconds is None else f", roughly {self.seconds:.1g} s and compilation")
-        )
+        named = {
+            "curvature": f"{self.curvature} by {self.route}, {self.structure}",
+            "sizes": f"P = {self.num_parameters}, M = {self.num_observations}, {self.num_trajectories} trajectories"
+            f"{states}{steps}",
+            "memory": f"about {_in_units(self.num_bytes)} of {_in_units(self.free_bytes)} free",
+        }
+        if self.seconds is not None:
+            named["time"] = f"roughly {self.seconds:.1g} s, and compilation"
+        return rows(named, "Estimate")
 
 
 def estimate(

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._errors import LaplodeError
 from .._late import dist
+from .._show import Shown
 from .data import Trajectories
 
 # Observations drawn for the expected information of a distribution that names no closed form.
@@ -40,7 +41,7 @@ class Noise(NamedTuple):
     quadratic: bool
 
 
-class AbstractLikelihood(eqx.Module):
+class AbstractLikelihood(Shown):
     """p(y | prediction), independent over observations given the prediction.
 
     Of each time there are F predictions: a location for each of the K channels, then the logarithms of the noise scales

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from .._checks import check_positive, real_array
 from .._errors import LaplodeError
 from .._late import dist
+from .._show import Shown
 
 
 class LocalPrior(eqx.Module):
@@ -102,7 +103,7 @@ GROUPINGS: dict[str, Grouping | None] = {
 }
 
 
-class AbstractPrior(eqx.Module):
+class AbstractPrior(Shown):
     """p(θ), with what the rest of laplode asks of it. A `view` is a model's `Parameters`."""
 
     # The named distributions that say in which coordinates θ is unconstrained, if there are any.

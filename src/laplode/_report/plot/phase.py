@@ -89,18 +89,22 @@ def plot_phase(
     most = np.quantile(draws.reshape(-1, 2), [0.02, 0.98], axis=0)
     shown = np.concatenate([median, most, *seen, *unseen])
     low, high = np.nanmin(shown, axis=0), np.nanmax(shown, axis=0)
+    # The draws of a noise scale that the model predicts are not among these.
+    likelihood = None if item.scale is not None else posterior.problem.likelihood
+    times = np.unique(np.linspace(0, draws.shape[1] - 1, 6).astype(int))
+    rings = np.stack([_ring(likelihood, every[:, i], pair, prob) for i in times], axis=1)
+    # There is room for rings too, unless these go far beyond the rest.
+    some, room = rings.reshape(2, -1).T, (high - low) / 2
+    low = np.maximum(np.minimum(low, np.nanmin(some, axis=0)), low - room)
+    high = np.minimum(np.maximum(high, np.nanmax(some, axis=0)), high + room)
     low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
 
     layers = [*_field_layers(posterior, item, row, pair, low, high)] if (can if field is None else field) else []
     last = data.ts[row][np.any(data.observed[row], axis=1)].max() if same else np.inf
     layers += _draw_layers(draws[:num_draws], item.ts[row] >= last)
     layers.append(Layer("median", visuals.line_xy, xy(median.T), dict(color="black", width=1.6), "median"))
-    # The draws of a noise scale that the model predicts are not among these.
-    likelihood = None if item.scale is not None else posterior.problem.likelihood
-    times = np.unique(np.linspace(0, draws.shape[1] - 1, 6).astype(int))
-    rings = broken(np.stack([_ring(likelihood, every[:, i], pair, prob) for i in times], axis=1))
     dotted = dict(color="black", width=0.8, linestyle="C2")
-    layers.append(Layer("rings", visuals.line_xy, rings, dotted, f"{100 * prob:g}% at one time"))
+    layers.append(Layer("rings", visuals.line_xy, broken(rings), dotted, f"{100 * prob:g}% at one time"))
     layers += [Layer("data", visuals.scatter_xy, xy(ys.T), DATA | {"size": 20}, "data") for ys in seen]
     layers += [Layer("held_out", visuals.scatter_xy, xy(ys.T), HELD_OUT | {"size": 24}, "held out") for ys in unseen]
     plots = panels(xy(median.T), size=(6.4, 5.6), axes=axes, backend=backend)

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..._diagnose.profile import Profile
 from ..._errors import LaplodeError
 
 
-def plot_profile(profiles: Profile | Sequence[Profile], *, axes: Any = None) -> Any:
+def plot_profile(profiles: Profile | Sequence[Profile], *, axes: Any = None) -> Figure:
     """The drop of the log density along each profile, the Gaussian's parabola beside it, and the threshold.
 
     **Arguments:**
@@ -37,6 +38,8 @@ def plot_profile(profiles: Profile | Sequence[Profile], *, axes: Any = None) -> 
         raise LaplodeError(f"`axes` must be {len(given)}, one for each profile; got {len(panels)}.")
     for panel, each in zip(panels, given, strict=False):
         _draw(panel, each)
+    for panel in panels[::columns]:
+        panel.set_ylabel("drop (nats)")
     for panel in panels[len(given) :]:
         panel.set_axis_off()
     figure = panels[0].figure
@@ -59,5 +62,5 @@ def _draw(panel: Any, each: Profile) -> None:
             panel.axvline(end, color="0.8", lw=0.8)
     panel.set_ylim(0, 1.5 * each.threshold)
     panel.set_xlim(low, high)
-    panel.set_title(f"{each.name}\n{each.verdict}", fontsize=9)
-    panel.set_ylabel("drop (nats)")
+    panel.set_title(each.verdict, fontsize=9)
+    panel.set_xlabel(each.name)

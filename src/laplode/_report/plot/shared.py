@@ -56,13 +56,15 @@ class Layer(NamedTuple):
 
 
 def draw_layers(plots: PlotCollection, layers: Sequence[Layer], columns: int = 6) -> PlotCollection:
-    """Draw layers, the first at the bottom, and a legend of `columns` columns."""
+    """Draw layers, the first at the bottom, and a legend of at most `columns` columns, fewer in a narrow figure."""
     for label, draw, data, style, _, _, inputs in layers:
         own = {"color"} if {"color", "facecolor"} & set(style) else set()
         plots.map(draw, label, data=data, ignore_aes=frozenset(own), **(inputs or {}), **style)
     swatches = {layer.text: layer.style | (layer.swatch or {}) for layer in layers if layer.text is not None}
     if plots.backend == "matplotlib":
-        plots.get_viz("figure").legend(
+        figure = plots.get_viz("figure")
+        columns = max(1, min(columns, int(figure.get_size_inches()[0] / 1.6)))
+        figure.legend(
             [_handle(swatch) for swatch in swatches.values()],
             list(swatches),
             loc="outside lower center",

@@ -60,7 +60,9 @@ def plot_spectrum(posterior: Posterior, *, axes: Any = None, backend: str | None
     of = "eigenvalue" + ("" if uniform else " over prior precision")
     annotate(plots, {}, x=f"number, of P = {posterior.size}", y=of)
     if plots.backend == "matplotlib":
-        plots.get_target(None, {}).set_yscale("log")
+        panel = plots.get_target(None, {})
+        panel.set_yscale("log")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     elif plots.backend == "plotly":
         plots.get_viz("figure").update_yaxes(type="log")
     return draw_layers(plots, layers, columns=2)

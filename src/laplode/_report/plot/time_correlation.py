@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from ..._checks import check_from
 from ..._predict.predictions import Predictions
@@ -15,7 +16,7 @@ def plot_time_correlation(
     *,
     trajectory: int = 0,
     labels: Mapping[Any, str] | None = None,
-) -> Any:
+) -> Figure:
     """How the noise-free prediction at one time goes with that at another: a heat map for each pair of channels.
 
     **Arguments:**

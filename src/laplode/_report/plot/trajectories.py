@@ -96,7 +96,11 @@ def plot_trajectories(
         annotate(
             plots,
             {"trajectory": name, "channel": channel},
-            title=titled("channel", channel) + (f", {titled('trajectory', name)}" if len(names) > 1 else ""),
+            title=", ".join(
+                titled(kind, label)
+                for kind, label, num in (("channel", channel, len(channels)), ("trajectory", name, len(names)))
+                if num > 1 or (kind == "channel" and isinstance(label, str))
+            ),
             x=labels.get("time", "time") if name == names[-1] else None,
             y=labels.get("y", "y") if channel == channels[0] else None,
         )
