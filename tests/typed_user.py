@@ -1,6 +1,6 @@
 """What a user's type checker sees of laplode: pyright in its strict mode has nothing to say about this file."""
 
-# pyright: strict, reportUnknownMemberType=false
+# pyright: strict, reportUnknownMemberType=false, reportMissingTypeStubs=false
 
 from collections.abc import Callable
 from typing import Any, assert_type
