@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.linalg
 
 import laplode as lp
 from laplode._algebra.forms import BlockForm, DenseForm, DiagonalForm, EigenForm
@@ -268,6 +269,18 @@ def test_spectrum_of_an_indefinite_hessian(growth_posterior, name):
     np.testing.assert_allclose(spectrum(picture, "negative"), -expected[2:], rtol=1e-9)
     assert picture.viz["prior"]["f"].item().get_ydata()[0] == 1.0
     assert "negative ones, absolute value" in legend(picture)
+
+
+def test_spectrum_with_a_prior_in_which_parameters_depend_on_one_another(growth_posterior):
+    prior = growth_posterior.as_prior()
+    before = np.diag(prior.precision) + np.asarray(prior.rows).T @ np.asarray(prior.rows)
+    where = lambda p: (p.form, p.problem.prior)
+    posterior = eqx.tree_at(where, growth_posterior, (DenseForm(MATRIX[None], 0.0), prior))
+    expected = scipy.linalg.eigh(MATRIX, before, eigvals_only=True)[::-1]
+    picture = lp.plot_spectrum(posterior)
+    np.testing.assert_allclose(spectrum(picture, "eigenvalues"), expected[:2], rtol=1e-8)
+    np.testing.assert_allclose(spectrum(picture, "negative"), -expected[2:], rtol=1e-8)
+    assert picture.viz["prior"]["f"].item().get_ydata()[0] == 1.0
 
 
 def test_spectrum_of_no_posterior(growth_posterior):

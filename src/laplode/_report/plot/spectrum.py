@@ -7,6 +7,7 @@ import xarray as xr
 from arviz_plots import visuals
 from arviz_plots.plot_collection import PlotCollection
 
+from ..._algebra.whitening import whitening
 from ..._checks import check_from
 from ..._posterior.posterior import Posterior
 from .shared import COLORS, GRAY, Layer, annotate, draw_layers, panels, xy
@@ -16,8 +17,9 @@ def plot_spectrum(posterior: Posterior, *, axes: Any = None, backend: str | None
     """The eigenvalues of the likelihood's curvature against the precision of the prior.
 
     Eigenvalues above the prior's precision are directions that the data determine. With a prior that is not the same
-    for all parameters, they are those of Λ0^-½ H Λ0^-½, in units of the prior, and the line stands at 1. Negative ones
-    are drawn by their absolute value, as open circles; of H as it was found, before regularization.
+    for all parameters, or in which they depend on one another, they are those of Λ0^-½ H Λ0^-½, in units of the prior,
+    and the line stands at 1. Negative ones are drawn by their absolute value, as open circles; of H as it was found,
+    before regularization.
 
     **Arguments:**
 
@@ -27,15 +29,20 @@ def plot_spectrum(posterior: Posterior, *, axes: Any = None, backend: str | None
 
     **Returns:** ArviZ's `PlotCollection`, with "eigenvalues", "negative", "prior" and "effective_dof" under `.viz`.
 
-    **Raises:** `LaplodeError` when `posterior` is none, or its prior is the posterior of other data.
+    **Raises:** `LaplodeError` when `posterior` is none, or its prior is one in which parameters depend on one another,
+    and the matrix (P, P) that this takes does not fit in memory.
     """
     check_from("posterior", posterior, Posterior, "laplace")
     local = posterior.problem.prior.local(posterior.parameters)
-    local.refuse_rows("`posterior`", "no one line stands for it. Draw the posterior of all data together.")
-    precision = np.asarray(local.precision)
-    uniform = bool(np.all(precision == precision[0]))
+    precision, tied = np.asarray(local.precision), local.rows.shape[0] > 0
+    uniform = not tied and bool(np.all(precision == precision[0]))
     unit = float(precision[0]) if uniform else 1.0
-    values = unit * np.sort(posterior.form.spectrum(precision))[::-1]
+    if tied:
+        root = whitening(local)
+        spectrum = np.linalg.eigvalsh(root.T @ np.asarray(posterior.form.matrix) @ root)
+    else:
+        spectrum = posterior.form.spectrum(precision)
+    values = unit * np.sort(spectrum)[::-1]
     rounding = posterior.size * np.finfo(float).eps * np.max(np.abs(values))
     points = np.stack([np.arange(1, len(values) + 1), np.abs(values)])
     dof = float(posterior.diagnostics.effective_dof)
