@@ -219,8 +219,6 @@ def test_what_it_is_not_for(second, linear_posterior):
         lp.maximize_evidence(after, progress=False)
     with pytest.raises(lp.LaplodeError, match=r"depend on one another.*own prior.*all data together"):
         lp.identifiability(after)
-    with pytest.raises(lp.LaplodeError, match="no one line"):
-        lp.plot_spectrum(after)
 
 
 def test_a_posterior_of_other_parameters_is_refused(linear, growth, growth_posterior):
