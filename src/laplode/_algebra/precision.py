@@ -88,11 +88,11 @@ class Eigenpairs(NamedTuple):
 
 
 # Up to so many parameters all eigenvalues are computed where the extreme ones are wanted.
-_DENSE_SPECTRUM = 128
+_DENSE_SPECTRUM = 1500
 
 
 # The part of itself to which an extreme eigenvalue is then found.
-_SPECTRUM_TOLERANCE = 1e-6
+_SPECTRUM_TOLERANCE = 1e-2
 
 
 class FullPrecision(AbstractPrecision):

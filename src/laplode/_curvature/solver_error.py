@@ -17,17 +17,16 @@ from .._devices import compiled
 from .._errors import LaplodeError
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
-from .._solve.maps import ReplayedFlow
+from .._solve.maps import ReplayedFlow, evaluate
 from .._solve.replay import Accepted
 
-# Lengths of a step, as parts of the direction: a short one feels the solver's tolerance, a long one the curvature of
-# the model, and one way takes fewer steps of the solver than the other. Derivatives are wrong if the changes of the
-# predictions contradict them at all of these.
-_LENGTHS = (0.02, -0.02, 0.1, -0.1, 0.005, 0.5)
+# Lengths of a step, to both sides, as parts of the direction: a short one feels the solver's tolerance, a long one the
+# curvature of the model. Derivatives are wrong if the changes of the predictions contradict them at all of these.
+_LENGTHS = (0.02, 0.1, 0.005, 0.5)
 
-# Shorter ones, for a model so curved that derivatives at both ends of the others differ by more than this part. They
-# say nothing of a discontinuity, which they may not reach.
-_SHORTER, _CURVED, _FALLS = (1e-3, -1e-3, 1e-4, -1e-4, 1e-5), 0.5, 0.1
+# Instead of the longer ones, for a model so curved that at the first the second derivative is more than this part of
+# the change. The shortest say nothing of a discontinuity, which they may not reach.
+_SHORTER, _CURVED, _FALLS = (0.001, 0.005, 1e-4, 1e-5), 0.25, 0.2
 
 
 # So far may a change of the predictions be from what derivatives say, in standard deviations of the noise for a step of
@@ -47,10 +46,12 @@ _COARSE = 0.3
 _MOST_LEAVES = 64
 
 
-def solver_problems(flow: Any, problem: Problem, form: Any, built: Any, prior: LocalPrior) -> list[str]:
+def solver_problems(
+    flow: Any, problem: Problem, form: Any, built: Any, prior: LocalPrior, linear: tuple[Array, Array] | None = None
+) -> list[str]:
     """What is wrong with the solver or with derivatives at θ*, each in a sentence or two with what to do about it.
 
-    It takes one solve at a neighboring θ, and one tangent at each of both. θ* moves along a combination of all
+    It takes one solve at a neighboring θ, or a few where the model is curved. θ* moves along a combination of all
     directions that the data determine, each by the same part of its posterior standard deviation, so that one wrong
     direction shows among many right ones. A parameter without influence moves too: nothing should follow. Models whose
     solver is not known are not looked at.
@@ -61,6 +62,7 @@ def solver_problems(flow: Any, problem: Problem, form: Any, built: Any, prior: L
     - `form`: that curvature, with `influence`.
     - `built`: the posterior precision, with `root_product`, `covariance_product` and `variance`.
     - `prior`: at θ*.
+    - `linear`: the predictions at θ* and their Jacobian, if they are known.
     """
     if not flow.is_frozen:
         return []
@@ -68,8 +70,9 @@ def solver_problems(flow: Any, problem: Problem, form: Any, built: Any, prior: L
     influence = np.asarray(form.influence())
     inert = influence <= np.finfo(float).eps ** 2 * np.max(influence)
     direction = _determined(built, prior, signs, inert)
-    values, slope = _pushed(flow, flow.parameters.vector, direction)
-    probe = _Probe(flow, np.asarray(values), np.sqrt(np.asarray(problem.information(values))))
+    values = evaluate(flow, flow.parameters.vector) if linear is None else linear[0]
+    probe = _Probe(flow, np.asarray(values), np.sqrt(np.asarray(problem.information(values))), linear)
+    slope = probe.slope(direction)
     error, neighbor = probe.error(direction, slope)
     if neighbor is None:
         return []
@@ -107,9 +110,9 @@ def _determined(built: Any, prior: LocalPrior, signs: Float[Array, " P"], inert:
 
 
 @compiled
-def _pushed(flow: ReplayedFlow, theta: Float[Array, " P"], direction: Float[Array, " P"]):
-    """Predictions, and their derivative along a direction."""
-    return jax.jvp(flow, (jnp.asarray(theta),), (jnp.asarray(direction),))
+def _slope(flow: ReplayedFlow, direction: Float[Array, " P"]) -> Float[Array, "N T F"]:
+    """The derivative of the predictions along a direction."""
+    return jax.jvp(flow, (flow.parameters.vector,), (direction,))[1]
 
 
 @eqx.filter_jit
@@ -125,36 +128,49 @@ class _Probe(eqx.Module):
     flow: ReplayedFlow
     values: Float[np.ndarray, "N T F"]
     root: Float[np.ndarray, "N T F"]
+    linear: tuple[Array, Array] | None = None
 
     def weighed(self, change: np.ndarray) -> np.ndarray:
         """In standard deviations of the noise, and 0 where nothing was observed."""
         return np.where(self.root > 0, self.root * np.where(self.root > 0, change, 0), 0)
 
-    def error(self, direction: Array, slope: Array, part: float = 0.0):
+    def slope(self, direction: Array) -> np.ndarray:
+        """The derivative of the predictions along a direction."""
+        if self.linear is None:
+            return np.asarray(_slope(self.flow, jnp.asarray(direction)))
+        return np.asarray(self.linear[1] @ direction).reshape(self.values.shape)
+
+    def error(self, direction: Array, slope: np.ndarray, part: float = 0.0):
         """How far changes of the predictions are from what derivatives say, at the length where that is least.
 
-        The mean of the derivatives at both ends is right to third order in the length. `part` of what they say is
+        The mean of the changes to both sides is right to third order in the length. `part` of what derivatives say is
         allowed for. With the error comes the first neighbor that could be solved, or None.
         """
-        theta = self.flow.parameters.vector
-        least, first, curved, before = np.inf, None, True, 0.0
-        for length in (*_LENGTHS, *_SHORTER):
-            if length in _SHORTER and not curved:
-                break
-            neighbor = self.flow.neighbor(theta + length * direction)
-            if neighbor is None:
+        said = self.weighed(slope)
+        allowed = part * float(np.linalg.norm(said))
+        least, first, before, lengths = np.inf, None, 0.0, list(_LENGTHS)
+        while lengths:
+            length, changes = lengths.pop(0), []
+            for step in (length, -length):
+                neighbor = self.flow.neighbor(self.flow.parameters.vector + step * direction)
+                if neighbor is None:
+                    continue
+                values = np.asarray(evaluate(neighbor[0], neighbor[0].parameters.vector))
+                first = first or (*neighbor, values)
+                changes.append(self.weighed((values - self.values) / step))
+                least = min(least, float(np.linalg.norm(changes[-1] - said)) - allowed)
+                if least <= _WRONG:
+                    return least, first
+            if len(changes) < 2:
                 continue
-            values, end_slope = _pushed(neighbor[0], theta + length * direction, direction)
-            start, end = self.weighed(np.asarray(slope)), self.weighed(np.asarray(end_slope))
-            error = self.weighed((np.asarray(values) - self.values) / length) - (start + end) / 2
-            size = float(np.linalg.norm(start + end)) / 2
-            curved = curved and float(np.linalg.norm(start - end)) > _CURVED * size
-            first = first or (*neighbor, np.asarray(values))
-            off = float(np.linalg.norm(error))
-            least = min(least, off - part * size)
-            # An error that falls faster than the length is that of the mean of both derivatives, and has the limit 0.
+            mean, bend = np.mean(changes, axis=0), np.subtract(*changes) / 2
+            off = float(np.linalg.norm(mean - said))
+            least = min(least, off - allowed)
+            # An error that falls nearly as fast as the length is what is left of a series, and has the limit 0.
             if least <= _WRONG or (length in _SHORTER and off < _FALLS * before):
                 return min(least, _WRONG), first
+            if length == _LENGTHS[0] and np.linalg.norm(bend) > _CURVED * np.linalg.norm(mean):
+                lengths = list(_SHORTER)
             before = off
         return least, first
 
@@ -164,16 +180,14 @@ def _wrong_leaves(probe: _Probe, offset: np.ndarray) -> list[str]:
     leaves = probe.flow.parameters.leaves
     wrong = []
     for name, _, start, stop in leaves if len(leaves) <= _MOST_LEAVES else ():
-        alone = np.zeros_like(offset)
-        alone[start:stop] = offset[start:stop]
-        _, slope = _pushed(probe.flow, probe.flow.parameters.vector, alone)  # pyright: ignore[reportArgumentType]
-        error, neighbor = probe.error(alone, slope, _WRONG_PART)  # pyright: ignore[reportArgumentType]
+        alone = jnp.zeros(offset.size).at[start:stop].set(offset[start:stop])
+        error, neighbor = probe.error(alone, probe.slope(alone), _WRONG_PART)
         if neighbor is not None and error > _WRONG:
             wrong.append(name)
     return wrong
 
 
-def _cause(probe: _Probe, problem: Problem, direction: Array, slope: Array, error: float) -> str:
+def _cause(probe: _Probe, problem: Problem, direction: Array, slope: np.ndarray, error: float) -> str:
     """What derivatives and neighboring solutions disagree by: "solver", "neighbors" or "model".
 
     With a smaller tolerance, derivatives change by about as much as they were off; or it is the neighbors that change,
@@ -183,10 +197,11 @@ def _cause(probe: _Probe, problem: Problem, direction: Array, slope: Array, erro
         tight = probe.flow.tightened(_TIGHTER, spare=0.5)
     except LaplodeError:  # there is none, or it takes too many steps
         return "model"
-    values, other = _pushed(tight, tight.parameters.vector, direction)
-    if float(np.linalg.norm(probe.weighed(np.asarray(other) - np.asarray(slope)))) > 0.5 * error:
-        return "solver"
+    values = evaluate(tight, tight.parameters.vector)
     there = _Probe(tight, np.asarray(values), np.sqrt(np.asarray(problem.information(values))))
+    other = there.slope(direction)
+    if float(np.linalg.norm(probe.weighed(other - slope))) > 0.5 * error:
+        return "solver"
     return "neighbors" if there.error(direction, other)[0] <= _WRONG else "model"
 
 

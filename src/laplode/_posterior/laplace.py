@@ -105,7 +105,8 @@ def laplace(
     form = plan.structure.form(plan.curvature, At(around, problem, Work(progress, devices, saved), known))
     posterior = _assembled(around, problem, form, strategies, *value)
     _warn(posterior)
-    for text in solver_problems(around, problem, form, posterior.built, problem.prior.local(around.parameters)):
+    prior = problem.prior.local(around.parameters)
+    for text in solver_problems(around, problem, form, posterior.built, prior, known):
         warnings.warn(text, LaplodeWarning, stacklevel=2)
     return posterior
 

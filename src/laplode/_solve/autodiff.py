@@ -49,13 +49,33 @@ def _push_twice(flow: Any):
 
 
 def _has(derivative: Callable[[Any], Any], flow: Any) -> bool:
-    """Whether `derivative(flow)` can be had. That takes a trace of the model, and is remembered as `jit` would."""
-    leaves, treedef = jax.tree.flatten(flow)
+    """Whether `derivative(flow)` can be had."""
+    return _found_by_tracing(_lowers, derivative, flow)
+
+
+def pullback_bytes(function: Callable[[Array], Array], theta: Float[Array, " P"]) -> int:
+    """What reverse differentiation keeps of a function on its way back."""
+    return _found_by_tracing(_bytes, _pullback, (function, theta))
+
+
+def _pullback(at: tuple[Callable[[Array], Array], Array]):
+    return jax.vjp(*at)[1]
+
+
+def _found_by_tracing(find: Any, of: Callable[[Any], Any], at: Any) -> Any:
+    """find(of, at). That takes a trace of the model, and is remembered as `jit` would, by structure and shapes."""
+    leaves, treedef = jax.tree.flatten(at)
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) if eqx.is_array(x) else x for x in leaves)
     try:
-        return _lowers(derivative, treedef, shapes)
+        return find(of, treedef, shapes)
     except TypeError:  # a leaf without a hash
-        return _lowers.__wrapped__(derivative, treedef, leaves)
+        return find.__wrapped__(of, treedef, leaves)
+
+
+def _of_arrays(of: Callable[[Any], Any], treedef: Any, leaves: Sequence[Any]):
+    """A function of arrays alone that a program can be made of, and these arrays."""
+    arrays, others = eqx.partition(leaves, lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct))
+    return lambda arrays: of(jax.tree.unflatten(treedef, eqx.combine(arrays, others))), arrays
 
 
 @ft.lru_cache(maxsize=128)
@@ -64,15 +84,15 @@ def _lowers(derivative: Callable[[Any], Any], treedef: Any, leaves: Sequence[Any
 
     It is lowered, not only traced: that `custom_vjp` has no forward mode shows no earlier.
     """
-    arrays, others = eqx.partition(leaves, lambda leaf: isinstance(leaf, jax.Array | jax.ShapeDtypeStruct))
+    function, arrays = _of_arrays(derivative, treedef, leaves)
     try:
-        jax.jit(lambda arrays: derivative(jax.tree.unflatten(treedef, eqx.combine(arrays, others)))).lower(arrays)
+        jax.jit(function).lower(arrays)
     except Exception:
         return False
     return True
 
 
-def pullback_bytes(function: Callable[[Array], Array], theta: Float[Array, " P"]) -> int:
-    """What reverse differentiation keeps of a function on its way back."""
-    pull = jax.eval_shape(lambda: jax.vjp(function, theta)[1])
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+@ft.lru_cache(maxsize=128)
+def _bytes(of: Callable[[Any], Any], treedef: Any, leaves: Sequence[Any]) -> int:
+    function, arrays = _of_arrays(of, treedef, leaves)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(function, arrays)))
