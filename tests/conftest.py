@@ -17,6 +17,11 @@ import matplotlib
 import matplotlib.pyplot
 import numpy as np
 import pytest
+from jaxtyping import install_import_hook
+
+# CHECK_TYPES=types_at_run_time.checked has types and shapes checked in every call.
+if checker := os.environ.get("CHECK_TYPES"):
+    install_import_hook("laplode", checker)
 
 import laplode as lp
 
@@ -31,6 +36,8 @@ QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codeg
 
 
 def pytest_configure(config):
+    # Many models of the tests are not at a minimum, and laplode says so; tests of what it says use pytest.warns.
+    config.addinivalue_line("filterwarnings", "default::laplode.LaplodeWarning")
     cache = getattr(config, "cache", None)
     directory = tempfile.mkdtemp() if cache is None else cache.mkdir("jax")
     jax.config.update("jax_compilation_cache_dir", str(directory))

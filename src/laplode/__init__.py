@@ -56,8 +56,9 @@ from ._problem.field_prior import (
     Matern52 as Matern52,
     SquaredExponential as SquaredExponential,
 )
+from ._problem.named_priors import NamedPriors as NamedPriors
 from ._problem.per_channel import PerChannel as PerChannel
-from ._problem.prior import GaussianPrior as GaussianPrior, NamedPriors as NamedPriors
+from ._problem.prior import GaussianPrior as GaussianPrior
 from ._problem.problem import Problem as Problem
 from ._problem.scale import Gaussian as Gaussian, LogNormal as LogNormal, StudentT as StudentT
 from ._report.save import load as load, save as save

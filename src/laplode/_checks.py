@@ -61,6 +61,17 @@ def check_fraction(name: str, value: Any) -> float:
     return float(value)
 
 
+def is_number(value: Any) -> bool:
+    """Whether `value` is one finite number."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
+
+
+def check_number(name: str, value: Any) -> None:
+    """Raise `LaplodeError` unless `value` is a positive, finite number."""
+    if not is_number(value) or value <= 0:
+        raise LaplodeError(f"`{name}` must be a positive number, got {value!r}.")
+
+
 def check_from(name: str, value: Any, kind: type, source: str) -> None:
     """Raise `LaplodeError` unless `value` is a `kind`, which the function `source` of laplode returns."""
     if not isinstance(value, kind):

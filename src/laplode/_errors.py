@@ -1,5 +1,6 @@
 """What laplode raises and warns with."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,7 +24,12 @@ class LaplodeWarning(UserWarning):
     """The answer stands, but something about it deserves the reader's attention."""
 
 
-def choose(name: str, option: str, options: dict[str, Any]) -> Any:
+def warn(message: str, level: int = 2) -> None:
+    """Warn on behalf of a caller: with level 2 of whoever called the function that warns."""
+    warnings.warn(message, LaplodeWarning, stacklevel=level + 1)
+
+
+def choose(name: str, option: Any, options: dict[str, Any]) -> Any:
     """The value of a string option, or an error that names the valid ones."""
     if not isinstance(option, str) or option not in options:
         valid = ", ".join(f'"{known}"' for known in options)

@@ -11,7 +11,6 @@ import os
 import re
 import secrets
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ._errors import LaplodeError, LaplodeWarning
+from ._errors import LaplodeError, warn
 from ._late import dist
 
 Path = str | os.PathLike[str]
@@ -53,7 +52,7 @@ def check_path(name: str, path: Any) -> str:
     return target
 
 
-def write(path: Path, header: dict[str, Any], arrays: Sequence[Array | np.ndarray]) -> None:
+def write(path: Any, header: dict[str, Any], arrays: Sequence[Array | np.ndarray]) -> None:
     """Write `arrays` under a JSON `header`. The file at `path` is replaced when all is on the disk, or not at all."""
     target = check_path("path", path)
     forms = [["jax" if isinstance(x, Array) else "numpy", x.dtype.name, list(x.shape)] for x in arrays]
@@ -81,7 +80,7 @@ def write(path: Path, header: dict[str, Any], arrays: Sequence[Array | np.ndarra
             os.remove(temporary)
 
 
-def read(path: Path, check: Callable[[dict[str, Any]], None]) -> tuple[dict[str, Any], list[Array | np.ndarray]]:
+def read(path: Any, check: Callable[[dict[str, Any]], None]) -> tuple[dict[str, Any], list[Array | np.ndarray]]:
     """The header and the arrays of a file. `check` sees the header before the arrays are read.
 
     **Raises:** `LaplodeError` when it is no such file, of another format, incomplete or damaged, or `check` raises.
@@ -250,7 +249,7 @@ class Checkpoint:
     from. What a process killed while writing left beside the file is removed.
     """
 
-    def __init__(self, path: Path, of: str, arguments: dict[str, Any]):
+    def __init__(self, path: Any, of: str, arguments: dict[str, Any]):
         target = check_path("checkpoint", path)
         for part in glob.glob(glob.escape(target) + ".*.tmp"):
             if re.fullmatch(r"\.[0-9a-f]{8}\.tmp", part[len(target) :]):
@@ -270,7 +269,7 @@ class Checkpoint:
         try:
             write(self._path, {"holds": self._holds, "state": state, "arguments": self._arguments}, arrays)
         except LaplodeError as error:  # a full disk is no reason to lose the work itself
-            warnings.warn(f"`{self._of}` goes on without a new checkpoint. {error}", LaplodeWarning, stacklevel=4)
+            warn(f"`{self._of}` goes on without a new checkpoint. {error}", level=4)
         end = time.monotonic()
         self._due = end + _RARELY * (end - start)
 

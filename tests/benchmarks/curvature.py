@@ -20,8 +20,8 @@ import numpy as np
 import optax
 
 import laplode
-from laplode._curvature.gauss_newton import ggn
 from laplode._curvature.hessian import hessian
+from laplode._curvature.strategies import At
 from laplode._model.parameters import parameters
 from laplode._solve.maps import flow, linearize
 
@@ -93,7 +93,7 @@ def run_ggn():
 
     (_, jacobian), first, seconds = clock(lambda: linearize(around), 7)
     report("laplode: J", first, seconds)
-    matrix, first_ggn, seconds_ggn = clock(lambda: ggn(around, problem, linearize(around)).matrix(), 5)
+    matrix, first_ggn, seconds_ggn = clock(lambda: laplode.GaussNewton().dense(At(around, problem)).matrix, 5)
     report("laplode: dense GGN", first_ggn, seconds_ggn)
 
     forward = plain(view, problem.data, diffrax.ForwardMode())

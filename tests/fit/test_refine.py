@@ -1,7 +1,5 @@
 """Refinement: that it ends at a minimum, leaves saddles, and never returns a worse point."""
 
-from types import SimpleNamespace
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,8 @@ import numpy as np
 import pytest
 
 import laplode as lp
-from laplode._fit.refine import _Descent, _GaussNewton, _Newton
+from laplode._algebra.low_rank import low_rank
+from laplode._fit.descent import Descent, LevenbergMarquardt, LinearizedLoss, Newton, Point, QuadraticLoss
 
 
 def joint(model, problem):
@@ -240,14 +239,16 @@ def test_a_point_where_the_model_throws_is_a_rejected_step():
 
 @pytest.mark.parametrize("decrement", [-1e-9, np.nan])
 def test_a_decrement_that_is_none_is_not_converged(decrement):
-    point = SimpleNamespace(loss=0.0)
-    descent, picture = _Descent(point, point, (0.0,), 1.0), SimpleNamespace(decrement=decrement, num_negative=0)
-    assert not _GaussNewton(None, 1e-4, 1, True).has_converged(descent, picture)
-    assert not _Newton(None, 1e-4, 1, None).has_converged(descent, picture)
+    point, one = Point(None, 0.0, 0), jnp.ones((1, 1))
+    descent = Descent(point, point, (0.0,), 1.0)
+    linear = LinearizedLoss(one, one[0], low_rank(one, one[0], one[0]), one[0], jnp.asarray(decrement))
+    assert not LevenbergMarquardt(None, 1e-4, 1, True).has_converged(descent, linear)
+    quadratic = QuadraticLoss(linear, *np.ones((3, 1)), num_negative=0, decrement=decrement)
+    assert not Newton(None, 1e-4, 1, None).has_converged(descent, quadratic)
 
 
 def test_ctrl_c_returns_what_was_reached(growth, curve, monkeypatch):
-    calls, step = [], _GaussNewton.step
+    calls, step = [], LevenbergMarquardt.step
 
     def interrupted(*args):
         calls.append(1)
@@ -255,7 +256,7 @@ def test_ctrl_c_returns_what_was_reached(growth, curve, monkeypatch):
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(_GaussNewton, "step", interrupted)
+    monkeypatch.setattr(LevenbergMarquardt, "step", interrupted)
     with pytest.warns(lp.LaplodeWarning, match="interrupted"):
         fit = refined(curve(growth), growth.problem)
     assert fit.reason == "interrupted" and fit.steps == 2

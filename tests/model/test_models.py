@@ -13,11 +13,11 @@ import pytest
 from scipy.integrate import solve_ivp
 
 import laplode as lp
-from laplode._curvature.gauss_newton import ggn
+from laplode._curvature.strategies import At
 from laplode._model.neural_ode import starts
 from laplode._model.own import check_model, predict_trajectory
 from laplode._model.parameters import parameters
-from laplode._solve.maps import flow, linearize
+from laplode._solve.maps import flow
 
 PAGE = (Path(__file__).parents[2] / "notebooks" / "how_to" / "models.md").read_text()
 HEADINGS = re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
@@ -98,7 +98,7 @@ def test_predictions_and_derivatives_are_right(snippets, heading):
         return
     assert slope is not None
     around = flow(view, data.ts, data.y0, data.args)
-    found = ggn(around, problem, linearize(around))
+    found = lp.GaussNewton().dense(At(around, problem))
     information = np.full(f.shape, 0.3**-2)
     if predicted:
         information = np.concatenate([np.exp(-2 * f[..., 2:]), np.full_like(f[..., 2:], 2.0)], axis=-1)

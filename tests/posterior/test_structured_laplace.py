@@ -9,10 +9,10 @@ import numpyro.distributions as dist
 import pytest
 
 import laplode
-from laplode._curvature.gauss_newton import ggn
 from laplode._curvature.hessian import hessian, hessian_diagonal
+from laplode._curvature.strategies import At
 from laplode._model.parameters import parameters
-from laplode._solve.maps import flow, linearize
+from laplode._solve.maps import flow
 
 # Few stages and few steps: what is compared here shares its grid.
 COARSE = {"solver": diffrax.Bosh3(), "stepsize_controller": diffrax.PIDController(rtol=1e-3, atol=1e-4)}
@@ -201,7 +201,7 @@ def test_products(plain):
     rng = np.random.default_rng(3)
     v = jnp.asarray(rng.normal(size=products.theta.size))
     around = products.flow
-    factored = ggn(around, problem, linearize(around))
+    factored = laplode.GaussNewton().dense(At(around, problem))
     matrix = hessian(around, problem, batch_size=None).matrix
     np.testing.assert_allclose(products.hessian(v), matrix @ v, rtol=1e-9, atol=1e-9 * np.abs(matrix).max())
     np.testing.assert_allclose(products.gauss_newton(v), factored.matrix @ v, rtol=1e-9, atol=1e-8)

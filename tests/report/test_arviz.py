@@ -266,7 +266,7 @@ def test_parameters_by_layers(neural_posterior):
 def test_a_large_array_becomes_three_rows(linear_ggn, monkeypatch):
     import laplode._report.datatree as module
 
-    monkeypatch.setattr(module, "_SHORT", 5)
+    monkeypatch.setattr("laplode._report.layout._SHORT", 5)
     monkeypatch.setattr(module, "_MOST_ROWS", 5)
     monkeypatch.setattr(module, "_BLOCK", 6 * 8)  # eight vectors at a time
     tree = lp.to_datatree(linear_ggn, key=KEY, num_samples=20)

@@ -26,7 +26,7 @@ from laplode._curvature.hessian import Work, hessian, over_rows
 from laplode._files import Checkpoint, _first_line, fingerprint, text_of, write
 from laplode._fit.fit import _advance
 from laplode._model.parameters import parameters
-from laplode._solve.maps import ReplayedFlow
+from laplode._solve.flows import ReplayedFlow
 from laplode._solve.replay import Steps
 
 KEY = jax.random.key(0)

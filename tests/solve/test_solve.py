@@ -11,7 +11,8 @@ import pytest
 
 import laplode as lp
 from laplode._model.parameters import parameters
-from laplode._solve.maps import ForeignFlow, ReplayedFlow, evaluate, flow, linearize, replayed
+from laplode._solve.flows import ForeignFlow, ReplayedFlow
+from laplode._solve.maps import evaluate, flow, linearize, replayed
 
 ADAPTIVE = diffrax.PIDController(rtol=1e-5, atol=1e-7)
 FIXED = dict(stepsize_controller=diffrax.ConstantStepSize(), dt0=0.05, max_steps=128)

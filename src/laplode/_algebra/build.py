@@ -20,15 +20,21 @@ _FAR_APART = 1e12
 _MOST_ROUNDING = 1e-3
 
 
-class Found(NamedTuple):
-    """A precision, and its eigenvalues in the metric of the prior, before and after regularization."""
+class Spectrum(NamedTuple):
+    """What is known of the eigenvalues of a precision in the metric of the prior."""
 
-    built: Built
     eigenvalue_min: float
     eigenvalue_max: float
     condition_number: float
     num_negative: int
     regularized: Regularized | None
+
+
+class Found(NamedTuple):
+    """A precision with what it was made of, and what its eigenvalues are like."""
+
+    built: Built
+    spectrum: Spectrum
 
 
 def built(
@@ -40,7 +46,7 @@ def built(
     """
     form = prepared(form, local)
     found = _examined(structure.build(form, local, regularization), local, regularization)
-    if found is None or found.condition_number > _FAR_APART:
+    if found is None or found.spectrum.condition_number > _FAR_APART:
         form = form.by_roots()
         found = _examined(structure.build(form, local, regularization), local, regularization)
     if found is None:
@@ -73,7 +79,7 @@ def _examined(made: Built, local: Any, regularization: AbstractRegularization) -
     if not local.precision.size * np.finfo(float).eps * math.sqrt(high) < _MOST_ROUNDING * math.sqrt(low):
         return None
     lowest, highest = (low, high) if not before.size else _range(before, local.precision.size)
-    return Found(made, lowest, highest, high / low, num_negative, regularized)
+    return Found(made, Spectrum(lowest, highest, high / low, num_negative, regularized))
 
 
 def _range(eigenvalues: Float[np.ndarray, " R"], size: int) -> tuple[float, float]:

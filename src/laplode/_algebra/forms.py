@@ -10,17 +10,15 @@ import jax.scipy.linalg as jsl
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._devices import free_bytes
 from .._errors import LaplodeError
 from .columns import gram
+from .gram import GramForm
 from .low_rank import ModesPrecision, low_rank
-from .precision import AbstractPrecision, FullPrecision
+from .precision import AbstractPrecision, full_by_root, full_in_metric
 from .regularization import AbstractRegularization
 
 # The channel of a row that belongs to none, such as a row of the prior, which keeps its weight at all scales.
 _NO_CHANNEL = -1
-
-_NOTHING = np.zeros(0)
 
 
 class Built(eqx.Module):
@@ -30,8 +28,8 @@ class Built(eqx.Module):
     """
 
     precision: AbstractPrecision
-    before: Float[Array, " R"]
-    after: Float[Array, " R"]
+    before: Float[Array, " R"] = eqx.field(default_factory=lambda: jnp.zeros(0))
+    after: Float[Array, " R"] = eqx.field(default_factory=lambda: jnp.zeros(0))
 
 
 class AbstractForm(eqx.Module):
@@ -144,12 +142,12 @@ class DenseForm(AbstractForm):
         """Λ = H + diag(precision)."""
         inner = _in_metric(self.matrix, precision)
         if not self.signed:
-            return Built(_full(inner, precision), jnp.asarray(_NOTHING), jnp.asarray(_NOTHING))
+            return Built(full_in_metric(inner, precision))
         before, vectors = jnp.linalg.eigh(inner)
         after = regularization(before)
         inner = jnp.where(jnp.any(after != before), (vectors * after) @ vectors.T, inner)
         log_det = jnp.sum(jnp.log(precision)) + jnp.sum(jnp.log1p(after))
-        return Built(_full(inner, precision, log_det), before, after)
+        return Built(full_in_metric(inner, precision, log_det), before, after)
 
     def low_rank(
         self, precision: Float[Array, " P"], rank: int | None, regularization: AbstractRegularization
@@ -306,7 +304,7 @@ class EigenForm(AbstractForm):
         """Itself, which is a leading part already."""
         return self
 
-    def gram(self, groups: Int[np.ndarray, " P"], rank: int | None) -> "GramForm | None":
+    def gram(self, groups: Int[np.ndarray, " P"], rank: int | None) -> GramForm | None:
         """The form in data space, for a prior precision that is the same within each group of parameters."""
         return GramForm.of(self.vectors, self.eigenvalues, np.full(len(self.vectors), _NO_CHANNEL), groups, None, True)
 
@@ -379,15 +377,13 @@ class FactoredForm(AbstractForm):
 
     def full(self, precision: Float[Array, " P"], regularization: AbstractRegularization) -> Built:
         """Λ = Fᵀ W F + diag(precision)."""
-        nothing = jnp.asarray(_NOTHING)
         if self.by_root:
-            return Built(_full_by_root(self.factor, self.weights, precision), nothing, nothing)
-        return Built(_full(_in_metric(self.matrix, precision), precision), nothing, nothing)
+            return Built(full_by_root(self.factor, self.weights, precision))
+        return Built(full_in_metric(_in_metric(self.matrix, precision), precision))
 
     def low_rank(self, precision: Float[Array, " P"], rank: int | None, regularization: AbstractRegularization):
         """Λ = Fᵀ W F + diag(precision), with the `rank` strongest modes of Fᵀ W F in the metric of the prior."""
-        nothing = jnp.asarray(_NOTHING)
-        return Built(low_rank(self.factor, self.weights, precision, rank), nothing, nothing)
+        return Built(low_rank(self.factor, self.weights, precision, rank))
 
     def leading(self, precision: Float[Array, " P"], rank: int | None) -> "FactoredForm":
         """The form with the `rank` strongest modes alone, all by default."""
@@ -396,7 +392,7 @@ class FactoredForm(AbstractForm):
         rows = low_rank(self.factor, self.weights, precision, rank).split(precision)[1]
         return FactoredForm(rows, jnp.ones(len(rows)), jnp.full(len(rows), _NO_CHANNEL))
 
-    def gram(self, groups: Int[np.ndarray, " P"], rank: int | None) -> "GramForm | None":
+    def gram(self, groups: Int[np.ndarray, " P"], rank: int | None) -> GramForm | None:
         """The form in data space, for a prior precision that is the same within each group of parameters.
 
         None where there is a row for each parameter, so that data space is the larger one, unless a `rank` asks for it.
@@ -423,64 +419,6 @@ def _root(form: FactoredForm) -> Float[Array, "R P"]:
     return jnp.linalg.qr(_weighted(form.factor, form.weights), mode="r")
 
 
-class GramForm(eqx.Module):
-    """In data space: log det Λ = log det Λ0 + log det(I + W^½ F Λ0⁻¹ Fᵀ W^½), F (M, P), for many values of Λ0 and W.
-
-    The prior's precision being the same within each group of parameters, F Λ0⁻¹ Fᵀ is a sum over the groups' Gram
-    matrices; where every parameter is a group, the factor stands in their place. The `rank` leading modes count.
-    """
-
-    grams: Float[Array, "A M M"] | None
-    factor: Float[Array, "M P"] | None
-    first: Int[np.ndarray, " A"]  # a parameter of each group
-    weights: Float[Array, " M"]
-    channel: Int[np.ndarray | Array, " M"]
-    rank: int | None = eqx.field(static=True)
-    signed: bool = eqx.field(static=True)
-
-    @classmethod
-    def of(cls, factor, weights, channel, groups: Int[np.ndarray, " P"], rank: int | None, signed: bool) -> "GramForm":
-        num, size = factor.shape
-        found, first = np.unique(groups, return_index=True)
-        if len(found) == size and size > 1:
-            return cls(None, factor, first, weights, channel, rank, signed)
-        needed = 8 * len(found) * num**2
-        if needed > free_bytes() // 4:
-            raise LaplodeError(
-                f'`precision`="leaf" would keep {len(found)} matrices of {num} × {num}, {needed / 2**30:.1f} GiB, more '
-                'than fits. Take "one".'
-            )
-        # Groups are runs of columns, or all of them.
-        grams = [gram(factor[:, groups == g].T if len(found) > 1 else factor.T) for g in found]
-        return cls(jnp.stack(grams), None, first, weights, channel, rank, signed)
-
-    def scaled(self, by: Float[Array, "*K"]) -> "GramForm":
-        """As `AbstractForm.scaled`."""
-        each = by.reshape(()) if by.size == 1 else by[self.channel]
-        return eqx.tree_at(lambda f: f.weights, self, self.weights * each)
-
-    def log_det(self, precision: Float[Array, " P"], regularization: AbstractRegularization) -> Float[Array, ""]:
-        """log det Λ."""
-        if self.grams is None:
-            assert self.factor is not None
-            scaled = self.factor / jnp.sqrt(precision)
-            inner = scaled @ scaled.T
-        else:
-            inner = jnp.tensordot(1 / precision[self.first], self.grams, 1)
-        constant = jnp.sum(jnp.log(precision))
-        if self.signed:
-            root = jnp.linalg.cholesky(inner)
-            strengths = regularization(jnp.linalg.eigvalsh((root.T * self.weights) @ root))
-            return constant + jnp.sum(jnp.log1p(strengths))
-        root = jnp.sqrt(self.weights)
-        inner = root[:, None] * inner * root
-        if self.rank is not None and self.rank < len(root):
-            strengths = jnp.linalg.eigvalsh(inner)[-self.rank :]
-            return constant + jnp.sum(jnp.log1p(jnp.maximum(strengths, 0)))
-        cholesky = jnp.linalg.cholesky(jnp.eye(len(root)) + inner)
-        return constant + 2 * jnp.sum(jnp.log(jnp.diagonal(cholesky)))
-
-
 # ---- Matrices
 
 
@@ -489,21 +427,6 @@ def _in_metric(matrix: Float[Array, "P P"], precision: Float[Array, " P"]) -> Fl
     """Λ0^-½ H Λ0^-½."""
     root = jnp.sqrt(precision)
     return matrix / root / root[:, None]
-
-
-@jax.jit
-def _full(inner: Float[Array, "P P"], precision: Float[Array, " P"], log_det: Array | None = None) -> FullPrecision:
-    """Λ0^½ (I + inner) Λ0^½."""
-    root = jnp.sqrt(precision)
-    return FullPrecision(root[:, None] * jnp.linalg.cholesky(jnp.eye(root.size) + inner), log_det)
-
-
-@jax.jit
-def _full_by_root(factor: Float[Array, "M P"], weights: Float[Array, " M"], precision: Float[Array, " P"]):
-    scale = jnp.sqrt(precision)
-    rows = jnp.concatenate([jnp.sqrt(weights)[:, None] * factor / scale, jnp.eye(scale.size)])
-    root = jnp.linalg.qr(rows, mode="r")
-    return FullPrecision(scale[:, None] * (root * jnp.where(jnp.diagonal(root) < 0, -1, 1)[:, None]).T)
 
 
 @jax.jit

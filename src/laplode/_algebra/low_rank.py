@@ -1,5 +1,7 @@
 """Precisions that are a prior's, and more in some directions."""
 
+from typing import TypeVar
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -20,10 +22,45 @@ def low_rank(
     """Λ = Λ0 + Fᵀ W F with a factor F (M, P), of which the `rank` strongest modes count, all by default."""
     if factor.shape[0] < factor.shape[1]:
         return LowRankPrecision(factor, weights, prior_precision, rank)
-    return _by_eigenvectors(factor, weights, prior_precision, rank)
+    return _of_gram(gram(_half(factor, weights, prior_precision)), prior_precision, rank)
 
 
-class LowRankPrecision(AbstractPrecision):
+_Modes = TypeVar("_Modes", bound="AbstractModesPrecision")
+
+
+class AbstractModesPrecision(AbstractPrecision):
+    """A precision whose eigenvalues in the metric of the prior are 1 + x, x the strengths of modes, and elsewhere 1."""
+
+    prior_precision: eqx.AbstractVar[Float[Array, " P"]]
+    strengths: eqx.AbstractVar[Float[Array, " R"]]
+
+    @property
+    def _complete(self) -> bool:
+        return self.strengths.shape[-1] == self.prior_precision.shape[-1]
+
+    @property
+    def rounding(self):
+        # Without a mode in every direction, variances are the prior's less what the modes explain.
+        if self._complete:
+            return jnp.zeros(())
+        return self.strengths.size * np.finfo(float).eps * (1 + jnp.max(self.strengths, initial=0))
+
+    def effective_dof(self, prior_precision):
+        return jnp.sum(self.strengths / (1 + self.strengths))
+
+    def damped(self: _Modes, damping: Float[Array, ""]) -> _Modes:
+        """Λ + damping · Λ0: the same modes, weaker beside a stronger prior. Its `log_det` is not renewed."""
+        more = 1 + damping
+        where = lambda p: (p.strengths, p.prior_precision)
+        return eqx.tree_at(where, self, (self.strengths / more, self.prior_precision * more))
+
+    def extremes(self, prior_precision):
+        # In the metric of the precision's own prior, which is that of `prior_precision`.
+        both = 1 + np.append(np.asarray(self.strengths), [] if self._complete else 0.0)
+        return float(both.min()), float(both.max())
+
+
+class LowRankPrecision(AbstractModesPrecision):
     """Λ = Λ0 + Fᵀ W F with a factor F (M, P), M < P, in data space: nothing P×P.
 
     With A = W^½ F Λ0^-½ and A Aᵀ = U diag(x) Uᵀ the right singular vectors of A are V = Aᵀ U x^-½, and every function
@@ -42,9 +79,6 @@ class LowRankPrecision(AbstractPrecision):
         self.prior_precision = prior_precision
         self.scale, self.modes, self.strengths, self.log_det = _modes(factor, weights, prior_precision, rank)
 
-    def effective_dof(self, prior_precision):
-        return jnp.sum(self.strengths / (1 + self.strengths))
-
     def _project(self, v: Array) -> Array:
         """Uᵀ A v."""
         seen = jnp.einsum("...p,mp->...m", v / jnp.sqrt(self.prior_precision), self.factor)
@@ -54,15 +88,6 @@ class LowRankPrecision(AbstractPrecision):
         """Aᵀ U c."""
         return ((c @ self.modes.T) * self.scale) @ self.factor / jnp.sqrt(self.prior_precision)
 
-    @property
-    def rounding(self):
-        # Variances are the prior's less what the modes explain.
-        return self.strengths.size * np.finfo(float).eps * (1 + jnp.max(self.strengths, initial=0))
-
-    def damped(self, damping: Float[Array, ""]) -> "LowRankPrecision":
-        """Λ + damping · Λ0: the same modes, weaker beside a stronger prior. Its `log_det` is not renewed."""
-        return _damped(self, damping)
-
     def eigenpairs(self, prior_precision):
         strengths = np.asarray(self.strengths)
         # The right singular vector of a mode without strength can't be had from the left one.
@@ -70,9 +95,6 @@ class LowRankPrecision(AbstractPrecision):
         chosen = jnp.eye(strengths.size)[kept]
         vectors = self._lift(chosen / jnp.sqrt(self.strengths[kept])[:, None])
         yield Eigenpairs(0, prior_precision.size, strengths[kept], np.asarray(vectors))
-
-    def extremes(self, prior_precision):
-        return _extremes(self, prior_precision)
 
     def _shrinkage(self) -> Array:
         """(1 − 1/√(1 + x)) / x, which tends to ½ with x."""
@@ -118,7 +140,7 @@ class LowRankPrecision(AbstractPrecision):
         return self.prior_precision, (self.modes.T * self.scale) @ self.factor
 
 
-class ModesPrecision(AbstractPrecision):
+class ModesPrecision(AbstractModesPrecision):
     """Λ = Λ0^½ (I + Vᵀ diag(x) V) Λ0^½ with orthonormal rows V (R, P) and strengths x (R,) above −1.
 
     Where all P modes are at hand, nothing is the difference of two numbers: variances keep their digits however strong
@@ -134,27 +156,10 @@ class ModesPrecision(AbstractPrecision):
         self.prior_precision, self.vectors, self.strengths = prior_precision, vectors, strengths
         self.log_det = jnp.sum(jnp.log(prior_precision)) + jnp.sum(jnp.log1p(strengths))
 
-    @property
-    def _complete(self) -> bool:
-        return self.vectors.shape[-2] == self.vectors.shape[-1]
-
-    @property
-    def rounding(self):
-        if self._complete:
-            return jnp.zeros(())
-        return self.strengths.size * np.finfo(float).eps * (1 + jnp.max(self.strengths, initial=0))
-
-    def damped(self, damping: Float[Array, ""]) -> "ModesPrecision":
-        """Λ + damping · Λ0: the same modes, weaker beside a stronger prior. Its `log_det` is not renewed."""
-        return _damped(self, damping)
-
     def _function(self, along: Array, v: Array) -> Array:
         """The function of I + Vᵀ diag(x) V that is `along` in its modes and 1 elsewhere, times `v`."""
         seen = v @ self.vectors.T
         return (along * seen) @ self.vectors if self._complete else v + ((along - 1) * seen) @ self.vectors
-
-    def effective_dof(self, prior_precision):
-        return jnp.sum(self.strengths / (1 + self.strengths))
 
     @eqx.filter_jit
     def precision_product(self, v):
@@ -184,9 +189,6 @@ class ModesPrecision(AbstractPrecision):
     def eigenpairs(self, prior_precision):
         yield Eigenpairs(0, prior_precision.size, np.asarray(self.strengths), np.asarray(self.vectors))
 
-    def extremes(self, prior_precision):
-        return _extremes(self, prior_precision)
-
     def split(self, base):
         least = float(jnp.min(self.strengths, initial=0))
         if least < 0 and not self._complete:
@@ -197,26 +199,6 @@ class ModesPrecision(AbstractPrecision):
         part = 1.0 if least >= 0 else 0.5 * (1 + least)
         rows = jnp.sqrt(jnp.maximum(1 + self.strengths - part, 0))[:, None] * self.vectors
         return part * self.prior_precision, rows * jnp.sqrt(self.prior_precision)
-
-
-def _damped(precision, damping):
-    more = 1 + damping
-    where = lambda p: (p.strengths, p.prior_precision)
-    return eqx.tree_at(where, precision, (precision.strengths / more, precision.prior_precision * more))
-
-
-def _extremes(precision: LowRankPrecision | ModesPrecision, prior_precision: Float[Array, " P"]) -> tuple[float, float]:
-    """In the metric of the precision's own prior, which is that of `prior_precision`."""
-    strengths = np.asarray(precision.strengths)
-    rest = np.zeros(int(strengths.size < prior_precision.size))  # elsewhere it is the prior's
-    both = 1 + np.concatenate([strengths, rest])
-    return float(both.min()), float(both.max())
-
-
-def _by_eigenvectors(
-    factor: Float[Array, "M P"], weights: Float[Array, " M"], prior_precision: Array, rank: int | None
-):
-    return _of_gram(gram(_half(factor, weights, prior_precision)), prior_precision, rank)
 
 
 @jax.jit

@@ -174,6 +174,24 @@ class FullPrecision(AbstractPrecision):
 
 
 @jax.jit
+def full_in_metric(
+    inner: Float[Array, "P P"], precision: Float[Array, " P"], log_det: Array | None = None
+) -> FullPrecision:
+    """Λ0^½ (I + inner) Λ0^½."""
+    root = jnp.sqrt(precision)
+    return FullPrecision(root[:, None] * jnp.linalg.cholesky(jnp.eye(root.size) + inner), log_det)
+
+
+@jax.jit
+def full_by_root(factor: Float[Array, "M P"], weights: Float[Array, " M"], precision: Float[Array, " P"]):
+    """FᵀWF + Λ0, by the root of it."""
+    scale = jnp.sqrt(precision)
+    rows = jnp.concatenate([jnp.sqrt(weights)[:, None] * factor / scale, jnp.eye(scale.size)])
+    root = jnp.linalg.qr(rows, mode="r")
+    return FullPrecision(scale[:, None] * (root * jnp.where(jnp.diagonal(root) < 0, -1, 1)[:, None]).T)
+
+
+@jax.jit
 def _log_det(cholesky: Float[Array, "P P"]) -> Float[Array, ""]:
     """Of L Lᵀ."""
     return 2 * jnp.sum(jnp.log(jnp.diagonal(cholesky)))

@@ -19,7 +19,8 @@ from .._problem.problem import Problem
 from .._progress import tqdm
 from .._solve.autodiff import pullback_bytes
 from .._solve.finite import check_finite
-from .._solve.maps import AbstractFlow, evaluate
+from .._solve.flows import AbstractFlow
+from .._solve.maps import evaluate
 from .._solve.objective import _loss_derivatives, _Tilted, hessian_vector_product
 
 # Tangents between two looks at the progress bar; more at once gain a processor nothing.
@@ -82,10 +83,17 @@ def _row_chunks(
 
 
 class _Part(NamedTuple):
-    """An array whose first axis are rows `start` … of the Hessian, or what is kept of them."""
+    """An array whose first axis are rows `start` … of the Hessian, of which `keep(rows, first)` is kept."""
 
     start: int
     array: np.ndarray
+    keep: Callable[[np.ndarray, int], np.ndarray]
+
+    def put(self, first: int, rows: np.ndarray) -> None:
+        """Keep what there is of the rows `first` …"""
+        low, high = max(first, self.start), min(first + len(rows), self.start + len(self.array))
+        if low < high:
+            self.array[low - self.start : high - self.start] = self.keep(rows[low - first : high - first], low)
 
     def until(self, row: int) -> np.ndarray:
         """Of the rows before that one."""
@@ -96,14 +104,13 @@ def _assemble(
     flow: AbstractFlow,
     problem: Problem,
     parts: Sequence[_Part],
-    put: Callable[[int, np.ndarray], None],
     work: Work,
     *,
     batch_size: int | None,
     local: bool = False,
     tilt: Float[Array, "N T K"] | None = None,
 ) -> None:
-    """Call `put` with chunk after chunk of rows of the Hessian, which fill the `parts`, each row once.
+    """Fill the `parts` with the rows of the Hessian, chunk after chunk, each row once.
 
     Where it is `local`, the solve is taken apart into local pieces (see `local_hessian`), and the tangents need not go
     through it.
@@ -138,7 +145,9 @@ def _assemble(
 
     try:
         for start, rows in _row_chunks(function, theta, state["batch_size"], work.progress, mesh, done):
-            put(start, rows if rest is None else rows + np.asarray(rest[start : start + len(rows)]))
+            rows = rows if rest is None else rows + np.asarray(rest[start : start + len(rows)])
+            for part in parts:
+                part.put(start, rows)
             done = start + len(rows)
             keep(always=done == theta.size)
     except KeyboardInterrupt as interrupt:
@@ -168,12 +177,10 @@ def hessian(
     """
     size = flow.parameters.size
     matrix = np.zeros((size, size))
-
-    def put(start, rows):
-        matrix[start : start + len(rows)] = rows
-
     local = bool(agreed(work.mesh, int(_is_local(flow, work.mesh))))
-    _assemble(flow, problem, [_Part(0, matrix)], put, work, batch_size=batch_size, local=local, tilt=tilt)
+    _assemble(
+        flow, problem, [_Part(0, matrix, lambda rows, _: rows)], work, batch_size=batch_size, local=local, tilt=tilt
+    )
     check_finite(matrix, flow, problem)
     return symmetrized(matrix)
 
@@ -199,15 +206,10 @@ def hessian_batch_size(flow: AbstractFlow, problem: Problem) -> int | None:
 
 def hessian_blocks(flow: AbstractFlow, problem: Problem, *, batch_size: int | None, work: Work = _QUIETLY) -> BlockForm:
     """The blocks of the exact Hessian on its diagonal, one for each leaf of the model."""
-    blocks = [_Part(start, np.zeros((stop - start, stop - start))) for _, _, start, stop in flow.parameters.leaves]
-
-    def put(first, rows):
-        for start, block in blocks:
-            low, high = max(first, start), min(first + len(rows), start + len(block))
-            if low < high:
-                block[low - start : high - start] = rows[low - first : high - first, start : start + len(block)]
-
-    _assemble(flow, problem, blocks, put, work, batch_size=batch_size)
+    columns = lambda start, stop: lambda rows, _: rows[:, start:stop]
+    places = [leaf[2:] for leaf in flow.parameters.leaves]
+    blocks = [_Part(start, np.zeros((stop - start,) * 2), columns(start, stop)) for start, stop in places]
+    _assemble(flow, problem, blocks, work, batch_size=batch_size)
     return BlockForm(tuple(symmetrized(block.array) for block in blocks))
 
 
@@ -216,11 +218,8 @@ def hessian_diagonal(
 ) -> DiagonalForm:
     """The diagonal of the exact Hessian, at the cost of all of it but without its memory."""
     diagonal = np.zeros(flow.parameters.size)
-
-    def put(start, rows):
-        diagonal[start : start + len(rows)] = np.diagonal(rows, offset=start)
-
-    _assemble(flow, problem, [_Part(0, diagonal)], put, work, batch_size=batch_size)
+    part = _Part(0, diagonal, lambda rows, first: np.diagonal(rows, offset=first))
+    _assemble(flow, problem, [part], work, batch_size=batch_size)
     return DiagonalForm(jnp.asarray(diagonal)[None])
 
 

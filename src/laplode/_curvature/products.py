@@ -7,11 +7,11 @@ import jax
 from jaxtyping import Array, Float
 
 from .._checks import check_x64
-from .._model.given import with_given
-from .._model.own import check_model
-from .._model.parameters import Where, parameters
-from .._problem.problem import Problem, check_problem
-from .._solve.maps import AbstractFlow, flow
+from .._model.given import taken
+from .._model.parameters import Where
+from .._problem.problem import Problem
+from .._solve.flows import AbstractFlow
+from .._solve.maps import flow
 from .._solve.objective import hessian_vector_product
 
 
@@ -61,9 +61,6 @@ def curvature_products(model: Any, problem: Problem, *, where: Where = None) -> 
     **Raises:** `LaplodeError` when 64-bit JAX is off, model and data disagree, or the solve fails.
     """
     check_x64()
-    check_problem(problem)
-    model = check_model(model, problem)
-    view = parameters(model, where, problem.prior)
-    problem = with_given(view, problem)
+    view, problem = taken(model, problem, where)
     data = problem.data
     return CurvatureProducts(flow(view, data.ts, data.y0, data.args, seen=problem.seen), problem)

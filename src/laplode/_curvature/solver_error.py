@@ -17,7 +17,8 @@ from .._devices import compiled
 from .._errors import LaplodeError
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
-from .._solve.maps import ReplayedFlow, evaluate
+from .._solve.flows import ReplayedFlow
+from .._solve.maps import evaluate
 from .._solve.replay import Accepted
 
 # Lengths of a step, to both sides, as parts of the direction: a short one feels the solver's tolerance, a long one the

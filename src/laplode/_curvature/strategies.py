@@ -1,18 +1,22 @@
 """Ways to find the curvature of −log p(Y | θ), as objects that own their options."""
 
+import abc
 from typing import ClassVar, NamedTuple
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from .._algebra.forms import BlockForm, DiagonalForm, FactoredForm
 from .._algebra.structure import AbstractCurvature
 from .._checks import check_count, check_key
 from .._errors import LaplodeError
 from .._problem.problem import Problem
-from .._solve.maps import AbstractFlow, linearize
-from .gauss_newton import fisher, ggn
+from .._solve.finite import check_finite
+from .._solve.flows import AbstractFlow
+from .._solve.maps import linearize
 from .hessian import (
     Work,
     hessian,
@@ -112,12 +116,21 @@ class _Factored(AbstractCurvature):
 
     signed: ClassVar[bool] = False
 
-    def _factor(self, at: At) -> FactoredForm:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def weights(self, problem: Problem, predictions: Float[Array, "N T F"]) -> Float[Array, "N T F"]:
+        """The weight of the square of each prediction's derivative."""
 
     def dense(self, at: At) -> FactoredForm:
         _refuse_checkpoint(at)
-        return self._factor(at)
+        predictions, jacobian = at.linear()
+        weights = self.weights(at.problem, predictions)
+        check_finite(jnp.sqrt(weights), at.flow, at.problem)
+        informed = at.problem.informed
+        channel = at.problem.channel[np.nonzero(informed)[2]]
+        if np.all(informed):  # a matrix this large is not copied for nothing
+            return FactoredForm(jacobian, weights.ravel(), channel)
+        factor, kept = _rows(jacobian, weights.ravel(), jnp.asarray(np.flatnonzero(informed)))
+        return FactoredForm(factor, kept, channel)
 
     def blocks(self, at: At):
         factor = self.dense(at)
@@ -130,6 +143,11 @@ class _Factored(AbstractCurvature):
         return self.dense(at)
 
 
+@jax.jit
+def _rows(jacobian: Float[Array, "NTF P"], weights: Float[Array, " NTF"], chosen: Int[Array, " M"]):
+    return jacobian[chosen], weights[chosen]
+
+
 class GaussNewton(_Factored):
     """The generalized Gauss-Newton matrix Jᵀ R J, R the Fisher information of each observation: never indefinite."""
 
@@ -138,8 +156,8 @@ class GaussNewton(_Factored):
     def falls_with_scale(self, quadratic):
         return True
 
-    def _factor(self, at):
-        return ggn(at.flow, at.problem, at.linear())
+    def weights(self, problem, predictions):
+        return problem.information(predictions)
 
 
 class EmpiricalFisher(_Factored):
@@ -147,8 +165,8 @@ class EmpiricalFisher(_Factored):
 
     name: ClassVar[str] = "fisher"
 
-    def _factor(self, at):
-        return fisher(at.flow, at.problem, at.linear())
+    def weights(self, problem, predictions):
+        return problem.likelihood.score(predictions, problem.ys) ** 2
 
 
 CURVATURES = {each.name: each for each in (Hessian, GaussNewton, EmpiricalFisher)}

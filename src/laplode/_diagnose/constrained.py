@@ -14,7 +14,8 @@ from .._errors import LaplodeError
 from .._fit.trust_region import MOST_BENT, bent
 from .._model.parameters import Parameters
 from .._problem.problem import Problem
-from .._solve.maps import AbstractFlow, flow, linearize, second_along
+from .._solve.flows import AbstractFlow
+from .._solve.maps import flow, linearize, second_along
 from .._solve.objective import negative_log_joint
 
 # A point has converged when its constrained Newton decrement is below this, in nats.

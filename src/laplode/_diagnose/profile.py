@@ -18,7 +18,8 @@ from .._posterior.posterior import Posterior
 from .._progress import tqdm
 from .._show import preformatted
 from .._solve.finite import check_slope
-from .._solve.maps import OfModel, linearize
+from .._solve.flows import OfModel
+from .._solve.maps import linearize
 from .constrained import Aim, Picture, corrected
 
 # An end is found when the drop there is right to this, in nats.

@@ -1,8 +1,7 @@
 """From a first guess to a fitted model: maximum a posteriori by Optax."""
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,16 +13,16 @@ from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from .._checks import check_count, check_key
 from .._devices import compiled, free_bytes
-from .._errors import FitError, LaplodeError, LaplodeWarning
+from .._errors import FitError, LaplodeError, warn
 from .._files import Checkpoint, Path
-from .._model.given import with_given
+from .._model.given import taken
 from .._model.neural_ode import NeuralODE, starts
-from .._model.own import check_model
 from .._model.parameters import Parameters, Where, parameters
 from .._problem.problem import Problem, check_problem
 from .._progress import tqdm
 from .._solve.autodiff import pullback_bytes
-from .._solve.maps import ForeignFlow, ReplayedFlow, replayed
+from .._solve.flows import ForeignFlow, ReplayedFlow
+from .._solve.maps import replayed
 from .._solve.objective import NegativeLogLikelihood
 from .._solve.replay import Steps, accepted_steps, padded_size
 from .optimizer import AbstractUpdate, optimizer_of, update_of
@@ -50,12 +49,59 @@ class _State(eqx.Module):
     needed: Array
 
 
-class _Stage(NamedTuple):
-    """Where a fit has come to: the best of the stage before this one, if any, and what was done of this one."""
+class _Course(NamedTuple):
+    """What a fit goes through: a share of the steps on the first times of the data, for each of some lengths."""
 
-    before: tuple[PyTree, Array] | None
-    index: int
-    done: int
+    view: Parameters
+    problem: Problem
+    update: AbstractUpdate
+    lengths: tuple[int, ...]
+    share: tuple[int, ...]
+
+    def fitted(self, best: PyTree, best_loss: Array, losses: Sequence[np.ndarray], reason: str) -> Fit:
+        """The best of all restarts, and the others with it."""
+        every, view = np.asarray(best_loss), self.view
+        finite = np.isfinite(every)
+        first = int(np.argmin(np.where(finite, every, np.inf)))
+        chosen = lambda i: _split(self.problem, jax.tree.map(lambda x: x[i], best))
+        selected, found = chosen(first)
+        history = np.concatenate(losses, axis=1)[first] if losses else np.zeros(0)
+        order = [int(i) for i in np.argsort(every) if len(every) > 1 and finite[i]]
+        return Fit(
+            view.build(selected),
+            history,
+            eqx.tree_at(lambda p: p.likelihood, found, found.likelihood.found()),
+            loss=float(every[first]),
+            reason=reason,
+            steps=len(history),
+            horizons=tuple(zip(self.lengths, self.share, strict=True)),
+            restarts=tuple(view.build(chosen(i)[0]) for i in order),
+            restart_losses=np.where(finite, every, np.nan),
+        )
+
+
+class _Progress(NamedTuple):
+    """How far a fit has come: the restarts, losses chunk by chunk, the best of the stage before this one, if any, the
+    number of this stage, and how many of its steps are done.
+    """
+
+    state: _State
+    losses: tuple[np.ndarray, ...] = ()
+    before: tuple[PyTree, Array] | None = None
+    stage: int = 0
+    done: int = 0
+
+    @property
+    def ran(self) -> int:
+        """The number of steps of all stages."""
+        return sum(part.shape[1] for part in self.losses)
+
+    def best(self, course: _Course, reason: str) -> Fit | None:
+        """The best so far: of this stage, or else of the one before; None where no loss is finite."""
+        found = ((self.state.best, self.state.best_loss), self.before)
+        usable = (each for each in found if each is not None and np.any(np.isfinite(each[1])))
+        best = next(usable, None)
+        return None if best is None else course.fitted(*best, self.losses, reason)
 
 
 def fit(
@@ -114,139 +160,115 @@ def fit(
     lengths = _stage_lengths(horizons, problem.data.ts.shape[1])
     if steps < len(lengths):
         raise LaplodeError(f"`steps` = {steps} is fewer than the {len(lengths)} horizons: each takes one at least.")
-    model = check_model(model, problem)
-    view = parameters(model, where, problem.prior)
-    problem = with_given(view, problem)
+    view, problem = taken(model, problem, where, scale_found=False)
+    if initialize is None:
+        fresh = lambda key: _shuffled(view, key)
+    else:
+        fresh = lambda key: _same(initialize(key), view, where, problem)
+    state = _begun(_guesses(view, problem, fresh, jax.random.split(key, restarts)[1:]), optimizer)
+    update = update_of(optimizer, *jax.tree.map(lambda x: x[0], (state.optimizer_state, state.trainable)))
+    share = [steps // len(lengths)] * len(lengths)
+    share[-1] += steps - sum(share)
+    course, start = _Course(view, problem, update, lengths, tuple(share)), _Progress(state)
+    saved = None if checkpoint is None else _checkpoint(checkpoint, course, state)
+    at = start = start if saved is None else _read(saved, start)
+    written, reason = at.ran, "budget"
+    with tqdm(total=steps, desc="Fit", unit="step", disable=not progress) as bar:
+        bar.update(written)
+        try:
+            for at in _advancing(course, start, bar):
+                if saved is not None and (at.ran - written >= checkpoint_every or at.ran == steps):
+                    _write(saved, at)
+                    written = at.ran
+        except KeyboardInterrupt:
+            reason = "interrupted"
+            if at.best(course, reason) is None:
+                raise
+            warn("The fit was interrupted; this is the best so far.")
+    best = at.best(course, reason)
+    assert best is not None
+    return best
 
-    guesses = [view.selected]
-    for restart_key in jax.random.split(key, restarts)[1:]:
-        other = (
-            _shuffled(view, restart_key) if initialize is None else _same(initialize(restart_key), view, where, problem)
-        )
-        guesses.append(other)
-    trainable = jax.tree.map(lambda *leaves: jnp.stack(leaves), *guesses)
-    if num_scales := np.sum(_learned(problem)):
-        trainable = (trainable, jnp.zeros((restarts, num_scales), dtype=float))
 
-    infinite = jnp.full(restarts, jnp.inf, dtype=float)
-    state = _State(
+def _guesses(view: Parameters, problem: Problem, fresh: Callable[[Array], PyTree], keys: Array) -> PyTree:
+    """What is trained, of all restarts: parameters and, of noise scales that are learned, the logarithms of factors."""
+    guesses, num_scales = [view.selected, *map(fresh, keys)], int(np.sum(_learned(problem)))
+    selected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *guesses)
+    return (selected, jnp.zeros((len(guesses), num_scales), dtype=float)) if num_scales else selected
+
+
+def _begun(trainable: PyTree, optimizer: optax.GradientTransformationExtraArgs) -> _State:
+    restarts = len(jax.tree.leaves(trainable)[0])
+    return _State(
         trainable=trainable,
         optimizer_state=jax.vmap(optimizer.init)(trainable),
         alive=jnp.ones(restarts, bool),
         gradient_failed=jnp.zeros(restarts, bool),
         best=trainable,
-        best_loss=infinite,
+        best_loss=jnp.full(restarts, jnp.inf, dtype=float),
         losses=jnp.zeros((restarts, _CHUNK)),
         done=jnp.zeros(restarts, int),
         needed=jnp.zeros(restarts, int),
     )
-    one = jax.tree.map(lambda x: x[0], (state.optimizer_state, trainable))
-    update = update_of(optimizer, *one)
-    room = _room(view, problem, restarts)
-    share = [steps // len(lengths)] * len(lengths)
-    share[-1] += steps - sum(share)
-    losses: list[np.ndarray] = []
-    interrupted = False
-    at = _Stage(None, 0, 0)
-    saved: Checkpoint | None = None
-    if checkpoint is not None:
-        saved = _checkpoint(checkpoint, view, problem, update, state, (lengths, share))
-        state, losses, at = _read(saved, state) or (state, losses, at)
-    ran = written = sum(part.shape[1] for part in losses)
-
-    def best_of(best: PyTree, best_loss: Array, losses: list[np.ndarray]) -> Fit | None:
-        every = np.asarray(best_loss)
-        if not np.any(np.isfinite(every)):
-            return None
-        first = int(np.nanargmin(np.where(np.isfinite(every), every, np.inf)))
-        selected, found = _split(problem, jax.tree.map(lambda x: x[first], best))
-        history = np.concatenate(losses, axis=1)[first] if losses else np.zeros(0)
-        order = [int(i) for i in np.argsort(every) if restarts > 1 and np.isfinite(every[i])]
-        others = (_split(problem, jax.tree.map(lambda x, i=i: x[i], best))[0] for i in order)
-        models = tuple(view.build(other) for other in others)
-        return Fit(
-            view.build(selected),
-            history,
-            eqx.tree_at(lambda p: p.likelihood, found, found.likelihood.found()),
-            loss=float(every[first]),
-            reason="interrupted" if interrupted else "budget",
-            steps=len(history),
-            horizons=tuple(zip(lengths, share, strict=True)),
-            restarts=models,
-            restart_losses=np.where(np.isfinite(every), every, np.nan),
-        )
-
-    def result() -> Fit | None:
-        """The best so far: on this horizon, or else on the one before."""
-        found = best_of(state.best, state.best_loss, losses)
-        return found if found is not None or at.before is None else best_of(*at.before, losses)
-
-    with tqdm(total=steps, desc="Fit", unit="step", disable=not progress) as bar:
-        bar.update(ran)
-        try:
-            for index in range(at.index, len(lengths)):
-                if at.index < index or not at.done:
-                    before = (state.best, state.best_loss) if index else None
-                    # What was best on a shorter series is not comparable.
-                    state = eqx.tree_at(lambda s: (s.best, s.best_loss), state, (state.trainable, infinite))
-                    at = _Stage(before, index, 0)
-                stage = _shortened(problem, lengths[index], masked=room is not None)
-                for done in range(at.done, share[index], _CHUNK):
-                    num = min(_CHUNK, share[index] - done)
-                    if not losses:
-                        bar.set_postfix_str("compiling")
-                    state, room = _advanced(view, stage, update, state, num, room)
-                    losses.append(np.asarray(state.losses)[:, :num])
-                    at, ran = at._replace(done=done + num), ran + num
-                    if len(losses) == 1:
-                        bar.unpause()  # the time that compilation took says nothing of the steps to come
-                    if not np.any(state.alive):
-                        raise _diverged(losses, steps, np.asarray(state.gradient_failed), result())
-                    bar.update(num)
-                    bar.set_postfix(loss=f"{float(np.min(state.best_loss)):.4g}", times=lengths[index])
-                    if saved is not None and (ran - written >= checkpoint_every or ran == steps):
-                        _write(saved, state, losses, at)
-                        written = ran
-        except KeyboardInterrupt:
-            interrupted = True
-            if result() is None:
-                raise
-            warnings.warn("The fit was interrupted; this is the best so far.", LaplodeWarning, stacklevel=2)
-    best = result()
-    assert best is not None
-    return best
 
 
-def _checkpoint(
-    path: Path, view: Parameters, problem: Problem, update: AbstractUpdate, state: _State, steps: Any
-) -> Checkpoint:
-    told = (state.optimizer_state, update.identity, jax.tree.leaves(update))
+def _advancing(course: _Course, at: _Progress, bar: tqdm) -> Iterator[_Progress]:
+    """The progress after each chunk of steps."""
+    room = _room(course.view, course.problem, len(at.state.done))
+    for stage in range(at.stage, len(course.lengths)):
+        if at.stage < stage or not at.done:
+            # What was best on a shorter series is not comparable.
+            nothing = at.state.trainable, jnp.full_like(at.state.best_loss, jnp.inf)
+            state = eqx.tree_at(lambda s: (s.best, s.best_loss), at.state, nothing)
+            at = _Progress(state, at.losses, (at.state.best, at.state.best_loss) if stage else None, stage)
+        shortened = _shortened(course.problem, course.lengths[stage], masked=room is not None)
+        for done in range(at.done, course.share[stage], _CHUNK):
+            num = min(_CHUNK, course.share[stage] - done)
+            if not at.losses:
+                bar.set_postfix_str("compiling")
+            state, room = _advanced(course.view, shortened, course.update, at.state, num, room)
+            at = at._replace(state=state, losses=(*at.losses, np.asarray(state.losses)[:, :num]), done=done + num)
+            if len(at.losses) == 1:
+                bar.unpause()  # the time that compilation took says nothing of the steps to come
+            if not np.any(state.alive):
+                raise _diverged(at, sum(course.share), at.best(course, "budget"))
+            bar.update(num)
+            bar.set_postfix(loss=f"{float(np.min(state.best_loss)):.4g}", times=course.lengths[stage])
+            yield at
+
+
+def _checkpoint(path: Any, course: _Course, state: _State) -> Checkpoint:
+    update = course.update
     arguments = {
-        "`model`, `where`, `initialize`, `key` or `restarts`": (state.trainable, view),
-        "`problem`": problem,
-        "`optimizer` (or the version of JAX or Optax)": told,
-        "`steps` or `horizons`": steps,
+        "`model`, `where`, `initialize`, `key` or `restarts`": (state.trainable, course.view),
+        "`problem`": course.problem,
+        "`optimizer` (or the version of JAX or Optax)": (
+            state.optimizer_state,
+            update.identity,
+            jax.tree.leaves(update),
+        ),
+        "`steps` or `horizons`": (course.lengths, course.share),
     }
     return Checkpoint(path, "fit", arguments)
 
 
-def _write(saved: Checkpoint, state: _State, losses: list[np.ndarray], at: _Stage) -> None:
-    arrays = [*jax.tree.leaves((state, at.before)), np.concatenate(losses, axis=1)]
-    saved.write({"index": at.index, "done": at.done}, arrays)
+def _write(saved: Checkpoint, at: _Progress) -> None:
+    arrays = [*jax.tree.leaves((at.state, at.before)), np.concatenate(at.losses, axis=1)]
+    saved.write({"stage": at.stage, "done": at.done}, arrays)
 
 
-def _read(saved: Checkpoint, like: _State) -> tuple[_State, list[np.ndarray], _Stage] | None:
-    """What `_write` wrote of a state of the form of `like`; None where there is no file."""
+def _read(saved: Checkpoint, start: _Progress) -> _Progress:
+    """What `_write` wrote; the start where there is no file."""
     found = saved.read()
     if found is None:
-        return None
+        return start
     header, (*arrays, losses) = found
-    before = (like.best, like.best_loss) if header["index"] else None
-    state, before = jax.tree.unflatten(jax.tree.structure((like, before)), arrays)
-    return state, [np.asarray(losses)], _Stage(before, header["index"], header["done"])
+    before = (start.state.best, start.state.best_loss) if header["stage"] else None
+    state, before = jax.tree.unflatten(jax.tree.structure((start.state, before)), arrays)
+    return _Progress(state, (np.asarray(losses),), before, header["stage"], header["done"])
 
 
-def _stage_lengths(horizons: Sequence[float], num_times: int) -> list[int]:
+def _stage_lengths(horizons: Any, num_times: int) -> tuple[int, ...]:
     try:
         fractions = np.atleast_1d(np.asarray(horizons, dtype=float))
     except (TypeError, ValueError):
@@ -255,7 +277,7 @@ def _stage_lengths(horizons: Sequence[float], num_times: int) -> list[int]:
     if not right or not np.all(np.diff(fractions) > 0):
         raise LaplodeError(f"`horizons` must be increasing fractions of the data that end with 1, got {horizons!r}.")
     lengths = [min(max(2, math.ceil(fraction * num_times)), num_times) for fraction in fractions]
-    return sorted(set(lengths))
+    return tuple(sorted(set(lengths)))
 
 
 def _learned(problem: Problem) -> Bool[np.ndarray, " K"]:
@@ -403,8 +425,8 @@ def _advance(view: Parameters, problem: Problem, update: AbstractUpdate, state: 
     return jax.vmap(lambda state: jax.lax.while_loop(going, step, state))(state)
 
 
-def _diverged(losses: list[np.ndarray], steps: int, gradient_failed: np.ndarray, best: Fit | None) -> FitError:
-    history = np.concatenate(losses, axis=1)
+def _diverged(at: _Progress, steps: int, best: Fit | None) -> FitError:
+    history, gradient_failed = np.concatenate(at.losses, axis=1), np.asarray(at.state.gradient_failed)
     ran = np.sum(np.cumsum(~np.isfinite(history), axis=1) == 0, axis=1) - gradient_failed
     last = int(np.argmax(ran))
     step = int(ran[last])

@@ -9,15 +9,27 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from .._checks import in_float
-from .._problem.problem import Problem
+from .._problem.problem import Problem, check_problem, check_scale
 from .neural_ode import NeuralODE, starts
-from .own import predict_trajectories
-from .parameters import Parameters
+from .own import check_model, predict_trajectories
+from .parameters import Parameters, parameters
 
 # Values this many roundings apart are the same: a solver may interpolate its first value.
 _ROUNDINGS = 8
 # How far parameters are moved to see whether a prediction moves with them.
 _MOVE = 2.0**-20
+
+
+def taken(model: Any, problem: Any, where: Any, *, scale_found: bool = True) -> tuple[Parameters, Problem]:
+    """A model and a problem as each stage takes them: the selected parameters, and the problem by `with_given`.
+
+    **Raises:** `LaplodeError` when they do not fit, or a noise scale that should be found is still to be learned.
+    """
+    check_problem(problem)
+    if scale_found:
+        check_scale(problem)
+    view = parameters(check_model(model, problem), where, problem.prior)
+    return view, with_given(view, problem)
 
 
 def with_given(view: Parameters, problem: Problem) -> Problem:

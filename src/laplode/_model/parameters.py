@@ -1,6 +1,5 @@
 """A model's parameters as a vector: which they are, their names, and the way back."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, PyTree
 
 from .._checks import in_float, is_real_array
-from .._errors import LaplodeError, LaplodeWarning
+from .._errors import LaplodeError, warn
 from .._late import dist
 from .._problem.prior import AbstractPrior, is_at
 from .neural_ode import NeuralODE
@@ -42,7 +41,7 @@ def all_parameters(model: PyTree) -> PyTree[bool]:
     )
 
 
-def _selected(model: PyTree, where: Where) -> PyTree[bool]:
+def _selected(model: PyTree, where: Any) -> PyTree[bool]:
     spec = all_parameters(model)
     if where is None:
         return spec
@@ -115,8 +114,8 @@ class Parameters(eqx.Module):
         """Of each selected leaf: name, shape, and where it starts and stops in θ."""
         leaves, start = [], 0
         for name, leaf in _named_leaves(self.selected):
-            leaves.append((name, leaf.shape, start, start + leaf.size))
-            start += leaf.size
+            leaves.append((name, leaf.shape, start, start + int(leaf.size)))
+            start += int(leaf.size)
         return tuple(leaves)
 
     @property
@@ -131,6 +130,10 @@ class Parameters(eqx.Module):
     def with_vector(self, theta: Float[Array, " P"]) -> PyTree:
         """`theta` in the form of `selected`."""
         return ravel_pytree(self.selected)[1](theta)
+
+    def at(self, theta: Float[Array, " P"]) -> "Parameters":
+        """The same parameters with the values `theta`."""
+        return Parameters(self.with_vector(theta), self.rest, self.transforms)
 
     def without(self, names: Sequence[str]) -> "Parameters":
         """The same model with the leaves of these names among what stays fixed."""
@@ -208,7 +211,7 @@ class Parameters(eqx.Module):
         return tuple(names)
 
 
-def parameters(model: Any, where: Where = None, prior: AbstractPrior | None = None) -> Parameters:
+def parameters(model: Any, where: Any = None, prior: AbstractPrior | None = None) -> Parameters:
     """View the inexact arrays of `model` that `where` selects as a vector, in float64 when JAX has it.
 
     **Arguments:**
@@ -267,10 +270,9 @@ def _warn_of_one_array(selected: PyTree) -> None:
         places.setdefault(id(leaf), []).append(name)
     for names in places.values():
         if len(names) > 1:
-            warnings.warn(
+            warn(
                 f"One array stands in several places of `model`, {', '.join(names)}: these are different parameters, "
                 "which need not stay equal. To tie them, hold the array once, or use eqx.nn.Shared; to have them apart "
                 "without this warning, copy it.",
-                LaplodeWarning,
-                stacklevel=4,
+                level=4,
             )

@@ -12,12 +12,12 @@ from .._checks import check_x64
 from .._curvature.strategies import CURVATURES
 from .._devices import free_bytes
 from .._errors import LaplodeError, strategy
-from .._model.given import with_given
-from .._model.own import check_model
-from .._model.parameters import Parameters, Where, parameters
-from .._problem.problem import Problem, check_problem, check_scale
+from .._model.given import taken
+from .._model.parameters import Parameters, Where
+from .._problem.problem import Problem
 from .._show import Shown, rows
-from .._solve.maps import AbstractFlow, flow
+from .._solve.flows import AbstractFlow
+from .._solve.maps import flow
 from .._solve.objective import value_and_gradient
 
 
@@ -93,16 +93,12 @@ def estimate(
     return estimated(plan, around, problem, time.perf_counter() - start)
 
 
-def planned(model: Any, problem: Any, curvature: Any, structure: Any, where: Where) -> Plan:
+def planned(model: Any, problem: Any, curvature: Any, structure: Any, where: Any) -> Plan:
     """What is asked for as objects; raises `LaplodeError` where it can't be done."""
     check_x64()
     curvature = strategy("curvature", curvature, AbstractCurvature, CURVATURES)
     structure = strategy("structure", structure, AbstractStructure, STRUCTURES)
-    check_problem(problem)
-    check_scale(problem)
-    model = check_model(model, problem)
-    view = parameters(model, where, problem.prior)
-    problem = with_given(view, problem)
+    view, problem = taken(model, problem, where)
     local = problem.prior.local(view)
     structure.check_prior(local, view.names)
     leaves = tuple(stop - start for _, _, start, stop in view.leaves)

@@ -167,7 +167,7 @@ def _groups(grouping: Grouping | None, posterior: Posterior) -> Int[np.ndarray, 
     return groups
 
 
-def _forms(posterior: Any, precision: str, noise: str | None) -> tuple[Grouping | None, tuple[int, ...]]:
+def _forms(posterior: Any, precision: Any, noise: Any) -> tuple[Grouping | None, tuple[int, ...]]:
     """How parameters are grouped, None where they are fixed, and `Evidence.scale_of`."""
     check_from("posterior", posterior, Posterior, "laplace")
     posterior.problem.prior.check_tunable()
@@ -180,7 +180,7 @@ def _forms(posterior: Any, precision: str, noise: str | None) -> tuple[Grouping 
     return grouping, scale_of
 
 
-def _noise_form(posterior: Posterior, noise: str | None) -> tuple[int, ...]:
+def _noise_form(posterior: Posterior, noise: Any) -> tuple[int, ...]:
     """Of each channel the place of its noise scale among those that are learned; -1 if it is fixed."""
     given, curvature = posterior.problem.likelihood.noise(posterior.problem.data.ys.shape[2]), posterior.curvature
     knows_channels = posterior.form.knows_channels

@@ -1,6 +1,5 @@
 """Curvature and prior in, posterior out."""
 
-import warnings
 from typing import Any
 
 import equinox as eqx
@@ -19,15 +18,16 @@ from .._curvature.hessian import Work
 from .._curvature.solver_error import solver_problems
 from .._curvature.strategies import At
 from .._devices import check_mesh, num_devices
-from .._errors import LaplodeError, LaplodeWarning, strategy
+from .._errors import LaplodeError, strategy, warn
 from .._files import Checkpoint, Path, check_path
 from .._model.parameters import Parameters, Where
 from .._problem.prior import LocalPrior
 from .._problem.problem import Problem
 from .._progress import tqdm
 from .._solve.finite import check_finite
+from .._solve.flows import AbstractFlow
 from .._solve.frozen import check_influence, unfrozen
-from .._solve.maps import AbstractFlow, flow, linearize
+from .._solve.maps import flow, linearize
 from .._solve.objective import is_small, value_and_gradient
 from .edge import at_edge
 from .estimate import estimated, planned
@@ -107,7 +107,7 @@ def laplace(
     _warn(posterior)
     prior = problem.prior.local(around.parameters)
     for text in solver_problems(around, problem, form, posterior.built, prior, known):
-        warnings.warn(text, LaplodeWarning, stacklevel=2)
+        warn(text)
     return posterior
 
 
@@ -147,11 +147,7 @@ def _assembled(
         num_parameters=view.size,
         num_observations=problem.num_observations,
         symmetry_defect=form.symmetry_defect,
-        eigenvalue_min=found.eigenvalue_min,
-        eigenvalue_max=found.eigenvalue_max,
-        condition_number=found.condition_number,
-        num_negative=found.num_negative,
-        regularized=found.regularized,
+        **found.spectrum._asdict(),
         gradient_norm=float(gradient_norm),
         newton_decrement=float(decrement),
         effective_dof=float(dof),
@@ -173,7 +169,7 @@ def _summary(precision: AbstractPrecision, prior: LocalPrior, nll_gradient: Floa
     return jnp.linalg.norm(gradient), 0.5 * precision.inverse_quadratic(gradient), dof
 
 
-def _check_checkpoint(checkpoint: Path | None, devices: Mesh | None) -> None:
+def _check_checkpoint(checkpoint: Any, devices: Mesh | None) -> None:
     if checkpoint is None:
         return
     check_path("checkpoint", checkpoint)
@@ -261,4 +257,4 @@ def _warn(posterior: Posterior) -> None:
     if diagnostics.inert:
         problems.append(f"Parameters without any influence on the predictions: {', '.join(diagnostics.inert)}.")
     for problem in problems:
-        warnings.warn(problem, LaplodeWarning, stacklevel=3)
+        warn(problem, level=3)

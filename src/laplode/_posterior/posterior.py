@@ -19,7 +19,7 @@ from .._model.parameters import Parameters
 from .._problem.prior import PosteriorPrior
 from .._problem.problem import Problem
 from .._show import Shown, rows
-from .._solve.maps import AbstractFlow
+from .._solve.flows import AbstractFlow
 from .summary import summary_table
 
 
@@ -73,7 +73,7 @@ class Diagnostics(Shown):
 _NORMAL_BYTES = 2**24
 
 
-def _normals(keys: PRNGKeyArray, size: int) -> Float[Array, "n P"]:
+def _normals(keys: Array, size: int) -> Float[Array, "n P"]:
     num = len(keys)
     block = min(max(_NORMAL_BYTES // (8 * size), 1), num)
 
@@ -87,7 +87,7 @@ def _normals(keys: PRNGKeyArray, size: int) -> Float[Array, "n P"]:
 
 
 @compiled_draws
-def _draw(mean: Float[Array, " P"], structure: AbstractPrecision, keys: PRNGKeyArray) -> Float[Array, "n P"]:
+def _draw(mean: Float[Array, " P"], structure: AbstractPrecision, keys: Array) -> Float[Array, "n P"]:
     return mean + structure.root_product(_normals(keys, mean.size))
 
 

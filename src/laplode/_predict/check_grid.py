@@ -1,6 +1,5 @@
 """Whether a model means the same at the times asked for as at the data's."""
 
-import warnings
 from typing import Any
 
 import diffrax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._devices import free_bytes
-from .._errors import LaplodeError, LaplodeWarning
+from .._errors import LaplodeError, warn
 from .._model.neural_ode import NeuralODE, starts
 from .._model.own import predict_trajectories
 from .._posterior.posterior import Posterior
@@ -42,12 +41,11 @@ def check_forcing(model: Any, grid: Grid) -> None:
         known = np.asarray(path.ts)
         first, last = np.nanmin(known, axis=-1), np.nanmax(known, axis=-1)
         if np.any(last < grid.solve_ts[:, -1]) or np.any(first > grid.solve_ts[:, 0]):
-            warnings.warn(
+            warn(
                 f"`ts` reaches from {np.min(grid.solve_ts):g} to {np.max(grid.solve_ts):g}, but a "
                 f"{type(path).__name__} in `args` or in the model is known from {np.max(first):g} to "
                 f"{np.min(last):g} only: beyond, predictions rest on its extrapolation. Give it at all of these times.",
-                LaplodeWarning,
-                stacklevel=3,
+                level=3,
             )
 
 
@@ -64,12 +62,11 @@ def check_reached(grid: Grid, predictions: Predictions) -> None:
         check_predicted(np.asarray(predictions.mean)[nowhere], grid.ts[nowhere])
     i, t, k = map(int, np.argwhere(~there)[0])
     some = np.sum(np.any(~there, axis=(1, 2)))
-    warnings.warn(
+    warn(
         f"`model` has no finite prediction at θ* in channel {k} of trajectory {i} at time {grid.ts[i, t]:g} ({some} of "
         f"{len(there)} trajectories have such times), as after an event that ends its solve: mean and draws are NaN "
         "there. Draws are `ok` where they are finite at all the other times.",
-        LaplodeWarning,
-        stacklevel=3,
+        level=3,
     )
 
 
@@ -98,12 +95,11 @@ def check_steps(posterior: Posterior, grid: Grid, predictions: Predictions) -> N
     if not np.any(beyond > 0):
         return
     t, k = map(int, np.unravel_index(np.argmax(beyond), beyond.shape))
-    warnings.warn(
+    warn(
         f"`model` predicts something else at these times than at times that begin as the data's: {mean[t, k]:.4g} here "
         f"and {values[t, k]:.4g} there in channel {k} of trajectory 0 at time {ts[t]:g}, where the standard deviation "
         f"of the prediction is {std[t, k]:.2g}. Its steps depend on `ts`, as with dt0 = ts[1] - ts[0] and no step size "
         "control. Write diffrax.diffeqsolve(..., dt0=None, "
         "stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-8)), or a dt0 that is a number, and refit.",
-        LaplodeWarning,
-        stacklevel=3,
+        level=3,
     )

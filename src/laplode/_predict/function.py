@@ -1,6 +1,5 @@
 """What a posterior says about any function of the model, such as its vector field."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +10,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._checks import check_count, real_array
-from .._errors import LaplodeError, LaplodeWarning, strategy
+from .._errors import LaplodeError, strategy, warn
 from .._model.neural_ode import NeuralODE, starts
 from .._model.own import predict_trajectories
 from .._posterior.posterior import Posterior
 from .._problem.data import Trajectories, check_args
 from .._show import Shown, in_a_line, rows
 from .._solve.finite import check_slope
-from .._solve.maps import OfModel, evaluate
+from .._solve.flows import OfModel
+from .._solve.maps import evaluate
 from .linearized import LinearFunction
 from .method import AbstractMethod, check_draws, draw
 from .predict import METHODS
@@ -105,11 +105,7 @@ def predict_function(
             raise LaplodeError(f"`function` is finite at {num_ok} of {num_samples} draws: too few for a covariance.")
         mean, std = jnp.mean(draws[ok], axis=0), jnp.std(draws[ok], axis=0, ddof=1)
     if failed := int(jnp.sum(drawn.ok & ~ok)):
-        warnings.warn(
-            f"`function` is not finite at {failed} of {num_samples} draws (`.ok` says which; they are NaN).",
-            LaplodeWarning,
-            stacklevel=2,
-        )
+        warn(f"`function` is not finite at {failed} of {num_samples} draws (`.ok` says which; they are NaN).")
     return FunctionPredictions(
         mean=mean,
         std=std,

@@ -8,7 +8,6 @@ way doesn't count: one is found by optimization, with no step that has to be as 
 """
 
 import math
-import warnings
 from typing import ClassVar, NamedTuple
 
 import equinox as eqx
@@ -18,11 +17,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from .._checks import check_number
 from .._devices import compiled, everywhere, num_devices, over_rows
-from .._errors import LaplodeWarning
+from .._errors import warn
 from .._fit.trust_region import MOST_BENT, bent
 from .._progress import tqdm
-from .method import Proposal, check_df, check_number, straight, straight_log_density
+from .method import Proposal, check_df, straight, straight_log_density
 from .sampled import AbstractSolved
 from .surface import Origin, Surface, damped_solve, log_volume
 
@@ -121,10 +121,10 @@ class _Lane(eqx.Module):
     """
 
     theta: Float[Array, " P"]
-    seen: Float[Array, " M+R"]
+    seen: Float[Array, " MR"]
     grid: tuple[Array, ...]
     line_theta: Float[Array, " P"]
-    line_seen: Float[Array, " M+R"]
+    line_seen: Float[Array, " MR"]
     reached: Float[Array, ""]
     stage: Float[Array, ""]
     damping: Float[Array, ""]
@@ -238,9 +238,8 @@ def follow(
 def _warn_of_failures(ends: Ends) -> None:
     if np.all(ends.ok):
         return
-    warnings.warn(
+    warn(
         f"{np.sum(~ends.ok)} of {len(ends.ok)} geodesic draws did not arrive (`.ok` says which): they were given up "
         f"after {np.max(ends.attempts)} attempted steps, as at the edge of what the model or the likelihood allows.",
-        LaplodeWarning,
-        stacklevel=5,
+        level=5,
     )

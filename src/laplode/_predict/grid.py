@@ -22,7 +22,7 @@ class Grid(eqx.Module):
     """
 
     ts: Float[np.ndarray, "N T"]
-    solve_ts: Float[np.ndarray, "N skip+T"]
+    solve_ts: Float[np.ndarray, "N all"]
     y0: Float[np.ndarray, "N D"] | None
     args: PyTree
     skip: int = eqx.field(static=True)

@@ -34,7 +34,7 @@ def importance_weights(log_p: Float[Array, " S"], log_q: Float[Array, " S"]) -> 
         smoothed, khat = ratios[finite], float("inf")
     # Of a tail of index k the largest of S weights is about S^k times the mean. Where it is far less, what was fitted
     # is no tail, but the edge of a crowd of nearly equal weights.
-    num = np.sum(finite)
+    num = int(np.sum(finite))
     largest = (np.max(ratios[finite]) - np.logaddexp.reduce(ratios[finite]) + np.log(num)) / np.log(num)
     if khat > largest and largest < khat_threshold(num) / 2:
         smoothed, khat = ratios[finite], largest

@@ -14,7 +14,8 @@ from .._algebra.precision import AbstractPrecision
 from .._devices import num_devices
 from .._problem.likelihood import AbstractLikelihood
 from .._solve.finite import check_finite
-from .._solve.maps import AbstractFlow, OfModel, flow, linearize
+from .._solve.flows import AbstractFlow, OfModel
+from .._solve.maps import flow, linearize
 from .grid import Grid
 from .method import AbstractMethod, Proposal, straight, straight_log_density
 from .predictions import AbstractClosedForm
@@ -111,7 +112,7 @@ def _in_parts(around: AbstractFlow, width: int, mesh: Mesh | None) -> Iterator[t
 
 @eqx.filter_jit
 def _linear_draws(
-    likelihood: AbstractLikelihood, mean, jacobian: Float[Array, "N*T*F P"], center: Float[Array, " P"], thetas, shift
+    likelihood: AbstractLikelihood, mean, jacobian: Float[Array, "NTF P"], center: Float[Array, " P"], thetas, shift
 ) -> Float[Array, "S N T F"]:
     # stabilize is elementwise, so its derivative is a scale.
     stabilized, scale = jax.jvp(likelihood.stabilize, (mean,), (jnp.ones_like(mean),))

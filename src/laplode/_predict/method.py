@@ -2,22 +2,20 @@
 
 import abc
 import math
-import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.scipy.special import gammaln
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._checks import check_count, check_flag, check_from, check_key, check_x64
-from .._errors import LaplodeError, LaplodeWarning
+from .._checks import check_count, check_flag, check_from, check_key, check_number, check_x64
+from .._errors import LaplodeError, warn
 from .._posterior.posterior import Posterior
-from .._solve.maps import OfModel
+from .._solve.flows import OfModel
 from .grid import Grid
 from .importance import importance_weights, khat_threshold, resampled
 from .predictions import AbstractClosedForm
@@ -140,11 +138,10 @@ def _warn_of_weights(khat: float, num: int, resample: bool) -> None:
         if resample
         else "their importance weights can't mend it"
     )
-    warnings.warn(
+    warn(
         f"Pareto k̂ = {khat:.2f} is above {threshold:.2f}: as draws of θ, these do not represent the true posterior, "
         f"and {remedy}.",
-        LaplodeWarning,
-        stacklevel=4,
+        level=4,
     )
 
 
@@ -155,12 +152,6 @@ def check_df(df: Any) -> None:
     """**Raises:** `LaplodeError` unless `df` is None or a positive number."""
     if df is not None:
         check_number("df", df)
-
-
-def check_number(name: str, value: Any) -> None:
-    """**Raises:** `LaplodeError` unless `value` is a positive, finite number."""
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise LaplodeError(f"`{name}` must be a positive number, got {value!r}.")
 
 
 def straight(posterior: Posterior, df: float | None, key: PRNGKeyArray, num: int) -> Float[Array, "S P"]:

@@ -1,7 +1,6 @@
 """Trajectories from a posterior."""
 
 import dataclasses
-import warnings
 from typing import Any
 
 import jax
@@ -10,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from .._devices import check_mesh
-from .._errors import LaplodeWarning, strategy
+from .._errors import strategy, warn
 from .._late import dist
 from .._posterior.posterior import Posterior
 from .._problem.likelihood import AbstractLikelihood
@@ -103,7 +102,7 @@ def predict(
     check_steps(posterior, grid, found)
     failed = int(jnp.sum(draws.ok & ~found.ok))
     if failed:
-        warnings.warn(how.failure(failed, num_samples), LaplodeWarning, stacklevel=2)
+        warn(how.failure(failed, num_samples))
     return found
 
 

@@ -1,6 +1,5 @@
 """Predictions by solving at draws of the parameters."""
 
-import functools as ft
 from typing import ClassVar
 
 import equinox as eqx
@@ -8,22 +7,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._solve.maps import OfModel
+from .._solve.flows import OfModel
 from .method import AbstractMethod, Proposal, check_df, straight, straight_log_density
-from .solves import in_batches, solve_at, solve_from
+from .solves import in_batches, solve_at
 
 
 class AbstractSolved(AbstractMethod):
     """A method that solves the ODE at each draw."""
 
     def trajectories(self, posterior, grid, thetas, states, *, mesh, progress):
-        rows = jnp.concatenate([posterior.mean[None], thetas])  # one program for the mean and the draws
-        solve = ft.partial(solve_at, posterior, grid.solve_ts, grid.y0, grid.args, mesh=mesh)
-        if grid.start is not None:
-            states = jnp.concatenate([grid.start.mean[None], states]).reshape(len(rows), -1)
-            rows = jnp.concatenate([rows, states], axis=1)
-            solve = ft.partial(solve_from, posterior, grid.solve_ts, grid.args, mesh=mesh)
-        solved = in_batches(solve, rows, "Solving at draws" if progress else None, mesh)[:, :, grid.skip :]
+        thetas = jnp.concatenate([posterior.mean[None], thetas])  # one program for the mean and the draws
+        states = None if grid.start is None else jnp.concatenate([grid.start.mean[None], states])
+        where = grid.solve_ts, grid.y0, grid.args
+        solve = lambda rows: solve_at(posterior, *where, rows[0], mesh, states=rows[1])
+        label = "Solving at draws" if progress else None
+        solved = in_batches(solve, (thetas, states), label, mesh)[:, :, grid.skip :]
         return solved[0], solved[1:], None
 
     def values(self, posterior, function, thetas, *, progress):

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from .._devices import compiled, num_devices, over_rows
 from .._errors import LaplodeError
@@ -32,30 +32,28 @@ def _solve(view: Parameters, ts, y0, args, theta: Float[Array, " P"]) -> Float[A
 
 
 def solve_at(
-    posterior: Posterior, ts, y0, args, thetas: Float[Array, "B P"], mesh: Mesh | None = None
+    posterior: Posterior,
+    ts,
+    y0,
+    args,
+    thetas: Float[Array, "B P"],
+    mesh: Mesh | None = None,
+    *,
+    states: Float[Array, "B N D"] | None = None,
 ) -> Float[Array, "B N T K"]:
-    """Predictions by a solve of its own for each parameter vector; not finite where it failed."""
+    """Predictions by a solve of its own for each parameter vector; not finite where it failed.
+
+    Solves begin at `y0`, or each at its own of the `states`.
+    """
     # Not of the whole posterior, whose diagnostics are numbers of its own: each would be compiled anew.
-    return over_rows(mesh, _solve_at, (posterior.parameters, ts, y0, args), thetas)[0]
+    return over_rows(mesh, _solve_at, (posterior.parameters, ts, y0, args), (thetas, states))[0]
 
 
 @compiled
-def _solve_at(shared: tuple[Parameters, Any, Any, Any], thetas: Float[Array, "B P"], _):
-    return jax.vmap(ft.partial(_solve, *shared))(thetas), ()
-
-
-def solve_from(
-    posterior: Posterior, ts, args, rows: Float[Array, "B P+ND"], mesh: Mesh | None = None
-) -> Float[Array, "B N T K"]:
-    """The same where each parameter vector is followed by initial states of its own."""
-    states = rows[:, posterior.size :].reshape(len(rows), len(ts), -1)
-    return over_rows(mesh, _solve_from, (posterior.parameters, ts, args), (states, rows[:, : posterior.size]))[0]
-
-
-@compiled
-def _solve_from(shared: tuple[Parameters, Any, Any], rows: tuple[Float[Array, "B N D"], Float[Array, "B P"]], _):
-    view, ts, args = shared
-    return jax.vmap(lambda y0, theta: _solve(view, ts, y0, args, theta))(*rows), ()
+def _solve_at(shared: tuple[Parameters, Any, Any, Any], rows: tuple[Array, Array | None], _):
+    view, ts, y0, args = shared
+    one = lambda theta, state: _solve(view, ts, y0 if state is None else state, args, theta)
+    return jax.vmap(one)(*rows), ()
 
 
 @contextlib.contextmanager
@@ -74,17 +72,16 @@ def advice():
         ) from error
 
 
-def in_batches(
-    function: Callable[[Array], Array], rows: Float[Array, "S P"], label: str | None, mesh: Mesh | None = None
-) -> Array:
+def in_batches(function: Callable[[Any], Array], rows: PyTree, label: str | None, mesh: Mesh | None = None) -> Array:
     """The function of all rows, some at a time: as many on each device of the `mesh` that it spreads them over."""
-    num = rows.shape[0]
+    num = len(jax.tree.leaves(rows)[0])
     batch = min(_BATCH * num_devices(mesh), num)
     results = []
     with advice(), tqdm(total=num, desc=label, unit="draw", disable=label is None) as bar:
         for start in range(0, num, batch):
             first = min(start, num - batch)  # one compiled shape for all
-            results.append(function(rows[first : first + batch])[start - first :])
+            some = jax.tree.map(lambda x, first=first: x[first : first + batch], rows)
+            results.append(function(some)[start - first :])
             bar.update(first + batch - start)
     return jnp.concatenate(results)
 

@@ -8,7 +8,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from .._errors import LaplodeError
 from .._late import dist
 from .._model.parameters import parameters
-from .._solve.maps import AbstractFlow, OfModel, linearize
+from .._solve.flows import AbstractFlow, OfModel
+from .._solve.maps import linearize
 
 
 class _State(eqx.Module):

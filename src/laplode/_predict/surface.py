@@ -15,7 +15,9 @@ from .._errors import LaplodeError
 from .._posterior.posterior import Posterior
 from .._problem.likelihood import AbstractLikelihood
 from .._problem.prior import AbstractPrior
-from .._solve.maps import DIFFERENCE, AbstractFlow, evaluate, flow
+from .._solve.autodiff import twice_along
+from .._solve.flows import AbstractFlow
+from .._solve.maps import DIFFERENCE, evaluate, flow
 
 # Up to so many parameters the density of draws is exact, at the price of this number squared of tangents.
 _FEW = 32
@@ -80,7 +82,7 @@ class Surface(eqx.Module):
         size, num = self.root_prior.size, self.observed.size + jax.eval_shape(self.tied, theta).size
         return 8 * ((num_predictions + 2 * num) * size + 3 * min(num, size) ** 2)
 
-    def seen(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, " M+R"]:
+    def seen(self, theta: Float[Array, " P"], predictions: Float[Array, "N T K"]) -> Float[Array, " MR"]:
         """R^½ g where something was observed, and after it the residual of the prior."""
         # Where nothing was observed g may be infinite, as the logarithm of 0 is: these are left out, not weighted by 0.
         stable = self.likelihood.stabilize(predictions).ravel()[self.observed]
@@ -94,12 +96,12 @@ class Surface(eqx.Module):
         """The same surface, with derivatives on another grid of steps."""
         return eqx.tree_at(lambda s: s.flow, self, self.flow.on(grid))
 
-    def renewed(self, theta: Float[Array, " P"]) -> "tuple[Surface, Float[Array, ' M+R']]":
+    def renewed(self, theta: Float[Array, " P"]) -> "tuple[Surface, Float[Array, ' MR']]":
         """The same surface on the grid that a solve at θ chooses, and what is seen by it; not finite where it fails."""
         around, predictions = self.flow.renewed(theta)
         return eqx.tree_at(lambda s: s.flow, self, around), self.seen(theta, predictions)
 
-    def tangent(self, theta: Float[Array, " P"]) -> Float[Array, "M+R P"]:
+    def tangent(self, theta: Float[Array, " P"]) -> Float[Array, "MR P"]:
         """A = R^½ ∂g/∂θ Λ0^-½, and the same of the residual of the prior below it."""
         predictions, jacobian = self.flow.linearized(theta, self.route)
         _, scale = jax.jvp(self.likelihood.stabilize, (predictions,), (jnp.ones_like(predictions),))
@@ -109,10 +111,10 @@ class Surface(eqx.Module):
     def bend(
         self,
         theta: Float[Array, " P"],
-        seen: Float[Array, " M+R"],
+        seen: Float[Array, " MR"],
         step: Float[Array, " P"],
-        along: Float[Array, " M+R"],
-    ) -> Float[Array, " M+R"]:
+        along: Float[Array, " MR"],
+    ) -> Float[Array, " MR"]:
         """The second derivative of what is seen along a step in units of the prior; `along` is the first.
 
         On frozen steps it is a difference: what is seen there is smooth, and a replay is cheap.
@@ -123,10 +125,9 @@ class Surface(eqx.Module):
             return 2 / DIFFERENCE * ((at(theta + DIFFERENCE * direction) - seen) / DIFFERENCE - along)
         if not self.bends:
             return jnp.zeros_like(seen)
-        push = lambda theta: jax.jvp(at, (theta,), (direction,))[1]
-        return jax.jvp(push, (theta,), (direction,))[1]
+        return twice_along(at, theta, direction)
 
-    def log_volume(self, origin: "Origin", start: Float[Array, "M+R P"], line: Float[Array, " P"], theta):
+    def log_volume(self, origin: "Origin", start: Float[Array, "MR P"], line: Float[Array, " P"], theta):
         """log |det dv/dθ| of a draw θ and the `line` v (P,) that it is the end of; `start` is the tangent A at θ*."""
         surface, seen = self.renewed(theta)
         tangent = surface.tangent(theta)
@@ -170,11 +171,11 @@ class Origin(eqx.Module):
     """Where all lines begin, and what ends the search."""
 
     theta: Float[Array, " P"]
-    seen: Float[Array, " M+R"]
+    seen: Float[Array, " MR"]
     tolerance: Float[Array, ""]
 
 
-def damped_solve(tangent: Float[Array, "M+R P"], ridge: Float[Array, ""]) -> Callable[[Array], Array]:
+def damped_solve(tangent: Float[Array, "MR P"], ridge: Float[Array, ""]) -> Callable[[Array], Array]:
     """v ↦ (ridge + Aᵀ A)⁻¹ v, on the smaller side."""
     num, size = tangent.shape
     gram = tangent @ tangent.T if num < size else tangent.T @ tangent

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 from .._checks import check_positive
 from .._errors import LaplodeError
 from .._late import dist
-from .likelihood import AbstractFamily
+from .likelihood import AbstractFamily, check_values
 
 
 class Poisson(AbstractFamily):
@@ -75,17 +75,16 @@ class NegativeBinomial(AbstractFamily):
 
     def stabilize(self, prediction):
         if self.concentration is None:  # there is no coordinate for both
-            mean, log_concentration = jnp.split(prediction, 2, axis=-1)
-            return jnp.concatenate([2 * jnp.sqrt(mean), log_concentration], axis=-1)
+            return self._on_locations(lambda mean: 2 * jnp.sqrt(mean), prediction)
         root = jnp.sqrt(jnp.asarray(self.concentration))
         return 2 * root * jnp.arcsinh(jnp.sqrt(prediction) / root)
 
     def unstabilize(self, stabilized):
+        positive = lambda x: jnp.maximum(x, 0)
         if self.concentration is None:
-            of_mean, log_concentration = jnp.split(stabilized, 2, axis=-1)
-            return jnp.concatenate([jnp.maximum(of_mean, 0) ** 2 / 4, log_concentration], axis=-1)
+            return self._on_locations(lambda x: positive(x) ** 2 / 4, stabilized)
         root = jnp.sqrt(jnp.asarray(self.concentration))
-        return (root * jnp.sinh(jnp.maximum(stabilized, 0) / (2 * root))) ** 2
+        return (root * jnp.sinh(positive(stabilized) / (2 * root))) ** 2
 
     def check(self, ys):
         _check_counts(ys, "NegativeBinomial")
@@ -109,7 +108,5 @@ def _concentration_information(mean: Float[Array, "... K"], concentration: Float
 
 
 def _check_counts(ys: Float[np.ndarray, "N T K"], name: str) -> None:
-    wrong = ((ys < 0) | (ys != np.round(ys))) & ~np.isnan(ys)
-    if np.any(wrong):
-        index = tuple(int(i) for i in np.argwhere(wrong)[0])
-        raise LaplodeError(f"`ys` must hold counts under a {name} likelihood, but ys{list(index)} = {ys[index]}.")
+    good = np.isnan(ys) | ((ys >= 0) & (ys == np.round(ys)))
+    check_values(ys, good, f"hold counts under a {name} likelihood")

@@ -2,13 +2,13 @@
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from .._errors import LaplodeError
 from .._late import dist
@@ -88,16 +88,16 @@ class AbstractLikelihood(Shown):
         """Of each of K channels what is known of the noise scale that the likelihood holds; None without one."""
         return (None,) * channels
 
-    def scaled(self, by: Float[Array, "*K"]) -> Self:
+    def scaled(self, by: Float[Array, "*K"]) -> "AbstractLikelihood":
         """The likelihood with its noise scales times `by`: one number, or one for each channel."""
         return self
 
-    def found(self) -> Self:
+    def found(self) -> "AbstractLikelihood":
         """The likelihood with learned noise scales, which are given from here on."""
         return self
 
     @abc.abstractmethod
-    def with_data(self, data: Trajectories) -> Self:
+    def with_data(self, data: Trajectories) -> "AbstractLikelihood":
         """The likelihood as it is for the channels of these data.
 
         **Raises:** `LaplodeError` when it does not fit them.
@@ -126,6 +126,13 @@ class AbstractLikelihood(Shown):
                 "any value. Leave `scale` out."
             )
         return self
+
+
+def check_values(ys: Float[np.ndarray, "N T K"], good: Bool[np.ndarray, "N T K"], what: str, cure: str = "") -> None:
+    """Raise `LaplodeError` about the first observation that is not `good`."""
+    if not np.all(good):
+        index = tuple(map(int, np.argwhere(~good)[0]))
+        raise LaplodeError(f"`ys` must {what}, but ys{list(index)} = {ys[index]}.{cure}")
 
 
 def check_scale_fits(scale: Any, shape: tuple[int, int, int]) -> None:
@@ -162,6 +169,13 @@ class AbstractFamily(AbstractLikelihood):
         possible = ~jnp.isnan(ys) | _has_density(self, jax.lax.stop_gradient(prediction), value)
         location = jnp.where(possible, prediction[..., :channels], value)
         return jnp.concatenate([location, prediction[..., channels:]], axis=-1)
+
+    def _on_locations(self, function: Callable[[Array], Array], prediction: Float[Array, "... F"]) -> Array:
+        """A function of the locations, beside the other parameters where these are predicted."""
+        if len(self.channel_of(1)) == 1:
+            return function(prediction)
+        locations, others = jnp.split(prediction, 2, axis=-1)
+        return jnp.concatenate([function(locations), others], axis=-1)
 
     def with_data(self, data):
         channels = data.ys.shape[2]

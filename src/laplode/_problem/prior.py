@@ -1,7 +1,7 @@
 """What is known of the parameters before the data."""
 
 import abc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -107,7 +107,7 @@ class AbstractPrior(Shown):
     """p(θ), with what the rest of laplode asks of it. A `view` is a model's `Parameters`."""
 
     # The named distributions that say in which coordinates θ is unconstrained, if there are any.
-    coordinates: eqx.AbstractVar["NamedPriors | None"]
+    coordinates: eqx.AbstractVar["AbstractPrior | None"]
 
     def distribution_of(self, name: str) -> "dist.Distribution | None":
         """The distribution that the leaf `name` has for itself."""
@@ -257,12 +257,12 @@ class GaussianPrior(AbstractPrior):
     @eqx.filter_jit
     def local(self, view, linear=None):
         (mean, precision), theta = self.spread(view), view.vector
-        density = jnp.sum(_log_normal(theta, mean, precision))
+        density = jnp.sum(log_normal(theta, mean, precision))
         return LocalPrior(density, precision * (theta - mean), precision, 0 * theta, jnp.zeros((0, theta.size)))
 
     @eqx.filter_jit
     def log_density(self, view, theta):
-        return jnp.sum(_log_normal(theta, *self.spread(view)), axis=-1)
+        return jnp.sum(log_normal(theta, *self.spread(view)), axis=-1)
 
     @eqx.filter_jit
     def sample(self, view, key, n):
@@ -282,202 +282,14 @@ class GaussianPrior(AbstractPrior):
         return eqx.tree_at(lambda prior: prior.precision, self, grouping.form(view, values))
 
 
-def _log_normal(theta: Float[Array, "... P"], mean: Float[Array, " P"], precision: Float[Array, " P"]):
+def log_normal(theta: Float[Array, "... P"], mean: Float[Array, " P"], precision: Float[Array, " P"]):
     """log Normal of each entry."""
     return 0.5 * (jnp.log(precision / (2 * jnp.pi)) - precision * (theta - mean) ** 2)
-
-
-class NamedPriors(AbstractPrior):
-    """Distributions of parameters by name, and a Gaussian for the rest.
-
-    Where a distribution lives on a part of the numbers (a rate is positive, a fraction lies between 0 and 1), its
-    parameter enters θ in NumPyro's unconstrained coordinate, such as its logarithm: there the posterior is taken to be
-    Gaussian, with the Jacobian of the transformation in its density.
-
-    ```python
-    laplode.NamedPriors({"vector_field.rate": dist.LogNormal(-0.5, 0.5), "scale": dist.HalfNormal(1.0)}, rest=1.0)
-    ```
-
-    **Arguments:**
-
-    - `named`: path of a leaf of the model, or of a part of it, such as `vector_field.rate` or
-        `vector_field.rates[0]`, → NumPyro distribution of its numbers one by one, of a batch shape that fits the
-        leaf's. `posterior.parameters.leaves` lists the paths.
-    - `rest`: a `GaussianPrior`, or its precision, for all other parameters.
-
-    **Raises:** `LaplodeError` when a distribution is not one of single real numbers.
-    """
-
-    named: "dict[str, dist.Distribution]"
-    rest: GaussianPrior | None
-
-    def __init__(self, named: "Mapping[str, dist.Distribution]", rest: Any = None):
-        if not isinstance(named, Mapping) or not named:
-            raise LaplodeError(
-                '`named` must map paths of leaves to NumPyro distributions, as in {"vector_field.rate": '
-                f"dist.LogNormal(0, 1)}}; got {named!r}."
-            )
-        for name, each in named.items():
-            if not isinstance(name, str) or not isinstance(each, dist.Distribution):
-                raise LaplodeError(
-                    f"`named`[{name!r}] must be the NumPyro distribution of the leaf of that path, got "
-                    f"{type(each).__name__}."
-                )
-            if isinstance(each, dist.Delta):
-                raise LaplodeError(
-                    f"`named`[{name!r}] is a Delta, which has no width: hold the parameter with `where`, or write it "
-                    "as a number in the model."
-                )
-            if each.event_shape or each.is_discrete:
-                raise LaplodeError(
-                    f"`named`[{name!r}] must be a distribution of real numbers one by one, but it is "
-                    + ("discrete." if each.is_discrete else f"of arrays of shape {each.event_shape}.")
-                )
-        if rest is not None and not isinstance(rest, GaussianPrior):
-            rest = GaussianPrior(rest)
-        # Arrays, not Python floats: with these, each new value would be compiled anew.
-        as_array = lambda x: jnp.asarray(x, dtype=float) if isinstance(x, float | int) else x
-        self.named = {name: jax.tree.map(as_array, each) for name, each in named.items()}
-        self.rest = rest
-
-    @property
-    def coordinates(self):
-        """Itself: each named distribution says on which numbers its parameter lives."""
-        return self
-
-    def distribution_of(self, name):
-        return next((each for path, each in self.named.items() if is_at(name, path)), None)
-
-    def transform_of(self, name, values):
-        prior = self.distribution_of(name)
-        if prior is None:
-            return None
-        try:
-            fits = jnp.broadcast_shapes(prior.batch_shape, values.shape) == values.shape
-        except ValueError:
-            fits = False
-        if not fits:
-            raise LaplodeError(
-                f"The prior of {name} has batch shape {prior.batch_shape}, which does not fit the parameter's shape "
-                f"{values.shape}."
-            )
-        transform = dist.biject_to(prior.support)
-        free = transform.inv(values)  # pyright: ignore[reportAttributeAccessIssue]
-        if not np.all(np.isfinite(free)) or not np.all(np.isfinite(prior.log_prob(values))):
-            raise LaplodeError(
-                f"`model` has {name} = {np.asarray(values)}, at which its prior, {type(prior).__name__}, has no "
-                "density: start from values inside of its support."
-            )
-        return None if isinstance(transform, dist.transforms.IdentityTransform) else transform
-
-    def check(self, view):
-        names = view.names_in_model
-        for path in self.named:
-            if not any(is_at(name, path) for name in names):
-                raise LaplodeError(
-                    f"`named`[{path!r}] of the prior is no parameter of the model. Its parameters are: "
-                    f"{', '.join(names)}."
-                )
-        for name in names:
-            paths = [path for path in self.named if is_at(name, path)]
-            if len(paths) > 1:
-                raise LaplodeError(f"`named` of the prior has {name} twice, as {' and as '.join(paths)}.")
-        unnamed = np.flatnonzero(~self._is_named(view))
-        if self.rest is not None:
-            self.rest.check(view)
-        elif unnamed.size:
-            raise LaplodeError(
-                f"`rest` of the prior is missing, and it says nothing of {', '.join(view.names(unnamed)[:5])}: give "
-                "NamedPriors(named, rest=precision) for all that is not named."
-            )
-
-    def _each(
-        self, view: Any
-    ) -> Iterator["tuple[dist.Distribution, dist.transforms.Transform | None, tuple[int, ...], slice]"]:
-        """Of each leaf with a distribution of its own: that, its transform, its shape, its place in θ."""
-        for (name, shape, start, stop), transform in zip(view.leaves, view.transforms, strict=True):
-            if (found := self.distribution_of(name)) is not None:
-                yield found, transform, shape, slice(start, stop)
-
-    def _is_named(self, view: Any) -> Bool[np.ndarray, " P"]:
-        named = np.zeros(view.size, bool)
-        for *_, place in self._each(view):
-            named[place] = True
-        return named
-
-    def _spread(self, view: Any) -> tuple[Float[Array, " P"], Float[Array, " P"]]:
-        """Mean and precision of the rest; 0 and 1 where all have distributions of their own."""
-        return (jnp.zeros(view.size), jnp.ones(view.size)) if self.rest is None else self.rest.spread(view)
-
-    @eqx.filter_jit
-    def local(self, view, linear=None):
-        (mean, precision), theta = self._spread(view), view.vector
-        gradient, deficit = precision * (theta - mean), jnp.zeros_like(theta)
-        for each, transform, shape, place in self._each(view):
-            free = theta[place]
-            slope, bend = _derivatives(each, transform, free.reshape(shape))
-            # Where the density bends upward, or is flat, the metric is on the scale on which it changes.
-            scale = slope**2 + jnp.abs(bend)
-            scale = jnp.where(scale > 0, scale, jnp.where(free == 0, 1, 1 / jnp.where(free == 0, 1, free) ** 2))
-            metric = jnp.where(bend < 0, -bend, scale)
-            gradient = gradient.at[place].set(-slope)
-            precision = precision.at[place].set(metric)
-            deficit = deficit.at[place].set(metric + bend)
-        return LocalPrior(self.log_density(view, theta), gradient, precision, deficit, jnp.zeros((0, theta.size)))
-
-    @eqx.filter_jit
-    def log_density(self, view, theta):
-        terms = jnp.where(self._is_named(view), 0, _log_normal(theta, *self._spread(view)))
-        total = jnp.sum(terms, axis=-1)
-        for each, transform, shape, place in self._each(view):
-            values = _density(each, transform)(theta[..., place].reshape(*theta.shape[:-1], *shape))
-            total += jnp.sum(values.reshape(*theta.shape[:-1], -1), axis=-1)
-        return total
-
-    @eqx.filter_jit
-    def sample(self, view, key, n):
-        mean, precision = self._spread(view)
-        draws = mean + jax.random.normal(key, (n, view.size)) / jnp.sqrt(precision)
-        for i, (each, transform, shape, place) in enumerate(self._each(view)):
-            spread_out = each.expand(jnp.broadcast_shapes(each.batch_shape, shape))
-            values = jnp.asarray(spread_out.sample(jax.random.fold_in(key, i), (n,)))
-            free = values if transform is None else jnp.asarray(transform.inv(values))
-            draws = draws.at[:, place].set(free.reshape(n, -1))
-        return draws
-
-    def tunable(self, view):
-        return ~self._is_named(view)
-
-    def at(self, view, grouping, log_values):
-        if self.rest is None:
-            return self
-        rest = self.rest.with_precisions(view, grouping, log_values, self.groups(view, grouping))
-        return eqx.tree_at(lambda prior: prior.rest, self, rest)
 
 
 def is_at(name: str, path: str) -> bool:
     """Whether the leaf `name` is, or is part of, what stands at `path`."""
     return name == path or name.startswith((f"{path}.", f"{path}["))
-
-
-def _density(prior: "dist.Distribution", transform: "dist.transforms.Transform | None") -> Callable[[Array], Array]:
-    """log p of each number in its unconstrained coordinate."""
-
-    def log_prob(free):
-        if transform is None:
-            return jnp.asarray(prior.log_prob(free))
-        return jnp.asarray(prior.log_prob(transform(free)) + transform.log_abs_det_jacobian(free, transform(free)))
-
-    return log_prob
-
-
-def _derivatives(
-    prior: "dist.Distribution", transform: "dist.transforms.Transform | None", free: Array
-) -> tuple[Array, Array]:
-    """The first and second derivative of log p of each number."""
-    slope = lambda x: jax.grad(lambda x: jnp.sum(_density(prior, transform)(x)))(x)
-    first, second = jax.jvp(slope, (free,), (jnp.ones_like(free),))
-    return first.ravel(), second.ravel()
 
 
 class PosteriorPrior(AbstractPrior):
@@ -492,7 +304,7 @@ class PosteriorPrior(AbstractPrior):
     rows: Float[Array, "R P"]
     log_det: Float[Array, ""]
     leaves: tuple[tuple[str, tuple[int, ...]], ...] = eqx.field(static=True)
-    coordinates: NamedPriors | None
+    coordinates: AbstractPrior | None
 
     def check(self, view):
         leaves = tuple(leaf[:2] for leaf in view.leaves)

@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -16,7 +15,7 @@ from jaxtyping import Array, Float
 from .._checks import check_flag, check_positive, real_array
 from .._errors import LaplodeError
 from .._late import dist
-from .likelihood import AbstractFamily, Noise, check_scale_fits
+from .likelihood import AbstractFamily, Noise, check_scale_fits, check_values
 
 
 class AbstractScaleLikelihood(AbstractFamily):
@@ -169,11 +168,6 @@ class AbstractNormal(AbstractScaleLikelihood):
     def scalable(self):
         return self.scale is not None and not self.censored
 
-    def _beyond(self, ys) -> tuple[Array, Array]:
-        """Where observations are at or beyond the lower and the upper limit."""
-        below = jnp.zeros(jnp.shape(ys), bool) if self.lower is None else ys <= self.lower
-        return below, jnp.zeros(jnp.shape(ys), bool) if self.upper is None else ys >= self.upper
-
     def _margins(self, location, scale) -> tuple[Array | None, Array | None]:
         """How far the limits lie above the location, in scales."""
         margin = lambda limit: None if limit is None else (self.normal(limit) - self.normal(location)) / scale
@@ -190,10 +184,9 @@ class AbstractNormal(AbstractScaleLikelihood):
         prediction = self._possible(prediction, ys)
         inside = super().log_prob(prediction, jnp.clip(ys, self.lower, self.upper))
         lower, upper = self._margins(*self.parts(prediction))
-        below, above = self._beyond(ys)
         if lower is not None:
-            inside = jnp.where(below, log_ndtr(lower), inside)
-        return inside if upper is None else jnp.where(above, log_ndtr(-upper), inside)
+            inside = jnp.where(ys <= self.lower, log_ndtr(lower), inside)
+        return inside if upper is None else jnp.where(ys >= self.upper, log_ndtr(-upper), inside)
 
     def information(self, location, scale):
         slope = jax.jvp(self.normal, (location,), (jnp.ones_like(location),))[1]
@@ -211,12 +204,6 @@ class AbstractNormal(AbstractScaleLikelihood):
 
     def unstabilize(self, stabilized):
         return self._on_locations(self.unnormal, stabilized)
-
-    def _on_locations(self, function: Callable[[Array], Array], prediction: Float[Array, "... F"]) -> Array:
-        if self.scale is not None:
-            return function(prediction)
-        location, log_scale = jnp.split(prediction, 2, axis=-1)
-        return jnp.concatenate([function(location), log_scale], axis=-1)
 
 
 def _check_limits(lower: Any, upper: Any, scale: Any, positive: bool) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -311,12 +298,8 @@ class LogNormal(AbstractNormal):
 
     def check(self, ys):
         seen = np.full(ys.shape, True) if self.lower is None else ys > self.lower
-        if np.any(wrong := seen & (ys <= 0)):
-            index = tuple(int(i) for i in np.argwhere(wrong)[0])
-            raise LaplodeError(
-                f"`ys` must be positive under a LogNormal likelihood, but ys{list(index)} = {ys[index]}. What lies "
-                "below a detection limit is told by LogNormal(scale, lower=limit)."
-            )
+        what, cure = "be positive under a LogNormal likelihood", "What lies below a detection limit is told by"
+        check_values(ys, ~seen | ~(ys <= 0), what, f" {cure} LogNormal(scale, lower=limit).")
 
 
 class StudentT(AbstractScaleLikelihood):

@@ -1,14 +1,11 @@
-"""Posteriors and predictions as an ArviZ DataTree. The only module that knows ArviZ's data model.
+"""Posteriors and predictions as an ArviZ DataTree. Only this module and `layout` know ArviZ's data model.
 
 ArviZ 0.23 (`arviz.preview`, Python 3.11) and ArviZ 1.x are both made of arviz-base, which is used here directly.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
-import arviz_base
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,27 +13,28 @@ import xarray as xr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_count, check_from, check_key
-from .._errors import LaplodeError, LaplodeWarning, choose
+from .._errors import LaplodeError, choose, warn
 from .._fit.result import Fit
-from .._model.neural_ode import NeuralODE
-from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
 from .._predict.predictions import Predictions, with_noise
 from .._predict.solves import in_batches, solve_at
 from .._problem.data import Trajectories
-
-_CELLS = ["trajectory", "time", "channel"]
-
-
-_SAMPLE = ["chain", "draw"]
-
+from .layout import (
+    Layout,
+    check_coords,
+    constant_group,
+    data_groups,
+    dataset_of,
+    key_attrs,
+    log_likelihood_group,
+    parameters_group,
+    posterior_attrs,
+    predictive_group,
+    summarize,
+)
 
 # Up to so many parameters each has its own row in a summary.
 _MOST_ROWS = 1000
-
-
-# Arrays of more entries than this become three numbers when parameters are summarized.
-_SHORT = 10
 
 
 # Entries of parameter vectors drawn at once.
@@ -125,15 +123,15 @@ def to_datatree(
         assert key is not None
         blocks = _blocks(posterior.sample, jax.random.fold_in(key, 1), num_samples, posterior.size)
         values = _joined([summarize(posterior.parameters, thetas[None], layout) for thetas, _ in blocks])
-        groups = {"posterior": _parameters(values, layout, {**basis, **_key_attrs(key)})}
+        groups = {"posterior": parameters_group(values, layout, {**basis, **key_attrs(key)})}
     if key is not None:
-        attrs = {**layout.attrs, **_key_attrs(key)}
+        attrs = {**layout.attrs, **key_attrs(key)}
         groups |= _prior(posterior, layout, attrs, key, num_samples, prior_predictive, progress)
-    groups |= _data(posterior.problem.data, layout)
+    groups |= data_groups(posterior.problem.data, layout)
     if fits:
         groups["fit_history"] = _history(fits, posterior.problem.data, layout.attrs)
     for name, given in sets.items():
-        inside = _arrived(posterior, given, layout, basis) | _data(posterior.problem.data, layout)
+        inside = _arrived(posterior, given, layout, basis) | data_groups(posterior.problem.data, layout)
         groups |= {f"{name}/{group}": dataset for group, dataset in inside.items()}
     return xr.DataTree.from_dict(groups)
 
@@ -174,158 +172,6 @@ def _check_predictions(name: str, given: Any) -> None:
         )
 
 
-# ---- What all groups share
-
-
-class Layout(NamedTuple):
-    """How draws are laid out: dims of named variables, coordinates, and attributes of every group."""
-
-    parameters: str
-    dims: dict[str, list[str]]
-    coords: dict[str, Any]
-    attrs: dict[str, Any]
-
-    @classmethod
-    def of(cls, posterior: Posterior, parameters: str, coords: dict[str, Any]) -> "Layout":
-        """`parameters` is "all" or "layers"; `coords` holds trajectory and channel, and state where there is one."""
-        attrs = {"inference_library": "laplode", "inference_library_version": version("laplode")}
-        model = posterior.parameters.model
-        dims = {}
-        if isinstance(model, NeuralODE) and model.y0 is not None:
-            dims["y0"] = ["state"] if model.y0.ndim == 1 else ["trajectory", "state"]
-        if isinstance(model, NeuralODE) and model.scale is not None and model.scale.size == len(coords["channel"]):
-            dims["scale"] = ["channel"]
-        if parameters == "layers":
-            leaves = posterior.parameters.leaves
-            dims |= {name: ["statistic"] for name, _, start, stop in leaves if stop - start > _SHORT}
-        return cls(parameters, dims, {**coords, "statistic": ["mean", "std", "norm"]}, attrs)
-
-
-def check_coords(coords: Mapping[str, Sequence[Any]], posterior: Posterior) -> dict[str, Any]:
-    """Names, given or numbered, of trajectories, channels and states.
-
-    **Raises:** `LaplodeError` when they do not fit.
-    """
-    if not isinstance(coords, Mapping):
-        raise LaplodeError(f'`coords` must map names such as "channel" to lists, got {coords!r}.')
-    data, model = posterior.problem.data, posterior.parameters.model
-    named = {"trajectory": data.trajectories, "channel": data.channels}
-    coords = {name: names for name, names in named.items() if names is not None} | dict(coords)
-    neural = isinstance(model, NeuralODE)
-    num_states = posterior.flow.num_states or (0 if data.y0 is None else data.y0.shape[1])
-    lengths = {"trajectory": data.ys.shape[0], "channel": data.ys.shape[2], "state": num_states}
-    for name, values in coords.items():
-        if name not in lengths:
-            raise LaplodeError(
-                f'`coords` may name "trajectory", "channel" and "state", got {name!r}. Times come with the data.'
-            )
-        if len(values) != lengths[name]:
-            raise LaplodeError(f"`coords` has {len(values)} names for {name}, but there are {lengths[name]}.")
-    if neural and model.observe is None and "channel" in coords:  # then a channel is a state
-        coords = {"state": coords["channel"], **coords}
-    return {name: np.asarray(coords.get(name, np.arange(length))) for name, length in lengths.items() if length}
-
-
-def _time_coords(ts: Float[np.ndarray, "N T"]) -> dict[str, Any]:
-    """The times themselves where trajectories share them; otherwise indices, with the times in constant_data."""
-    shared = bool(np.all(ts == ts[0]))
-    return {"time": ts[0] if shared else np.arange(ts.shape[1])}
-
-
-def posterior_attrs(posterior: Posterior) -> dict[str, Any]:
-    """What a posterior is and how it was found, as attributes that any file format takes."""
-    diagnostics = posterior.diagnostics
-    return {
-        "curvature": posterior.curvature.name,
-        "structure": posterior.structure.name,
-        "regularization": "none" if diagnostics.regularized is None else diagnostics.regularized.kind,
-        "newton_decrement": float(diagnostics.newton_decrement),
-        "effective_dof": float(diagnostics.effective_dof),
-        "num_parameters": posterior.size,
-    }
-
-
-def _key_attrs(key: PRNGKeyArray | None) -> dict[str, Any]:
-    if key is None:
-        return {}
-    data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    return {"key": [int(word) for word in np.asarray(data).ravel()], "key_impl": str(jax.random.key_impl(key))}
-
-
-def _dataset(variables, coords, dims, attrs, sample_dims: Sequence[str] = _SAMPLE) -> xr.Dataset:
-    # A slash, as Haiku and Flax have in their names, is a path to xarray.
-    variables, dims = ({name.replace("/", "."): x for name, x in each.items()} for each in (variables, dims))
-    used = {dim for name in variables for dim in dims.get(name, ())}
-    return arviz_base.dict_to_dataset(
-        {name: np.asarray(value) for name, value in variables.items()},
-        coords={name: value for name, value in coords.items() if name in used},
-        dims={name: dim for name, dim in dims.items() if name in variables},
-        sample_dims=list(sample_dims),
-        attrs=attrs,
-    )
-
-
-# ---- Groups, of arrays that are ready. C chains of S draws.
-
-
-def summarize(view: Parameters, thetas: Float[Array, "C S P"], layout: Layout) -> dict[str, Array]:
-    """Draws of each leaf as the model knows it, (C, S, ...), or, where `layout` has them so, of its mean, standard
-    deviation and norm, (C, S, 3).
-    """
-    known = jax.vmap(jax.vmap(lambda theta: view.constrained(view.with_vector(theta))))
-    values = {}
-    for (name, *_), leaf in zip(view.leaves, jax.tree.leaves(known(thetas)), strict=True):
-        if layout.dims.get(name) == ["statistic"]:
-            leaf = leaf.reshape(*thetas.shape[:-1], -1)
-            some = (jnp.mean(leaf, axis=-1), jnp.std(leaf, axis=-1), jnp.linalg.norm(leaf, axis=-1))
-            values[name] = jnp.stack(some, axis=-1)
-        else:
-            values[name] = leaf
-    return values
-
-
-def _parameters(values: dict[str, Array], layout: Layout, attrs: dict[str, Any]) -> xr.Dataset:
-    """`posterior` or `prior`, of what `summarize` returns."""
-    return _dataset(values, layout.coords, layout.dims, {**attrs, "parameters": layout.parameters})
-
-
-def _predictive(draws: dict[str, Any], ts: Float[np.ndarray, "N T"], layout: Layout, attrs) -> xr.Dataset:
-    """Draws at `ts`, (C, S, N, T, K), by name: "y" with noise, "f" without, and maybe "scale", that of the noise, and
-    "y0", initial states (C, S, N, D). `layout.coords` names trajectories, channels and states.
-    """
-    dims = {name: ["trajectory", "state"] if name == "y0" else _CELLS for name in draws}
-    return _dataset(draws, {**layout.coords, **_time_coords(ts)}, dims, attrs)
-
-
-def _log_likelihood(values: Float[np.ndarray, "C S N T K"], data: Trajectories, layout: Layout, attrs) -> xr.Dataset:
-    """Of each observation that is there and that the draws have any influence on."""
-    # A missing value has no likelihood, and one that no parameter changes, as at the time of a given initial state,
-    # says nothing about them: az.loo fails on the first as NaN and on the second for want of a tail to fit.
-    varies = np.ptp(values, axis=(0, 1)) > 1e-12 * (1 + np.abs(values[0, 0]))
-    informative = data.observed & (varies | (values[..., 0, 0, 0].size == 1))
-    grid = {**layout.coords, **_time_coords(data.ts)}
-    if np.all(informative):
-        return _dataset({"y": values}, grid, {"y": _CELLS}, attrs)
-    where = np.nonzero(informative)
-    dataset = _dataset({"y": values[:, :, *where]}, {}, {"y": ["observation"]}, attrs)
-    labels = {dim: ("observation", grid[dim][index]) for dim, index in zip(_CELLS, where, strict=True)}
-    return dataset.assign_coords(labels)
-
-
-def _data(data: Trajectories, layout: Layout) -> dict[str, xr.Dataset]:
-    """`observed_data` and `constant_data`."""
-    grid = {**layout.coords, **_time_coords(data.ts)}
-    observed = _dataset({"y": data.ys}, grid, {"y": _CELLS}, layout.attrs, sample_dims=[])
-    return {"observed_data": observed, "constant_data": _constant(data.ts, data.y0, data.dates(data.ts), layout)}
-
-
-def _constant(ts: Float[np.ndarray, "N T"], y0: Any, dates: np.ndarray | None, layout: Layout) -> xr.Dataset:
-    variables = {"ts": ts} | ({} if y0 is None else {"y0": y0})
-    dims = {"ts": ["trajectory", "time"], "y0": ["trajectory", "state"]}
-    dataset = _dataset(variables, {**layout.coords, **_time_coords(ts)}, dims, layout.attrs, sample_dims=[])
-    return dataset if dates is None else dataset.assign_coords(date=(dims["ts"], dates))
-
-
 # ---- Groups, of what laplode returns
 
 
@@ -340,21 +186,21 @@ def _groups(
     """The groups that predictions of the same draws make; `chained` turns (S, ...) into (C, S, ...)."""
     data, first = posterior.problem.data, predictions[0]
     groups = {
-        "posterior": _parameters(summarize(posterior.parameters, chained(first.thetas), layout), layout, attrs),
-        "sample_stats": _dataset(stats, {}, {}, attrs),
+        "posterior": parameters_group(summarize(posterior.parameters, chained(first.thetas), layout), layout, attrs),
+        "sample_stats": dataset_of(stats, {}, {}, attrs),
     }
     for item in predictions:
-        drawn = {**attrs, "method": item.method, **_key_attrs(item.key)}
+        drawn = {**attrs, "method": item.method, **key_attrs(item.key)}
         draws = {"y": item.y, "f": item.f, "scale": item.scale, "y0": item.y0}
         draws = {name: chained(values) for name, values in draws.items() if values is not None}
         same = item.ts.shape[0] == data.ts.shape[0]
         there = layout._replace(coords={name: of for name, of in layout.coords.items() if same or name != "trajectory"})
-        group = _predictive(draws, item.ts, there, drawn)
+        group = predictive_group(draws, item.ts, there, drawn)
         if item.observed_grid:
-            density = _log_likelihood(chained(np.asarray(item.log_likelihood)), data, layout, drawn)
+            density = log_likelihood_group(chained(np.asarray(item.log_likelihood)), data, layout, drawn)
             groups |= {"posterior_predictive": group, "log_likelihood": density}
         else:
-            constant = _constant(item.ts, None, data.dates(item.ts), there)
+            constant = constant_group(item.ts, None, data.dates(item.ts), there)
             groups |= {"predictions": group, "predictions_constant_data": constant}
     return groups
 
@@ -368,14 +214,13 @@ def _arrived(
     if not np.any(ok):
         raise LaplodeError("`predictions` hold no draw whose solve succeeded; there is nothing to show.")
     if not np.all(ok):
-        warnings.warn(
+        warn(
             f"{np.sum(~ok)} of {ok.size} draws have no finite trajectory and are left out of the DataTree "
             "(the attribute num_failed keeps their number).",
-            LaplodeWarning,
-            stacklevel=3,
+            level=3,
         )
     kept = (lambda x: x[None]) if np.all(ok) else (lambda x: x[ok][None])
-    attrs = {**basis, **_key_attrs(first.key), "method": first.method, "num_failed": int(np.sum(~ok))}
+    attrs = {**basis, **key_attrs(first.key), "method": first.method, "num_failed": int(np.sum(~ok))}
     stats = {"success": kept(first.ok)}
     weighed = next((item for item in predictions if item.khat is not None), None)
     if weighed is not None:
@@ -400,7 +245,9 @@ def chains_to_datatree(
     layout = Layout.of(posterior, "all", check_coords(coords, posterior))._replace(attrs=attrs)
     chains = len(next(iter(stats.values())))
     chained = lambda x: x.reshape(chains, -1, *x.shape[1:])
-    groups = _groups(posterior, predictions, chained, stats, layout, attrs) | _data(posterior.problem.data, layout)
+    groups = _groups(posterior, predictions, chained, stats, layout, attrs) | data_groups(
+        posterior.problem.data, layout
+    )
     if num_prior:
         groups |= _prior(posterior, layout, attrs, key, num_prior, False, False)
     return xr.DataTree.from_dict(groups)
@@ -432,7 +279,7 @@ def _prior(posterior, layout, attrs, key, num, push, progress) -> dict[str, xr.D
             f = in_batches(solve, thetas, "Solving at draws of the prior" if progress else None)
             everywhere = jnp.ones(f.shape[1:], bool)
             trajectories.append(with_noise(problem.likelihood, everywhere, f, jnp.ones(len(f), bool), key_noise))
-    groups = {"prior": _parameters(_joined(parts), layout, attrs)}
+    groups = {"prior": parameters_group(_joined(parts), layout, attrs)}
     if not push:
         return groups
     ok, f, y = (jnp.concatenate(some) for some in zip(*trajectories, strict=True))
@@ -443,7 +290,7 @@ def _prior(posterior, layout, attrs, key, num, push, progress) -> dict[str, xr.D
         )
     attrs = {**attrs, "num_failed": int(np.sum(~ok))}
     f = f[..., : y.shape[-1]]  # without the noise scale, where the model predicts one
-    group = _predictive({"y": y[ok][None], "f": f[ok][None]}, data.ts, layout, attrs)
+    group = predictive_group({"y": y[ok][None], "f": f[ok][None]}, data.ts, layout, attrs)
     groups["prior_predictive"] = group.assign_coords(draw=np.flatnonzero(ok))  # of these draws in `prior`
     return groups
 
@@ -460,7 +307,7 @@ def _history(fits: Sequence[Fit], data: Trajectories, attrs: dict[str, Any]) -> 
     variables = {"loss": losses, "fit": number, "num_times": num_times}
     told = ("loss", "reason", "steps", "newton_steps", "newton_decrement", "num_negative")
     stats = {f"fit_{name}": value for name in told if (value := getattr(fits[-1], name)) is not None}
-    dataset = _dataset(
+    dataset = dataset_of(
         {name: np.concatenate(parts) for name, parts in variables.items()},
         {},
         {name: ["step"] for name in variables},

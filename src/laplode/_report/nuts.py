@@ -18,15 +18,18 @@ from numpyro.infer.util import ParamInfo
 
 from .._algebra.precision import AbstractPrecision
 from .._checks import check_count, check_flag, check_fraction, check_from, check_key, check_x64, real_array
-from .._errors import LaplodeError, LaplodeWarning, choose
+from .._errors import LaplodeError, choose, warn
 from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
 from .._predict.grid import Grid
 from .._predict.predict import predict_at
+from .._predict.predictions import Predictions
 from .._predict.solves import advice, log_joint_at
+from .._problem.likelihood import AbstractLikelihood
 from .._problem.problem import Problem
 from .._progress import tqdm
-from .datatree import chains_to_datatree, check_coords
+from .datatree import chains_to_datatree
+from .layout import check_coords
 
 # Above this the ranks of the chains differ too much (Vehtari et al., 2021).
 _RHAT = 1.01
@@ -121,71 +124,80 @@ def nuts(
     check_fraction("target_accept_prob", target_accept_prob)
     check_flag("dense_mass", dense_mass)
     vectorized = choose("chain_method", chain_method, {"vectorized": True, "sequential": False})
-    data = posterior.problem.data
     check_coords({} if coords is None else coords, posterior)
-    here = Grid.of(posterior, data.ts, None, None)
-    if ts is None and not (y0 is None and args is None):
-        raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
-    grids = [(here, here.likelihood(posterior, scale if ts is None else None))]
-    if ts is not None:
-        elsewhere = Grid.of(posterior, ts, y0, args)
-        grids.append((elsewhere, elsewhere.likelihood(posterior, scale)))
+    grids = _grids(posterior, ts, y0, args, scale)
     if not posterior.flow.has_reverse():
         raise LaplodeError(
             "`posterior` is of a model that can't be differentiated in reverse, which NUTS needs. Inside it, solve "
             "with Diffrax's default adjoint, or with adjoint=diffrax.DirectAdjoint()."
         )
 
-    key_starts, key_chains, key_here, key_elsewhere, key_prior = jax.random.split(key, 5)
+    key_starts, key_chains, *key_predictions, key_prior = jax.random.split(key, 5)
+    settings = _Settings(int(num_warmup), float(target_accept_prob), int(max_tree_depth), bool(dense_mass))
     with advice():
         target, first = _begin(posterior, starts, num_chains, key_starts)
-    settings = _Settings(int(num_warmup), float(target_accept_prob), int(max_tree_depth), bool(dense_mass))
-    keys = jax.random.split(key_chains, num_chains)
-    together = num_chains if vectorized else 1
-    parts, began, total = [], time.perf_counter(), (num_warmup + num_samples) * (num_chains // together)
-    with tqdm(total=total, desc="NUTS", unit="transition", disable=not progress) as bar, advice():
-        for i in range(0, num_chains, together):
-            chosen = slice(i, i + together)
-            some = jax.tree.map(lambda x, chosen=chosen: x[chosen], first)
-            parts.append(_run(target, settings, some, keys[chosen], num_samples, bar))
+        began = time.perf_counter()
+        keys = jax.random.split(key_chains, num_chains)
+        together = num_chains if vectorized else 1
+        trace = _sampled(target, settings, first, keys, num_samples, together, progress)
     seconds = time.perf_counter() - began
-    done = min(len(part.lp) for part in parts)
-    if done < num_samples:
-        warnings.warn(
-            f"Interrupted: each chain has {done} of {num_samples} draws after warmup.", LaplodeWarning, stacklevel=2
-        )
-    trace: _Trace = jax.tree.map(lambda *x: np.concatenate([a[:done] for a in x], axis=1).swapaxes(0, 1), *parts)
+    predictions = _predicted(posterior, grids, trace, key_predictions, progress)
+    attrs = _found(posterior, trace, settings, predictions[0]) | {"sampling_time": seconds}
+    stats = {name: getattr(trace, name) for name in _Trace._fields if name != "theta"}
+    stats["tree_depth"] = np.ceil(np.log2(trace.n_steps + 1)).astype(int)
+    return chains_to_datatree(posterior, predictions, stats, attrs, coords or {}, key_prior, num_prior)
 
+
+def _grids(posterior: Posterior, ts: Any, y0: Any, args: PyTree, scale: Any) -> list[tuple[Grid, AbstractLikelihood]]:
+    """The times of the data and those that are asked for beside them, with the likelihood there."""
+    if ts is None and not (y0 is None and args is None):
+        raise LaplodeError("`ts` is missing: `y0` and `args` are for predictions at these times.")
+    grids = [Grid.of(posterior, posterior.problem.data.ts, None, None)]
+    if ts is not None:
+        grids.append(Grid.of(posterior, ts, y0, args))
+    return [(grid, grid.likelihood(posterior, scale if grid is grids[-1] else None)) for grid in grids]
+
+
+def _predicted(
+    posterior: Posterior,
+    grids: list[tuple[Grid, AbstractLikelihood]],
+    trace: "_Trace",
+    keys: list[PRNGKeyArray],
+    progress: bool,
+) -> list[Predictions]:
+    """Predictions on each grid, one chain after the other."""
     thetas = jnp.asarray(trace.theta).reshape(-1, posterior.size)
     options = {"method": "nuts", "progress": progress}
-    predicted, *others = [
+    found = [
         predict_at(posterior, grid, thetas, likelihood=likelihood, key=key, **options)
-        for (grid, likelihood), key in zip(grids, (key_here, key_elsewhere), strict=False)
+        for (grid, likelihood), key in zip(grids, keys, strict=False)
     ]
-    if others and not np.all(others[0].ok):
-        warnings.warn(
-            f"{int(np.sum(~others[0].ok))} of {len(thetas)} draws have no finite trajectory at `ts`, though they have "
-            "one at the times of the data: they are NaN.",
-            LaplodeWarning,
-            stacklevel=2,
-        )
-    f = np.asarray(predicted.f).reshape(num_chains, done, *data.ys.shape)
-    rhat, rhat_f = _rhat(np.asarray(trace.theta)), _rhat(f)
-    if done >= 4:  # a parameter that no chain has moved is not explored
+    for other in found[1:]:
+        if not np.all(other.ok):
+            warn(
+                f"{int(np.sum(~other.ok))} of {len(thetas)} draws have no finite trajectory at `ts`, though they have "
+                "one at the times of the data: they are NaN.",
+                level=3,
+            )
+    return found
+
+
+def _found(posterior: Posterior, trace: "_Trace", settings: "_Settings", predicted: Predictions) -> dict[str, Any]:
+    """How the chains agree, as attributes; warns where they do not."""
+    f = np.asarray(predicted.f)
+    rhat, rhat_f = _rhat(np.asarray(trace.theta)), _rhat(f.reshape(*trace.lp.shape, *f.shape[1:]))
+    if trace.lp.shape[1] >= 4:  # a parameter that no chain has moved is not explored
         rhat = np.where(np.isnan(rhat), np.inf, rhat)
     attrs = {
         "inference_library": "numpyro",
         "inference_library_version": version("numpyro"),
-        "sampling_time": seconds,
-        "tuning_steps": int(num_warmup),
+        "tuning_steps": settings.num_warmup,
         "num_divergences": int(np.sum(trace.diverging)),
         "max_rhat": _largest(rhat),
         "max_rhat_f": _largest(rhat_f),
     }
     _warn(posterior, trace, settings, rhat, attrs)
-    stats = {name: getattr(trace, name) for name in _Trace._fields if name != "theta"}
-    stats["tree_depth"] = np.ceil(np.log2(trace.n_steps + 1)).astype(int)
-    return chains_to_datatree(posterior, [predicted, *others], stats, attrs, coords or {}, key_prior, num_prior)
+    return attrs
 
 
 class _Settings(NamedTuple):
@@ -285,7 +297,7 @@ def _kernel(target: _Target, settings: _Settings):
 
 
 @eqx.filter_jit
-def _initial(target: _Target, settings: _Settings, first: ParamInfo, keys: PRNGKeyArray) -> HMCState:
+def _initial(target: _Target, settings: _Settings, first: ParamInfo, keys: Array) -> HMCState:
     return jax.vmap(_kernel(target, settings)[0])(first, keys)
 
 
@@ -312,9 +324,29 @@ def _advance(target: _Target, settings: _Settings, first: ParamInfo, keys, state
     return jax.lax.fori_loop(0, num, one, (state, empty))
 
 
-def _run(
-    target: _Target, settings: _Settings, first: ParamInfo, keys: PRNGKeyArray, num_samples: int, bar: tqdm
+def _sampled(
+    target: _Target,
+    settings: _Settings,
+    first: ParamInfo,
+    keys: Array,
+    num_samples: int,
+    together: int,
+    progress: bool,
 ) -> _Trace:
+    """What was drawn after warmup, chains before draws; so many chains at a time `together`."""
+    parts, total = [], (settings.num_warmup + num_samples) * (len(keys) // together)
+    with tqdm(total=total, desc="NUTS", unit="transition", disable=not progress) as bar:
+        for i in range(0, len(keys), together):
+            chosen = slice(i, i + together)
+            some = jax.tree.map(lambda x, chosen=chosen: x[chosen], first)
+            parts.append(_run(target, settings, some, keys[chosen], num_samples, bar))
+    done = min(len(part.lp) for part in parts)
+    if done < num_samples:
+        warn(f"Interrupted: each chain has {done} of {num_samples} draws after warmup.", level=3)
+    return jax.tree.map(lambda *x: np.concatenate([a[:done] for a in x], axis=1).swapaxes(0, 1), *parts)
+
+
+def _run(target: _Target, settings: _Settings, first: ParamInfo, keys: Array, num_samples: int, bar: tqdm) -> _Trace:
     """What was drawn after warmup, draws before chains."""
     state = _initial(target, settings, first, keys)
     kept, num = [], 1
@@ -357,21 +389,19 @@ def _largest(rhat: np.ndarray) -> float:
 
 def _warn(posterior: Posterior, trace: _Trace, settings: _Settings, rhat: np.ndarray, attrs: dict) -> None:
     if attrs["num_divergences"]:
-        warnings.warn(
+        warn(
             f"{attrs['num_divergences']} of {trace.diverging.size} transitions diverged, where the posterior bends "
             "more than a step can follow or a solve fails: the draws may miss a part of it. A higher "
             "`target_accept_prob` shortens the steps.",
-            LaplodeWarning,
-            stacklevel=3,
+            level=4,
         )
     if attrs["max_rhat"] > _RHAT or attrs["max_rhat_f"] > _RHAT:
         worst = posterior.parameters.name(int(np.nanargmax(rhat)))
         full = float(np.mean(trace.n_steps >= 2**settings.max_tree_depth - 1))
         trees = f" {full:.0%} of the transitions reached `max_tree_depth`." if full else ""
-        warnings.warn(
+        warn(
             f"The chains do not agree: r̂ is {attrs['max_rhat']:.3g} for {worst}, the worst parameter, and at most "
             f"{attrs['max_rhat_f']:.3g} for the predictions of the data, where it should be below {_RHAT}.{trees} Give "
             "more `num_warmup` and `num_samples`; weights that can be exchanged may disagree for good.",
-            LaplodeWarning,
-            stacklevel=3,
+            level=4,
         )

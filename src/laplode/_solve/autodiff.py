@@ -42,10 +42,14 @@ def _pull(flow: Any):
     return pull(predictions)
 
 
+def twice_along(function: Callable[[Array], Array], theta: Float[Array, " P"], direction: Float[Array, " P"]) -> Array:
+    """The second derivative of a function of θ along a direction."""
+    once = lambda at: jax.jvp(function, (at,), (direction,))[1]
+    return jax.jvp(once, (theta,), (direction,))[1]
+
+
 def _push_twice(flow: Any):
-    theta = flow.parameters.vector
-    once = lambda at: jax.jvp(flow, (at,), (theta,))[1]
-    return jax.jvp(once, (theta,), (theta,))
+    return twice_along(flow, flow.parameters.vector, flow.parameters.vector)
 
 
 def _has(derivative: Callable[[Any], Any], flow: Any) -> bool:

@@ -12,7 +12,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from .._errors import LaplodeError
 from .._model.parameters import Parameters
 from .._problem.problem import Problem
-from .maps import AbstractFlow, evaluate, linearize
+from .autodiff import twice_along
+from .flows import AbstractFlow
+from .maps import evaluate, linearize
 from .replay import Steps, _replay
 
 _CURE = (
@@ -186,5 +188,4 @@ def _in_predictions(around: AbstractFlow, informed: Bool[np.ndarray, "N T F"] | 
 def _second(flow: AbstractFlow) -> Array:
     """The second derivative of all predictions along one direction."""
     theta = flow.parameters.vector
-    ones = jnp.ones_like(theta)
-    return jax.jvp(lambda at: jax.jvp(flow, (at,), (ones,))[1], (theta,), (ones,))[1]
+    return twice_along(flow, theta, jnp.ones_like(theta))

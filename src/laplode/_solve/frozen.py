@@ -1,15 +1,13 @@
 """Parameters that derivatives do not see, although their values matter."""
 
-import warnings
-
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from .._errors import LaplodeError, LaplodeWarning
+from .._errors import LaplodeError, warn
 from .._problem.problem import Problem
-from .maps import AbstractFlow
+from .flows import AbstractFlow
 from .objective import value_and_gradient
 
 # How far a leaf is moved to see whether its values matter, as a part of its largest entry.
@@ -51,12 +49,11 @@ def unfrozen(around: AbstractFlow, problem: Problem, gradient: Float[Array, " P"
     frozen = tuple(name for name, _, start, stop in still if _is_frozen(around, problem, slice(start, stop)))
     if not frozen or len(frozen) == len(view.leaves):
         return around
-    warnings.warn(
+    warn(
         f"Parameters frozen by stop_gradient: {', '.join(frozen)}. Their values matter and their derivatives are "
         "exactly 0, so they are kept as they are, without uncertainty. (A jump whose place depends on a parameter has "
         "no derivative either.)",
-        LaplodeWarning,
-        stacklevel=3,
+        level=3,
     )
     return eqx.tree_at(lambda f: f.parameters, around, view.without(frozen))
 
@@ -66,7 +63,6 @@ def _is_frozen(around: AbstractFlow, problem: Problem, place: slice) -> bool:
     size = jnp.max(jnp.abs(theta[place]))
     pattern = 1 + jnp.arange(place.stop - place.start) % 3  # no symmetry of a layer survives unequal moves
     moved = theta.at[place].add(_MOVE * jnp.where(size > 0, size, 1) * pattern)
-    there = eqx.tree_at(lambda f: f.parameters.selected, around, around.parameters.with_vector(moved))
     value, _ = value_and_gradient(around, problem)
-    other, slope = value_and_gradient(there, problem)
+    other, slope = value_and_gradient(around.at(moved), problem)
     return not np.any(np.asarray(slope)[place]) and bool(np.isfinite(other)) and float(other) != float(value)

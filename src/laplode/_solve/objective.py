@@ -8,7 +8,8 @@ from jaxtyping import Array, Float
 from .._devices import compiled
 from .._model.parameters import Parameters
 from .._problem.problem import Problem
-from .maps import AbstractFlow, evaluate, linearize
+from .flows import AbstractFlow
+from .maps import evaluate, linearize
 
 # A Jacobian with no more entries than this takes less time than the program of a gradient takes to compile.
 _SMALL = 2**20
@@ -77,7 +78,7 @@ def _value_and_gradient(flow: AbstractFlow, problem: Problem):
 
 
 @eqx.filter_jit
-def _value_and_score(problem: Problem, predictions: Float[Array, "N T K"], jacobian: Float[Array, "N*T*K P"]):
+def _value_and_score(problem: Problem, predictions: Float[Array, "N T K"], jacobian: Float[Array, "NTF P"]):
     score = problem.likelihood.score(predictions, problem.ys)
     return _if_allowed(problem, predictions, -problem.log_likelihood(predictions)), -score.ravel() @ jacobian
 

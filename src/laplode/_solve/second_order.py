@@ -1,6 +1,7 @@
 """The second derivatives of replayed steps."""
 
 import functools as ft
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -12,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from .._devices import compiled, over_rows
 from .._model.neural_ode import NeuralODE
 from .._model.parameters import Parameters
-from .replay import Steps, _explicit_tableau, _observed, _replay_explicit, padded_size
+from .replay import Steps, _explicit_tableau, _observed, _replay_explicit, _Tableau, padded_size
 from .sensitivity import _fill, _Readings, _Solved
 
 
@@ -29,8 +30,8 @@ class LocalLagrangian(eqx.Module):
     stages: Float[Array, "points D"]
     adjoints: Float[Array, "points D"]
     stage_args: PyTree
-    states: Float[Array, "N*T D"]
-    cotangents: Float[Array, "N*T K"]
+    states: Float[Array, "NT D"]
+    cotangents: Float[Array, "NT K"]
     state_args: PyTree
     initial_adjoints: Float[Array, "N D"]
     y0: Array | None
@@ -94,75 +95,87 @@ def local_hessian(
 @compiled
 def _cross_terms(view: Parameters, steps: Steps, derivatives: tuple[Array, Array]):
     """What the Lagrangian is made of, times, stages, adjoints, observed states, initial adjoints; and all but M_θθ."""
-    cotangents, weights = derivatives
-    theta, model = view.vector, view.model
-    tableau = _explicit_tableau(model.solver)
+    tableau = _explicit_tableau(view.model.solver)
     assert tableau is not None
-    num_stages = tableau.num_stages
-    num_steps = steps.num_steps
-
-    def adjoint(i):
-        each = steps[i]
-        step, weights = _observed(tableau, model, each)
-
-        def seen(push, y_start):  # what is predicted when every increment is pushed a little
-            starts, stages, increments = _replay_explicit(tableau, model, each, y_start, push)
-            states = starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
-            return jnp.sum(cotangents[i] * model.observe_states(states, each.args)), (stages, states)
-
-        start = model.initial_state(each.y0)
-        nowhere = jnp.zeros((num_steps, num_stages, start.size))
-        (adjoints, initial), (stages, states) = jax.grad(seen, (0, 1), has_aux=True)(nowhere, start)
-        times = tableau.times(each.starts, each.ends)
-        return times, stages, each.lengths[:, None, None] * adjoints, states, initial
-
-    points = jax.vmap(adjoint)(jnp.arange(len(steps.ts)))
+    points = jax.vmap(ft.partial(_adjoints, view.model, tableau))(steps, derivatives[0])
 
     def trajectory(i, total):
-        each = steps[i]
-        args = each.args
-        solved = _Solved(model, tableau, each)
-        step, read_weights = _observed(tableau, model, each)
-        # The stages of all steps, read off at the rows of the tableau, then the observations.
-        places = jnp.concatenate([jnp.repeat(jnp.arange(num_steps), num_stages), step])
-        read_weights = jnp.concatenate([jnp.tile(tableau.a, (num_steps, 1)), read_weights])
-        readings = _Readings(tableau, num_steps, places, read_weights, 8 * solved.dim * theta.size)
-        buffer = jnp.zeros((places.size, solved.dim, theta.size))
-        tangents = _fill(view, model, solved, readings, each.y0, args, False, 0, buffer)
-        flat = lambda x: x.reshape(-1, x.shape[-1])
-        of_stages, of_states = tangents[: num_steps * num_stages], tangents[num_steps * num_stages :]
+        at, cotangents, weights = jax.tree.map(lambda x: x[i], (points, *derivatives))
+        left, right = _factors(view, steps[i].args, at, cotangents, weights, _tangents(view, tableau, steps[i]))
+        return total + left.T @ right
 
-        def mixed(function, point):
-            """M_zz (D, D) and M_zθ (D, P) of a scalar function of (θ, z)."""
-            gradient = jax.grad(function, (0, 1))
-            column = lambda e: jax.jvp(lambda z: gradient(theta, z), (point,), (e,))[1]
-            by_theta, by_point = jax.vmap(column)(jnp.eye(point.size))
-            return by_point, by_theta
-
-        def half(curvature, tangent):  # the other half comes by symmetry
-            by_point, by_theta = curvature
-            return 0.5 * by_point @ tangent + by_theta
-
-        at_stage = lambda t, z, a: mixed(lambda theta, z: _at_stage(view.unravel(theta), t, z, a, args), z)
-        x = tuple(x[i].reshape(-1, *x.shape[3:]) for x in points[:3])
-        left, right = [flat(of_stages)], [flat(jax.vmap(half)(jax.vmap(at_stage)(*x), of_stages))]
-        states = points[3][i]
-        if model.sees_states:
-            jacobian = of_states
-        else:
-            at_observation = lambda y, c: mixed(lambda theta, y: _at_observation(view.unravel(theta), y, c, args), y)
-            curvature = jax.vmap(at_observation)(states, cotangents[i])
-            left.append(flat(of_states))
-            right.append(flat(jax.vmap(half)(curvature, of_states)))
-            observe = lambda theta, y: view.unravel(theta).observe_states(y[None], args)[0]
-            by_theta, by_state = jax.vmap(jax.jacrev(observe, (0, 1)), (None, 0))(theta, states)
-            jacobian = by_state @ of_states + by_theta
-        left.append(flat(jacobian))
-        right.append(0.5 * flat(weights[i] @ jacobian))
-        return total + jnp.concatenate(left).T @ jnp.concatenate(right)
-
-    half = jax.lax.fori_loop(0, len(steps.ts), trajectory, jnp.zeros((theta.size, theta.size)))
+    half = jax.lax.fori_loop(0, len(steps.ts), trajectory, jnp.zeros((view.size, view.size)))
     return points, half + half.T
+
+
+def _adjoints(model: NeuralODE, tableau: _Tableau, steps: Steps, cotangents: Float[Array, "T F"]):
+    """Of one trajectory the times and values of the stages, their adjoints, observed states, and initial adjoints."""
+    step, weights = _observed(tableau, model, steps)
+
+    def seen(push, y_start):  # what is predicted when every increment is pushed a little
+        starts, stages, increments = _replay_explicit(tableau, model, steps, y_start, push)
+        states = starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
+        return jnp.sum(cotangents * model.observe_states(states, steps.args)), (stages, states)
+
+    start = model.initial_state(steps.y0)
+    nowhere = jnp.zeros((steps.num_steps, tableau.num_stages, start.size))
+    (adjoints, initial), (stages, states) = jax.grad(seen, (0, 1), has_aux=True)(nowhere, start)
+    times = tableau.times(steps.starts, steps.ends)
+    return times, stages, steps.lengths[:, None, None] * adjoints, states, initial
+
+
+def _tangents(view: Parameters, tableau: _Tableau, steps: Steps):
+    """Of one trajectory ∂z/∂θ of all stages, (steps·stages, D, P), and of the observed states, (T, D, P)."""
+    solved = _Solved(view.model, tableau, steps)
+    step, weights = _observed(tableau, view.model, steps)
+    num_stages = steps.num_steps * tableau.num_stages
+    # The stages of all steps, read off at the rows of the tableau, then the observations.
+    places = jnp.concatenate([jnp.repeat(jnp.arange(steps.num_steps), tableau.num_stages), step])
+    weights = jnp.concatenate([jnp.tile(tableau.a, (steps.num_steps, 1)), weights])
+    readings = _Readings(tableau, steps.num_steps, places, weights, 8 * solved.dim * view.size)
+    buffer = jnp.zeros((places.size, solved.dim, view.size))
+    tangents = _fill(view, view.model, solved, readings, steps.y0, steps.args, False, 0, buffer)
+    return tangents[:num_stages], tangents[num_stages:]
+
+
+def _factors(
+    view: Parameters,
+    args: Any,
+    points: tuple[Array, ...],
+    cotangents: Float[Array, "T F"],
+    weights: Float[Array, "T F F"],
+    tangents: tuple[Float[Array, "S D P"], Float[Array, "T D P"]],
+) -> tuple[Float[Array, "R P"], Float[Array, "R P"]]:
+    """X and Y with Xᵀ Y + Yᵀ X all but M_θθ of one trajectory."""
+    theta, model = view.vector, view.model
+    times, stages, adjoints = (x.reshape(-1, *x.shape[2:]) for x in points[:3])
+    states, (of_stages, of_states) = points[3], tangents
+
+    def half(function, point, tangent):
+        """½ M_zz Z + M_zθ of a scalar function of (θ, z)."""
+        gradient = jax.grad(function, (0, 1))
+        column = lambda e: jax.jvp(lambda z: gradient(theta, z), (point,), (e,))[1]
+        by_theta, by_point = jax.vmap(column)(jnp.eye(point.size))
+        return 0.5 * by_point @ tangent + by_theta
+
+    def at_stage(t, z, adjoint, tangent):
+        return half(lambda theta, z: _at_stage(view.unravel(theta), t, z, adjoint, args), z, tangent)
+
+    def at_observation(y, cotangent, tangent):
+        return half(lambda theta, y: _at_observation(view.unravel(theta), y, cotangent, args), y, tangent)
+
+    left, right = [of_stages], [jax.vmap(at_stage)(times, stages, adjoints, of_stages)]
+    jacobian = of_states
+    if not model.sees_states:
+        left.append(of_states)
+        right.append(jax.vmap(at_observation)(states, cotangents, of_states))
+        observe = lambda theta, y: view.unravel(theta).observe_states(y[None], args)[0]
+        by_theta, by_state = jax.vmap(jax.jacrev(observe, (0, 1)), (None, 0))(theta, states)
+        jacobian = by_state @ of_states + by_theta
+    left.append(jacobian)
+    right.append(0.5 * weights @ jacobian)
+    flat = lambda parts: jnp.concatenate([x.reshape(-1, theta.size) for x in parts])
+    return flat(left), flat(right)
 
 
 def local_hessian_bytes(parameters: Parameters, steps: Steps) -> int | None:

@@ -133,7 +133,7 @@ def _observe_tangents(parameters: Parameters, y, args):
     return jax.vmap(pull)(jnp.eye(seen.size))
 
 
-def sensitivity(parameters: Parameters, steps: Steps) -> tuple[Float[Array, "N T K"], Float[Array, "N*T*K P"]]:
+def sensitivity(parameters: Parameters, steps: Steps) -> tuple[Float[Array, "N T K"], Float[Array, "NTF P"]]:
     """Predictions, and ∂ predictions / ∂θ of explicit Runge-Kutta steps by local vector-Jacobian products (`_Solved`).
 
     Filled row by row: beside the result only S and a block of products are held.

@@ -85,20 +85,11 @@ def plot_phase(
     median = np.median(draws, axis=0)
     seen = [data.ys[row][:, pair]] if same else []
     unseen = [] if held_out is None else [held_out.ys[row][:, pair]]
-    # A few draws that go far away would leave no room for the others.
-    most = np.quantile(draws.reshape(-1, 2), [0.02, 0.98], axis=0)
-    shown = np.concatenate([median, most, *seen, *unseen])
-    low, high = np.nanmin(shown, axis=0), np.nanmax(shown, axis=0)
     # The draws of a noise scale that the model predicts are not among these.
     likelihood = None if item.scale is not None else posterior.problem.likelihood
     times = np.unique(np.linspace(0, draws.shape[1] - 1, 6).astype(int))
     rings = np.stack([_ring(likelihood, every[:, i], pair, prob) for i in times], axis=1)
-    # There is room for rings too, unless these go far beyond the rest.
-    some, room = rings.reshape(2, -1).T, (high - low) / 2
-    low = np.maximum(np.minimum(low, np.nanmin(some, axis=0)), low - room)
-    high = np.minimum(np.maximum(high, np.nanmax(some, axis=0)), high + room)
-    low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
-
+    low, high = _window(draws, rings, [median, *seen, *unseen])
     layers = [*_field_layers(posterior, item, row, pair, low, high)] if (can if field is None else field) else []
     last = data.ts[row][np.any(data.observed[row], axis=1)].max() if same else np.inf
     layers += _draw_layers(draws[:num_draws], item.ts[row] >= last)
@@ -115,6 +106,21 @@ def plot_phase(
     drawing(plots).xlim((low[0], high[0]), panel)
     drawing(plots).ylim((low[1], high[1]), panel)
     return plots
+
+
+def _window(
+    draws: Float[np.ndarray, "S T 2"], rings: Float[np.ndarray, "2 R A"], others: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest values shown."""
+    # A few draws that go far away would leave no room for the others.
+    most = np.quantile(draws.reshape(-1, 2), [0.02, 0.98], axis=0)
+    shown = np.concatenate([most, *others])
+    low, high = np.nanmin(shown, axis=0), np.nanmax(shown, axis=0)
+    # There is room for rings too, unless these go far beyond the rest.
+    some, room = rings.reshape(2, -1).T, (high - low) / 2
+    low = np.maximum(np.minimum(low, np.nanmin(some, axis=0)), low - room)
+    high = np.minimum(np.maximum(high, np.nanmax(some, axis=0)), high + room)
+    return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
 def _draw_layers(draws: Float[np.ndarray, "S T 2"], later: Bool[np.ndarray, " T"]) -> Iterator[Layer]:

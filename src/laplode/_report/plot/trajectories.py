@@ -77,11 +77,10 @@ def plot_trajectories(
         aes={"color": ["channel"]},
         color=COLORS,
     )
-    layers = [*_prediction_layers(segments[0], prob, num_draws)]
-    for later in segments[1:]:
-        layers += [
-            layer._replace(label=f"{layer.label}_forecast") for layer in _prediction_layers(later, prob, num_draws)
-        ]
+    layers = []
+    for segment, suffix in zip(segments, ("", "_forecast"), strict=False):
+        found = _prediction_layers(segment, prob, num_draws)
+        layers += [layer._replace(label=layer.label + suffix) for layer in found]
     if same:
         layers += _data_layers(observed.isel(trajectory=rows), segments)
         if held_out is not None:
@@ -96,15 +95,17 @@ def plot_trajectories(
         annotate(
             plots,
             {"trajectory": name, "channel": channel},
-            title=", ".join(
-                titled(kind, label)
-                for kind, label, num in (("channel", channel, len(channels)), ("trajectory", name, len(names)))
-                if num > 1 or (kind == "channel" and isinstance(label, str))
-            ),
+            title=_title(channel, len(channels), name, len(names)),
             x=labels.get("time", "time") if name == names[-1] else None,
             y=labels.get("y", "y") if channel == channels[0] else None,
         )
     return draw_layers(plots, layers)
+
+
+def _title(channel: Any, num_channels: int, trajectory: Any, num_trajectories: int) -> str:
+    """What tells a panel from the others, and the name of a channel that has one."""
+    of_channel = [titled("channel", channel)] if num_channels > 1 or isinstance(channel, str) else []
+    return ", ".join(of_channel + ([titled("trajectory", trajectory)] if num_trajectories > 1 else []))
 
 
 def _covers(these: xr.DataArray, those: xr.DataArray) -> bool:
