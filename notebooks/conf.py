@@ -70,8 +70,15 @@ def _prose(line: str) -> str:
 
 def _docstring(app, what, name, obj, options, lines):
     """Docstrings are written in Markdown; autodoc reads reStructuredText."""
-    out, fence, blank = [], False, True
+    out, fence, blank, bullet = [], False, True, None
     for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if line.lstrip().startswith("- "):
+            bullet = indent
+        elif line.strip() and bullet is not None and not fence:
+            # An item goes on below its first word; further to the right it would become a list of definitions.
+            bullet = bullet if indent > bullet else None
+            line = line if bullet is None else " " * (bullet + 2) + line.lstrip()
         if line.strip().startswith("```"):
             fence = not fence
             indent = line[: len(line) - len(line.lstrip())]

@@ -106,7 +106,7 @@ class Parameters(eqx.Module):
 
     @property
     def size(self) -> int:
-        """P."""
+        """P, the number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.selected))
 
     @property

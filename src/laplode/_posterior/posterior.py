@@ -129,7 +129,7 @@ class Posterior(Shown):
 
     @property
     def size(self) -> int:
-        """P."""
+        """P, the number of parameters."""
         return self.parameters.size
 
     @property
