@@ -63,7 +63,7 @@ def draw_layers(plots: PlotCollection, layers: Sequence[Layer], columns: int = 6
     swatches = {layer.text: layer.style | (layer.swatch or {}) for layer in layers if layer.text is not None}
     if plots.backend == "matplotlib":
         figure = plots.get_viz("figure")
-        columns = max(1, min(columns, int(figure.get_size_inches()[0] / 1.6)))
+        columns = max(1, min(columns, int(figure.get_size_inches()[0] / 1.55)))
         figure.legend(
             [_handle(swatch) for swatch in swatches.values()],
             list(swatches),
