@@ -68,6 +68,7 @@ class _Local(eqx.Module):
     loss: Float[Array, ""]
     likelihood: Float[Array, ""]
     gradient: Float[Array, " P"]
+    predictions: Float[Array, "N T F"]
     jacobian: Float[Array, "M P"]
     weights: Float[Array, " M"]
     precision: LowRankPrecision | ModesPrecision
@@ -121,7 +122,8 @@ def _local(view: Parameters, problem: Problem, predictions: Array, jacobian: Arr
     precision = low_rank(found.factor, found.weights, metric)
     likelihood = -problem.log_likelihood(predictions)
     loss = likelihood - weight * prior.log_density
-    return _Local(loss, likelihood, weight * prior.gradient - score @ jacobian, jacobian, weights, precision)
+    gradient = weight * prior.gradient - score @ jacobian
+    return _Local(loss, likelihood, gradient, predictions, jacobian, weights, precision)
 
 
 @eqx.filter_jit
@@ -202,7 +204,7 @@ def _tried(here: Picture, aim: Aim, damping: float) -> AbstractFlow | None:
     step, damped = _step(here.local, here.slope, jnp.asarray(aim.target - here.value), jnp.asarray(damping))
     if not around.has_second_pushforward():
         return _kept(here, aim, view.vector + step)
-    second = second_along(around, step).ravel()
+    second = second_along(around, step, (here.local.predictions, here.local.jacobian)).ravel()
     acceleration = _bent(second, here.local, damped, here.slope, aim.quantity.bend(view, step))
     moved, ratio = bent(step, acceleration, jnp.sqrt(here.local.precision.prior_precision))
     return _kept(here, aim, view.vector + moved) if float(ratio) <= 2 * MOST_BENT else None

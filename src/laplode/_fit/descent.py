@@ -38,6 +38,10 @@ _RIPPLE = 10.0
 _PATIENCE = 30
 
 
+# After a step that gained at once, the damping falls to this part.
+_LESS = 0.25
+
+
 class Point(NamedTuple):
     """Where the refinement is, and the loss there.
 
@@ -148,6 +152,7 @@ def descend(descent: Descent, by: Any, bar: Any) -> End:
 class LinearizedLoss(eqx.Module):
     """The Gauss-Newton picture of the loss at a point: its gradient, and Λ = Jᵀ R J and the prior's precision."""
 
+    predictions: Float[Array, "N T F"]
     jacobian: Float[Array, "NTF P"]
     weights: Float[Array, " NTF"]
     structure: AbstractModesPrecision
@@ -161,7 +166,7 @@ def linearized_loss(around: AbstractFlow, problem: Problem, route: str) -> Linea
     # Outside of any transformation, where a Gram matrix is a matter of NumPy's BLAS.
     found = FactoredForm(jacobian, weights, np.zeros(len(weights), int)).plus_rows(rows)
     structure = low_rank(found.factor, found.weights, precision)
-    return LinearizedLoss(jacobian, weights, structure, gradient, _decrement(structure, gradient))
+    return LinearizedLoss(predictions, jacobian, weights, structure, gradient, _decrement(structure, gradient))
 
 
 @eqx.filter_jit
@@ -208,7 +213,7 @@ class LevenbergMarquardt(NamedTuple):
 
     def step(self, descent: Descent, local: LinearizedLoss) -> tuple[Point | None, float]:
         """The next point, None if there is none that is low enough, and the damping to begin with there."""
-        point, damping, below = descent.point, descent.size, descent.point.loss
+        point, damping, below, factor = descent.point, descent.size, descent.point.loss, _LESS
         if not point.flow.is_frozen:
             below = min(max(descent.losses[-_MEMORY:]), descent.best.loss + min(_RIPPLE, 2 * float(local.decrement)))
         for _ in range(30):
@@ -217,8 +222,8 @@ class LevenbergMarquardt(NamedTuple):
             if loss < below and ratio < MOST_BENT:
                 following = point.moved(theta, loss, self.objective.problem)
                 if following is not None:
-                    return following, damping / 4
-            damping = max(4 * damping, 1e-8)
+                    return following, factor * damping
+            damping, factor = max(4 * damping, 1e-8), 1.0  # what had to be raised is not lowered at once
         return None, damping
 
     def is_slow(self, descent: Descent) -> bool:
@@ -278,7 +283,8 @@ def _tried(
 ) -> tuple[Array, float, float]:
     """The end of a step, by how much it was bent, and the loss there: infinite where the model can't be solved."""
     try:
-        second = second_along(around, step) if objective.bent else jnp.zeros(objective.problem.informed.shape)
+        linear = (local.predictions, local.jacobian)
+        second = second_along(around, step, linear) if objective.bent else jnp.zeros_like(local.predictions)
         moved, ratio = _bent(local, step, second.ravel())
         theta = around.parameters.vector + moved
         return theta, float(ratio), float(negative_log_joint(around, objective.problem, theta))

@@ -17,7 +17,7 @@ from .._problem.likelihood import AbstractLikelihood
 from .._problem.prior import AbstractPrior
 from .._solve.autodiff import twice_along
 from .._solve.flows import AbstractFlow
-from .._solve.maps import DIFFERENCE, evaluate, flow
+from .._solve.maps import DIFFERENCE, evaluate, flow, second_difference
 
 # Up to so many parameters the density of draws is exact, at the price of this number squared of tangents.
 _FEW = 32
@@ -122,7 +122,7 @@ class Surface(eqx.Module):
         at = lambda theta: self.seen(theta, self.flow(theta))
         direction = step / self.root_prior
         if self.flow.is_frozen:
-            return 2 / DIFFERENCE * ((at(theta + DIFFERENCE * direction) - seen) / DIFFERENCE - along)
+            return second_difference(at(theta + DIFFERENCE * direction), seen, along)
         if not self.bends:
             return jnp.zeros_like(seen)
         return twice_along(at, theta, direction)

@@ -135,9 +135,7 @@ def _padded(flow: AbstractMap) -> AbstractMap:
         return flow
     num = flow.ts.shape[1]
     spare = padded_size(num, flow.num_trajectories * flow.parameters.size) - num
-    return (
-        eqx.tree_at(lambda f: f.steps.ts, flow, np.pad(flow.ts, ((0, 0), (0, spare)), mode="edge")) if spare else flow
-    )
+    return dataclasses.replace(flow, steps=flow.steps.with_times_repeated(spare)) if spare else flow
 
 
 @ft.partial(jax.jit, static_argnums=2)
@@ -155,17 +153,24 @@ def _first(values: Float[Array, "N all ..."], num: int) -> Float[Array, "N T ...
 DIFFERENCE = 0.1
 
 
-def second_along(flow: AbstractFlow, step: Float[Array, " P"]) -> Float[Array, "N T F"]:
-    """The second derivative of the predictions at the present parameters along a step.
+def second_difference(ahead: Array, here: Array, along: Array) -> Array:
+    """The second derivative of values along a step, by their first and what they are after `DIFFERENCE` of the step."""
+    return 2 / DIFFERENCE * ((ahead - here) / DIFFERENCE - along)
 
-    On frozen steps predictions are smooth, and differences of them take no other program. Where a solve chooses its
-    steps anew, they would be noise.
+
+def second_along(
+    flow: AbstractFlow, step: Float[Array, " P"], linear: tuple[Float[Array, "N T F"], Float[Array, "NTF P"]]
+) -> Float[Array, "N T F"]:
+    """The second derivative of the predictions along a step, at the present parameters, of which `linear` is known.
+
+    On frozen steps predictions are smooth, and a difference of them takes no other program. Where a solve chooses its
+    steps anew, it would be noise.
     """
     if not flow.is_frozen:
         return _second_along(flow, step)
-    theta = flow.parameters.vector
-    before, here, after = (evaluate(flow, theta + part * step) for part in (-DIFFERENCE, 0, DIFFERENCE))
-    return (before + after - 2 * here) / DIFFERENCE**2
+    here, jacobian = linear
+    ahead = evaluate(flow, flow.parameters.vector + DIFFERENCE * step)
+    return second_difference(ahead, here, (jacobian @ step).reshape(here.shape))
 
 
 @compiled

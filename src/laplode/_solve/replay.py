@@ -34,6 +34,10 @@ class Steps(eqx.Module):
         """The steps of one trajectory."""
         return jax.tree.map(lambda x: x[i], self)
 
+    def with_times_repeated(self, spare: int) -> "Steps":
+        """The same steps, read off at the last time so many times more."""
+        return dataclasses.replace(self, ts=np.pad(self.ts, ((0, 0), (0, spare)), mode="edge"))
+
     @property
     def num_steps(self) -> int:
         """The number of steps of the longest trajectory, padding included."""
