@@ -130,6 +130,7 @@ def test_a_table(line):
 
 def test_a_picture(line):
     figure = lp.plot_profile(lp.profile(line, ["a", "b"], num=5, progress=False))
-    assert [panel.get_title() for panel in figure.axes] == ["a\nidentifiable", "b\nidentifiable"]
+    assert [panel.get_xlabel() for panel in figure.axes] == ["a", "b"]
+    assert [panel.get_title() for panel in figure.axes] == ["identifiable", "identifiable"]
     with pytest.raises(lp.LaplodeError, match="`profiles` must come from"):
         lp.plot_profile([line])

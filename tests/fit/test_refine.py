@@ -241,7 +241,7 @@ def test_a_point_where_the_model_throws_is_a_rejected_step():
 def test_a_decrement_that_is_none_is_not_converged(decrement):
     point, one = Point(None, 0.0, 0), jnp.ones((1, 1))
     descent = Descent(point, point, (0.0,), 1.0)
-    linear = LinearizedLoss(one, one[0], low_rank(one, one[0], one[0]), one[0], jnp.asarray(decrement))
+    linear = LinearizedLoss(one[None], one, one[0], low_rank(one, one[0], one[0]), one[0], jnp.asarray(decrement))
     assert not LevenbergMarquardt(None, 1e-4, 1, True).has_converged(descent, linear)
     quadratic = QuadraticLoss(linear, *np.ones((3, 1)), num_negative=0, decrement=decrement)
     assert not Newton(None, 1e-4, 1, None).has_converged(descent, quadratic)
