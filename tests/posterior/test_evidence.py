@@ -272,7 +272,7 @@ def test_comparison_wants_the_same_data(growth, growth_posterior, neural_posteri
 def test_rounds_are_counted(growth_posterior, monkeypatch, progress):
     calls = []
 
-    def refined(posterior, problem, steps=None):
+    def refined(posterior, problem):
         """Always more probable than before."""
         calls.append(problem)
         return eqx.tree_at(lambda p: p.log_joint, posterior, posterior.log_joint + 1)
@@ -281,17 +281,17 @@ def test_rounds_are_counted(growth_posterior, monkeypatch, progress):
     monkeypatch.setattr("laplode._posterior.maximize._SETTLED", -np.inf)
     with pytest.warns(lp.LaplodeWarning, match="has not settled"):
         lp.maximize_evidence(growth_posterior, online=True, rounds=3, progress=progress)
-    assert len(calls) == 1 + 3 + 1  # first, in each round, and at the end
+    assert len(calls) == 1 + 3
 
 
 def test_a_step_that_loses_evidence_is_cut_short(growth_posterior, monkeypatch):
     scales = []
 
-    def refined(posterior, problem, steps=None):
-        """Less probable wherever the hyperparameters are other ones by more than a tenth of the first step, or so."""
+    def refined(posterior, problem):
+        """Less probable wherever the hyperparameters are other ones by more than a tenth of the first step."""
         scales.append(np.log(problem.likelihood.scale / posterior.problem.likelihood.scale))
         first = scales[1] if len(scales) > 1 else np.inf
-        worse = np.max(np.abs(scales[-1] / first)) > 0.11
+        worse = np.max(np.abs(scales[-1] / first)) > 0.1
         moved = eqx.tree_at(lambda p: p.log_joint, posterior, posterior.log_joint + (-1 if worse else 1))
         return eqx.tree_at(lambda p: p.problem, moved, problem)
 
@@ -299,12 +299,12 @@ def test_a_step_that_loses_evidence_is_cut_short(growth_posterior, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", lp.LaplodeWarning)
         lp.maximize_evidence(growth_posterior, precision="fixed", online=True, rounds=1, progress=False)
-    assert len(scales) == 1 + 3 + 1 and np.max(np.abs(scales[1])) > 1e-3
+    assert len(scales) > 3 and np.max(np.abs(scales[1])) > 1e-3
     np.testing.assert_array_equal(scales[0], 0)
-    assert 0 < np.max(np.abs(scales[-2] / scales[1])) < 0.11
+    assert np.max(np.abs(scales[-1] / scales[1])) < 0.1
     monkeypatch.setattr(
         "laplode._posterior.maximize._refined",
-        lambda posterior, problem, steps=None: eqx.tree_at(lambda p: p.log_joint, posterior, posterior.log_joint - 1),
+        lambda posterior, problem: eqx.tree_at(lambda p: p.log_joint, posterior, posterior.log_joint - 1),
     )
     kept = lp.maximize_evidence(growth_posterior, precision="fixed", online=True, progress=False)
     np.testing.assert_array_equal(kept.problem.likelihood.scale, growth_posterior.problem.likelihood.scale)

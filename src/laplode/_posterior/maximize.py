@@ -27,16 +27,12 @@ from .posterior import Posterior
 _FLAT = 1e-5
 
 
-# Rounds of refinement have settled when the next is to gain less than this, in nats, or the last gained less than that.
-_SETTLED, _GAINED = 1e-3, 1e-2
+# Rounds of refinement that gain less than this, in nats, have settled.
+_SETTLED = 1e-3
 
 
 # The parts of a step that are tried, one after another.
-_PARTS = (1.0, 0.3, 0.1)
-
-
-# The steps that `refine` takes for a trial; the optimum for good is found at the end.
-_TRIAL_STEPS = 60
+_PARTS = (1.0, 0.5, 0.2, 0.05)
 
 
 # Within this of a bound, in e-folds, an optimum has run to it.
@@ -103,11 +99,9 @@ def maximize_evidence(
     with tqdm(total=total, desc="Evidence", unit="round", disable=not progress) as bar:
         search = _Search(precision, noise, online, steps, total // len(starts), low, high, origin, bar)
         found = [_climbed(eqx.tree_at(lambda p: p.problem.prior, posterior, prior), search) for prior in starts]
-    best, function, at, bounds, settled = max(found, key=lambda each: float(each[0].log_evidence))
-    if online and best.diagnostics.newton_decrement > _SETTLED:
-        best = _refined(best, best.problem)
-    _warn(best, function, at, bounds, settled)
-    return best
+    best = max(found, key=lambda each: float(each[0].log_evidence))
+    _warn(*best)
+    return best[0]
 
 
 class _Search(NamedTuple):
@@ -129,7 +123,7 @@ def _climbed(
 ) -> tuple[Posterior, Evidence, Hyperparameters, tuple[Hyperparameters, Hyperparameters], bool]:
     """The posterior at the maximum that is found from here; and what `_warn` asks for."""
     moved = None  # the log hyperparameters, since the start
-    posterior = _refined(posterior, posterior.problem, _TRIAL_STEPS) if search.online else posterior
+    posterior = _refined(posterior, posterior.problem) if search.online else posterior
     left = search.rounds
     while True:
         function, start = evidence_function(posterior, precision=search.precision, noise=search.noise)
@@ -143,8 +137,7 @@ def _climbed(
             posterior = _with(posterior, function, found)
         else:
             better, found = _stepped(posterior, function, start, found)
-            settled = float(better.log_evidence) - float(posterior.log_evidence) < _GAINED
-            posterior = better
+            posterior, settled = better, better is posterior
         moved = jax.tree.map(lambda before, new, old: before + new - old, moved, found, start)
         search.bar.update(left if settled else 1)
         left -= 1
@@ -163,20 +156,19 @@ def _stepped(
     """
     for part in _PARTS:
         there = jax.tree.map(lambda a, b, part=part: a + part * (b - a), start, found)
-        trial = _refined(posterior, function.problem_at(there), _TRIAL_STEPS)
+        trial = _refined(posterior, function.problem_at(there))
         if trial.log_evidence > posterior.log_evidence:
             return trial, there
     return posterior, start
 
 
-def _refined(posterior: Posterior, problem: Problem, steps: int = 500) -> Posterior:
-    """The posterior around the optimum of a problem, or as near to it as so many steps lead."""
+def _refined(posterior: Posterior, problem: Problem) -> Posterior:
+    """The posterior around the optimum of a problem."""
     curvature, structure, where = posterior.curvature, posterior.structure, posterior.parameters.where
     descent = "hessian" if curvature.signed and structure.whole else "ggn"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LaplodeWarning)  # what remains of it at the end is said there
-        options: Any = dict(curvature=descent, steps=steps, newton_steps=steps // 5, where=where, progress=False)
-        fit = refine(posterior.model, problem, **options)
+        fit = refine(posterior.model, problem, curvature=descent, where=where, progress=False)
         return laplace(
             fit.model,
             problem,
