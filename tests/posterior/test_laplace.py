@@ -9,12 +9,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpyro
-import numpyro.distributions as dist
 import pytest
 import scipy.stats as st
-from numpyro.infer.autoguide import AutoLaplaceApproximation
-from numpyro.infer.initialization import init_to_value
 
 import laplode as lp
 
@@ -515,20 +511,3 @@ def test_negative_curvature_that_the_prior_outweighs_counts_as_no_freedom():
     found = lp.laplace(model, lp.Problem(data, lp.Gaussian(1.0), 1.0), progress=False)
     np.testing.assert_allclose(found.precision(), np.diag([0.6, 3.0]), rtol=1e-12)
     np.testing.assert_allclose(found.diagnostics.effective_dof, 2 / 3, rtol=1e-12)
-
-
-def test_the_posterior_is_that_of_numpyro(growth, growth_posterior):
-    """NumPyro's own Laplace approximation of the same model, written by hand, around the same point."""
-    data, theta = growth.problem.data, growth_posterior.mean
-
-    def model():
-        rate = numpyro.sample("rate", dist.Normal(jnp.zeros(2), 1.0).to_event(1))
-        gain = numpyro.sample("gain", dist.Normal(0.0, 1.0))
-        f = gain * data.y0[:, None] * jnp.exp(rate * (data.ts - data.ts[:, :1])[..., None])
-        numpyro.sample("y", dist.LogNormal(jnp.log(f), 0.1, validate_args=False), obs=jnp.asarray(data.ys))
-
-    guide = AutoLaplaceApproximation(model, init_loc_fn=init_to_value(values={"rate": theta[:2], "gain": theta[2]}))
-    numpyro.handlers.seed(guide, 0)()
-    theirs = guide.get_posterior({"auto_loc": jnp.roll(theta, 1)})  # its order is that of names: gain, rate
-    ours = jnp.roll(growth_posterior.covariance(), 1, axis=(0, 1))
-    np.testing.assert_allclose(theirs.covariance_matrix, ours, rtol=1e-8)

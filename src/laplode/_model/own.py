@@ -44,8 +44,8 @@ def _takes_args(model: Callable, args: Any) -> bool:
     return args is not None or sum(p.default is p.empty for p in _positional(model)) > 2
 
 
-def predict_trajectory(model: Callable, ts, y0, args, dtype: Any = float) -> Float[Array, "T F"]:
-    """Call any model on one trajectory; failed solves of a `NeuralODE` come back as infinities.
+def predict_trajectory(model: Callable, ts, y0, args, dtype: Any = float) -> Any:
+    """Call any model on one trajectory: predictions (T, F), infinite where a `NeuralODE` can't be solved.
 
     Another model is called as `(ts, y0)`, or as `(ts, y0, args)` where the data have args, with times and states of
     `dtype`.
@@ -58,8 +58,8 @@ def predict_trajectory(model: Callable, ts, y0, args, dtype: Any = float) -> Flo
 
 
 @eqx.filter_jit
-def predict_trajectories(model: Callable, ts, y0, args) -> Float[Array, "N T F"]:
-    """The same of several, each along the first axis.
+def predict_trajectories(model: Callable, ts, y0, args) -> Any:
+    """The same of several, (N, T, F), each along the first axis.
 
     Compiled for itself, so that a solve is traced once, and not in all that is made of it.
     """

@@ -57,7 +57,7 @@ class NegativeBinomial(AbstractFamily):
     def channel_of(self, channels):
         return (*range(channels),) * (1 if self.concentration is not None else 2)
 
-    def _parts(self, prediction: Float[Array, "... F"]) -> tuple[Float[Array, "... K"], Float[Array, "... K"]]:
+    def _parts(self, prediction: Float[Array, "... F"]) -> tuple[Float[Array, "... K"], Float[Array, "..."]]:
         if self.concentration is None:
             mean, log_concentration = jnp.split(prediction, 2, axis=-1)
             return mean, jnp.exp(log_concentration)
