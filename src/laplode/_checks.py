@@ -12,8 +12,10 @@ from ._errors import LaplodeError
 
 
 def real_array(name: str, value: Any, unit: str = "numbers") -> np.ndarray:
-    """Return `value` as a float64 array, or say that it is none of real numbers."""
+    """Return `value` as a float64 array, with NaN for what is masked, or say that it is none of real numbers."""
     try:
+        if np.ma.isMaskedArray(value):
+            value = np.ma.filled(value.astype(np.float64), np.nan)
         array = np.asarray(value)
         dates = array.dtype.kind in "mM" or (array.dtype == object and array.size and hasattr(array.flat[0], "year"))
         if not dates and (array.dtype == object or np.iscomplexobj(array)):

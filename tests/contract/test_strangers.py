@@ -479,6 +479,21 @@ class Swapped(Plain):
         return super().__call__(ts, y0)
 
 
+class SwappedToo(Plain):
+    def __call__(self, x0, grid):
+        return super().__call__(grid, x0)
+
+
+class Evaluated(Plain):
+    def __call__(self, state, t_eval):
+        return super().__call__(t_eval, state)
+
+
+class ArgsFirst(Plain):
+    def __call__(self, ts, args, y0=None):
+        return super().__call__(ts, y0)
+
+
 def returning(change):
     class Returning(Plain):
         def __call__(self, ts, y0):
@@ -502,6 +517,9 @@ def called_back(self, ys, ts, y0):
 
 REFUSED = {
     "exchanged": (lambda: plain(Swapped), r"\(y0, ts\).*times come first"),
+    "exchanged, the state by name": (lambda: plain(SwappedToo), r"\(x0, grid\).*times come first"),
+    "exchanged, the times by a word": (lambda: plain(Evaluated), r"\(state, t_eval\).*times come first"),
+    "args before the state": (lambda: plain(ArgsFirst), r"\(ts, args, y0\).*state comes before the args"),
     "a tuple": (returning(lambda m, ys, ts, y0: (ys, 1)), "returns a tuple of 2"),
     "a dict": (returning(lambda m, ys, ts, y0: {"ys": ys}), "returns a dict of 'ys'"),
     "a Solution": (lambda: plain(Solved, read=lambda solution, ts: solution), "returns a diffrax.Solution"),

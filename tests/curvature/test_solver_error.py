@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optimistix
 import pytest
 
 import laplode as lp
@@ -17,7 +18,7 @@ def messages(model, problem, **options):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         lp.laplace(model, problem, curvature="ggn", progress=False, **options)
-    return [str(each.message) for each in caught if "solve" in str(each.message)]
+    return [str(each.message) for each in caught if re.search("solve|derivatives", str(each.message))]
 
 
 class Decay(eqx.Module):
@@ -134,3 +135,131 @@ def test_a_stiff_field_is_told_of_its_solver_and_not_of_a_discontinuity(solver, 
     model = lp.NeuralODE(Exchange(*map(jnp.array, (speed, 0.5, 0.6))), solver=solver, max_steps=20_000)
     found = messages(model, lp.Problem(lp.Trajectories(ts, ys, y0), lp.Gaussian(scale), 1e-2))
     assert re.search(said, found[0]) and len(found) == 1 if said else found == []
+
+
+# ---- Models of one's own, whose solver is not known
+
+
+def in_two(field, condition, after, ts, y0, root_finder):
+    """A state up to an event, and from what `after` makes of it there on."""
+    options = dict(dt0=None, stepsize_controller=diffrax.PIDController(1e-9, 1e-10), max_steps=64, throw=False)
+    options |= dict(adjoint=diffrax.DirectAdjoint())
+    both = diffrax.SaveAt(subs=[diffrax.SubSaveAt(ts=ts), diffrax.SubSaveAt(t1=True)])
+    solve = lambda t0, t1, y0, **more: diffrax.diffeqsolve(
+        diffrax.ODETerm(field), diffrax.Tsit5(), t0=t0, t1=t1, y0=y0, **options, **more
+    )
+    first = solve(ts[0], ts[-1], y0, event=diffrax.Event(condition, root_finder), saveat=both)
+    when = first.ts[1][0]
+    late = diffrax.SaveAt(ts=jnp.maximum(ts, when))
+    second = solve(when, ts[-1] + 1e-6, after(first.ys[1][0]), saveat=late)
+    before = (ts < when)[:, None]
+    return jnp.where(before, jnp.where(before, first.ys[0], 0), second.ys)
+
+
+class Bouncing(eqx.Module):
+    gravity: jax.Array
+    bounce: jax.Array
+    root_finder: optimistix.Newton | None = eqx.field(static=True)
+
+    def __call__(self, ts, y0):
+        field = lambda t, y, args: jnp.stack([y[1], -self.gravity - 0.2 * y[1]])
+        after = lambda y: jnp.stack([0 * y[0], -self.bounce * y[1]])
+        return in_two(field, lambda t, y, args, **_: y[0], after, ts, y0, self.root_finder)[:, :1]
+
+
+class Stopped(eqx.Module):
+    """Fed up to a time that is a parameter; the field jumps in the step in which the event is found."""
+
+    stop: jax.Array
+    rate: jax.Array
+    root_finder: optimistix.Newton = eqx.field(static=True)
+
+    def __call__(self, ts, y0):
+        field = lambda t, y, args: self.rate * jnp.where(t < self.stop, 1.0, 0.0) - 0.2 * y
+        event = lambda t, y, args, **_: self.stop - t
+        return in_two(field, event, lambda y: y, ts, y0, self.root_finder)
+
+
+class Forgotten(eqx.Module):
+    """A derivative of one's own that leaves a term out."""
+
+    rate: jax.Array
+    shape: jax.Array
+
+    def __call__(self, ts, y0):
+        kept = jax.lax.stop_gradient(self.rate)
+        return y0 * jnp.exp(-(0.5 * self.rate + 0.5 * kept) * ts**self.shape)[:, None]
+
+
+class Closed(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        return jnp.exp(-self.rate * (ts - ts[0]))[:, None] * (1.0 if y0 is None else y0)
+
+
+class Alone(Closed):
+    """Starts where it likes."""
+
+    def __call__(self, ts, y0):
+        return super().__call__(ts, None)
+
+
+@pytest.mark.parametrize("model", [Closed(jnp.array(1.0)), lp.NeuralODE(Decay(jnp.array(1.0)))], ids=["own", "ready"])
+def test_states_of_an_earlier_time_are_named(model):
+    ts = np.linspace(0, 2, 6)
+    said = lambda ts, ys: [m for m in everything(model, lp.Trajectories(ts, ys, [1.0])) if "earlier time" in m]
+    late = np.exp(-(ts + 1))[:, None] + 0.01
+    (found,) = said(ts + 1, late)
+    assert "At the first time, 1, channel 0 of trajectory 0" in found
+    begun = np.concatenate([[[np.nan]], late])
+    assert said(np.append(0, ts + 1), begun) == []
+
+
+def everything(model, data):
+    problem = lp.Problem(data, lp.Gaussian(0.02), 1.0)
+    fit = lp.refine(model, problem, curvature="ggn", progress=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lp.laplace(fit.model, problem, curvature="ggn", progress=False)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize(
+    ("model", "scale", "said"),
+    [
+        pytest.param(Closed(jnp.array(1.0)), 0.01, None, id="good"),
+        pytest.param(Closed(jnp.array(1.0)), 1e-8, "noise of channel 0 has a standard deviation of 1e-08", id="noise"),
+        pytest.param(Alone(jnp.array(1.0)), 0.01, "initial states of the data have no influence", id="states"),
+    ],
+)
+def test_what_else_is_said_of_ones_own_model(model, scale, said):
+    ts = np.linspace(0, 2, 6)
+    problem = lp.Problem(lp.Trajectories(ts, np.exp(-ts)[:, None], [1.0]), lp.Gaussian(scale), 1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        lp.laplace(model, problem, curvature="ggn", progress=False)
+    found = [str(each.message) for each in caught if "decrement" not in str(each.message)]
+    assert found == [] if said is None else len(found) == 1 and said in found[0]
+
+
+NEWTON = optimistix.Newton(1e-10, 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("model", "y0", "named"),
+    [
+        pytest.param(Bouncing(jnp.array(9.81), jnp.array(0.7), NEWTON), [1.0, 0.0], None, id="found"),
+        pytest.param(Stopped(jnp.array(0.53), jnp.array(2.0), NEWTON), [0.5], "stop", id="a jump in the last step"),
+        pytest.param(Forgotten(jnp.array(1.0), jnp.array(1.5)), [0.5], "rate", id="stop_gradient in part"),
+    ],
+)
+def test_derivatives_of_ones_own_model_that_are_wrong_are_found(model, y0, named):
+    ts = np.linspace(0, 1, 9)
+    clean = np.asarray(model(ts, jnp.asarray(y0)))
+    data = lp.Trajectories(ts, clean + 0.01 * np.sin(np.arange(9))[:, None], y0)
+    found = messages(model, lp.Problem(data, lp.Gaussian(0.02), 1e-2))
+    if named is None:
+        assert found == []
+    else:
+        assert len(found) == 1 and f"The derivatives of `model` in {named} are not those" in found[0]

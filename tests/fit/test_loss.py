@@ -106,17 +106,181 @@ def test_a_root_or_a_logarithm_of_the_squares_has_their_minimum(growth, data, fu
         lp.problem_from_loss(growth.model, data, lambda m: loss(m) + L2 * penalty(m), l2=L2)
 
 
-def test_what_a_loss_is_instead_is_named(growth, data):
-    claim = dict(precision=1.0)
-    predicted = lambda m: jax.vmap(m)(jnp.asarray(data.ts), jnp.asarray(data.y0))
-    with pytest.raises(lp.LaplodeError, match=r"weights=\[1, 0.5\] and squares=4\."):
-        lp.problem_from_loss(growth.model, data, lambda m: weighted(m, data, np.array([4.0, 2.0])), **claim)
-    with pytest.raises(lp.LaplodeError, match=r"\(L1\).*StudentT"):
-        lp.problem_from_loss(growth.model, data, lambda m: jnp.mean(jnp.abs(predicted(m) - data.ys)), **claim)
+# A neural model, whose gradient has enough entries to tell trajectories and times apart.
+@pytest.fixture(scope="module")
+def wide(data):
+    model = Wide(*(0.3 * jax.random.normal(key, (8, 2)) for key in jax.random.split(jax.random.key(0))))
+    return model, data
+
+
+class Wide(eqx.Module):
+    weight: jax.Array
+    bias: jax.Array
+
+    def __call__(self, ts, y0):
+        phase = jnp.arange(8) * ts[:, None] / 4
+        return y0 + jnp.sin(phase) @ self.weight + jnp.cos(phase) @ self.bias * y0
+
+
+def errors(model, data):
+    return jax.vmap(model)(jnp.asarray(data.ts), jnp.asarray(data.y0)) - jnp.asarray(data.ys)
+
+
+LATER = (np.arange(9) > 0)[:, None]
+BY_TRAJECTORY = np.array([1.0, 0.25])[:, None, None]
+BY_TIME = np.linspace(0.2, 1, 9)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("weights", "scale"),
+    [
+        pytest.param(BY_TRAJECTORY, 0.2 / np.sqrt(BY_TRAJECTORY), id="by trajectory"),
+        pytest.param(BY_TIME, 0.2 / np.sqrt(BY_TIME), id="by time"),
+        pytest.param(LATER * [1.0, 4.0], [0.2, 0.1], id="by channel, without the first time"),
+        pytest.param(LATER * BY_TRAJECTORY, 0.2 / np.sqrt(BY_TRAJECTORY), id="by trajectory, without the first time"),
+    ],
+)
+def test_weights_of_any_shape(wide, weights, scale):
+    model, data = wide
+    loss = lambda m: jnp.sum(weights * errors(m, data) ** 2)
+    problem, found = lp.problem_from_loss(model, data, loss, squares="sum", weights=weights, precision=1e-9, scale=0.2)
+    assert problem.num_observations == np.sum(np.broadcast_to(weights, data.ys.shape) > 0)
+    seen = ~np.isnan(problem.data.ys)
+    known = np.broadcast_to(problem.likelihood.scale, data.ys.shape)[seen]
+    np.testing.assert_allclose(known, np.broadcast_to(scale, data.ys.shape)[seen], rtol=1e-14)
+    expected = found.nats_per_loss * gradient_of_loss(model, loss)
+    np.testing.assert_allclose(gradient_of_problem(model, problem), expected, rtol=1e-6, atol=1e-7)
+
+
+def over_channels_first(m, d):
+    return jnp.mean(jnp.stack([jnp.mean(errors(m, d)[..., k] ** 2) for k in range(2)]))
+
+
+def with_holes(data):
+    holes = data.ys.copy()
+    holes[0, 3:5, 0] = holes[1, 6, 1] = np.nan
+    return lp.Trajectories(data.ts, holes, data.y0)
+
+
+def filled(m, d):
+    """Σ (f − y)² where y was observed, as `nansum` has it."""
+    return jnp.where(d.observed, jax.vmap(m)(d.ts, d.y0) - np.nan_to_num(d.ys), 0) ** 2
+
+
+FORMS = {
+    "means over channels first": (over_channels_first, False, dict(), "the mean of squares"),
+    "a mask": (lambda m, d: jnp.sum(filled(m, d)) / d.observed.sum(), True, dict(), "the mean of squares"),
+    "where of mean": (lambda m, d: jnp.mean(filled(m, d), where=d.observed), True, dict(), "the mean of squares"),
+    "nansum": (
+        lambda m, d: jnp.nansum(jnp.where(d.observed, filled(m, d), jnp.nan)),
+        True,
+        dict(squares="sum"),
+        "the sum of squares",
+    ),
+    "all cells": (
+        lambda m, d: jnp.mean(filled(m, d)),
+        True,
+        dict(squares=1 / 36),
+        "the mean over all cells, missing ones included",
+    ),
+    "half": (lambda m, d: 0.5 * jnp.mean(errors(m, d) ** 2), False, dict(squares=0.5 / 36), "half the mean"),
+    "RMSE": (lambda m, d: jnp.sqrt(jnp.mean(errors(m, d) ** 2)), False, dict(), "same minimum"),
+    "log": (lambda m, d: jnp.log(jnp.mean(errors(m, d) ** 2)), False, dict(), "same minimum"),
+    "without the first time": (
+        lambda m, d: jnp.mean(errors(m, d)[:, 1:] ** 2),
+        False,
+        dict(weights=LATER),
+        "the mean of squares",
+    ),
+    "means of each channel with holes": (
+        lambda m, d: sum(jnp.sum(filled(m, d)[..., k]) / d.observed[..., k].sum() for k in range(2)),
+        True,
+        dict(squares="sum", weights=1 / np.array([16.0, 17.0])),
+        "the sum of weighted squares",
+    ),
+    "means of each trajectory with holes": (
+        lambda m, d: jnp.mean(jnp.stack([jnp.sum(filled(m, d)[i]) / d.observed[i].sum() for i in range(2)])),
+        True,
+        dict(squares=0.5, weights=1 / np.array([16.0, 17.0])[:, None, None]),
+        "weighted squares",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_a_loss_are_told_by_name(wide, name):
+    form, holes, claim, said = FORMS[name]
+    model, data = wide
+    data = with_holes(data) if holes else data
+    loss = lambda m: form(m, data)
+    problem, found = lp.problem_from_loss(model, data, loss, precision=1e-9, scale=0.2, **claim)
+    assert said in found.found
+    expected = found.nats_per_loss * gradient_of_loss(model, loss)
+    ours = gradient_of_problem(model, problem)
+    if said == "same minimum":  # the factor is one near the model
+        ours *= jnp.linalg.norm(expected) / jnp.linalg.norm(ours)
+    np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-6 * np.abs(ours).max())
+
+
+def one_batch(model, ts, y0, ys):
+    return jnp.mean((jax.vmap(model)(ts, y0) - ys) ** 2)
+
+
+def test_the_loss_of_minibatches_is_its_expectation(wide):
+    model, data = wide
+    batches = [(data.ts[i], data.y0[i], data.ys[i]) for i in ([0], [1])]
+    problem, found = lp.problem_from_loss(model, data, one_batch, batches=batches, precision=1e-9, scale=0.2)
+    assert found.difference < 1e-12 and found.found == "the mean of squares"
+    all_of_it = lambda m: one_batch(m, data.ts, data.y0, data.ys)
+    whole, _ = lp.problem_from_loss(model, data, all_of_it, precision=1e-9, scale=0.2)
+    np.testing.assert_allclose(gradient_of_problem(model, problem), gradient_of_problem(model, whole), rtol=1e-12)
+    uneven = [*batches, batches[0]]  # one trajectory comes up twice as often
+    with pytest.raises(lp.LaplodeError, match=r"trajectory apart: pass weights=np.array\(\[1, 0.5\]\)\[:, None"):
+        lp.problem_from_loss(model, data, one_batch, batches=uneven, precision=1.0)
+    with pytest.raises(lp.LaplodeError, match=r"can't be differentiated.*TypeError"):
+        lp.problem_from_loss(model, data, one_batch, batches=[(data.ts,)], precision=1.0)
+
+
+def huber(delta):
+    return lambda e: jnp.where(jnp.abs(e) < delta, e**2 / 2, delta * (jnp.abs(e) - delta / 2))
+
+
+INSTEAD = {
+    "channels of sizes far apart": (lambda e: e**2 * jnp.array([1.0, 1e2]), r"channel apart: .*\[0.01, 1\]"),
+    "each channel": (lambda e: e**2 * jnp.array([4.0, 2.0]), r"channel apart: pass weights=\[1, 0.5\] and squares=4\."),
+    "each trajectory": (
+        lambda e: e**2 * BY_TRAJECTORY,
+        r"trajectory apart: .*\[1, 0.25\]\)\[:, None, None\] and squares=1\.",
+    ),
+    "each time": (lambda e: e**2 * BY_TIME, r"time apart: .*\[0.2, 0.3, .* 1\]\)\[:, None\] and squares=1\."),
+    "no first time": (lambda e: 3 * e[:, 1:] ** 2, r"leaves out the first time: pass weights=.* squares=3\."),
+    "L1": (jnp.abs, r"absolute errors \(L1, a Laplace.*StudentT"),
+    "log cosh": (lambda e: jnp.log(jnp.cosh(e)), "log cosh.*StudentT"),
+    "fourth powers": (lambda e: e**4, "no multiple.*StudentT"),
+}
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_what_a_loss_is_instead_is_named(wide, name):
+    of_errors, match = INSTEAD[name]
+    model, data = wide
+    with pytest.raises(lp.LaplodeError, match=match):
+        lp.problem_from_loss(model, data, lambda m: jnp.sum(of_errors(errors(m, data))), precision=1.0)
+
+
+def test_huber_is_named(wide):
+    model, data = wide
+    far = lp.Trajectories(data.ts, data.ys + 2 * np.sin(5 * data.ts)[..., None], data.y0)
+    assert 0 < np.sum(np.abs(errors(model, far)) < 1) < 36  # on both sides of the corner
+    with pytest.raises(lp.LaplodeError, match=r"Huber's errors \(delta = 1\).*StudentT"):
+        lp.problem_from_loss(model, far, lambda m: jnp.mean(huber(1.0)(errors(m, far))), precision=1.0)
+
+
+def test_a_nan_in_a_square_is_named(wide):
+    model, data = wide
+    holes = with_holes(data)
     with pytest.raises(lp.LaplodeError, match="put 0 in its place before"):
-        holes = np.where(np.arange(data.ys.shape[1])[:, None] == 2, np.nan, data.ys)
-        loss = lambda m: jnp.nansum((predicted(m) - holes) ** 2)
-        lp.problem_from_loss(growth.model, lp.Trajectories(data.ts, holes, data.y0), loss, **claim)
+        lp.problem_from_loss(model, holes, lambda m: jnp.nansum(errors(m, holes) ** 2), precision=1.0)
 
 
 @pytest.mark.filterwarnings("ignore::laplode.LaplodeWarning")  # the model is at no minimum
@@ -228,7 +392,7 @@ def test_a_loss_in_float32_meets_a_model_in_float32(growth, data):
         pytest.param(dict(l2=-1.0), "`l2` must be a number of at least 0", id="negative"),
         pytest.param(dict(weights=[1.0, -1.0]), "`weights` must be finite", id="negative weights"),
         pytest.param(dict(weights=np.ones(7)), "`weights` must have shape", id="shape of weights"),
-        pytest.param(dict(weights=np.arange(36.0).reshape(2, 9, 2)), "differ within a channel", id="weights in time"),
+        pytest.param(dict(batches=3, precision=1.0, loss=lambda m: 0.0), "`batches` must be a list", id="batches"),
         pytest.param(dict(precision=0.0), "`precision` must be a positive", id="precision"),
         pytest.param(dict(loss=3, precision=1.0), "`loss` must be a function", id="no function"),
         pytest.param(dict(loss=lambda m: m.rate, precision=1.0), r"one number, got shape \(2,\)", id="vector"),

@@ -55,6 +55,12 @@ def neural_fit(neural):
     return refined(*neural)
 
 
+def test_the_bar_promises_no_time(linear, capsys):
+    lp.refine(linear.model, linear.problem)
+    said = capsys.readouterr().err
+    assert "step" in said and "?step/s, by" not in said and "<" not in said  # nothing is said to be left
+
+
 def test_a_linear_model_takes_one_step(linear):
     away = eqx.tree_at(lambda m: m.vector_field.w, linear.model, jnp.ones((2, 3)))
     fit = refined(away, linear.problem)

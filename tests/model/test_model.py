@@ -1,10 +1,13 @@
 """The Neural ODE as an ordinary module, and the contract that a foreign model meets."""
 
+import warnings
+
 import diffrax
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import laplode as lp
@@ -59,6 +62,39 @@ def test_default_solver_is_adaptive_tsit5():
     model = lp.NeuralODE(Decay(jnp.array(2.0)))
     assert isinstance(model.solver, diffrax.Tsit5)
     assert (model.stepsize_controller.rtol, model.stepsize_controller.atol, model.max_steps) == (1e-6, 1e-8, 4096)
+
+
+def test_a_field_of_state_and_time_is_refused():
+    with pytest.raises(lp.LaplodeError, match=r"\(y, t, args\).*time comes first"):
+        lp.NeuralODE(lambda y, t, args: -y)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(stepsize_controller=diffrax.ConstantStepSize()), dict(FIXED, solver=diffrax.Kvaerno3())],
+    ids=["no dt0", "no tolerance of the root finder"],
+)
+@pytest.mark.parametrize("stage", ["fit", "laplace"])
+def test_settings_that_do_not_go_together(options, stage):
+    model, problem = lp.NeuralODE(Decay(jnp.array(2.0)), **options), lp.Problem(data(), lp.Gaussian(0.1), 1.0)
+    calls = {
+        "fit": lambda: lp.fit(model, problem, optax.adam(0.1), steps=2, key=jax.random.key(0), progress=False),
+        "laplace": lambda: lp.laplace(model, problem, progress=False),
+    }
+    with pytest.raises(lp.LaplodeError, match="can't be solved by"):
+        calls[stage]()
+
+
+def test_a_module_that_a_function_hides_is_named():
+    mlp = eqx.nn.MLP(2, 2, 3, 1, key=jax.random.key(0))
+    path = diffrax.LinearInterpolation(TS, TS)
+    with pytest.warns(lp.LaplodeWarning, match="`vector_field` is a function that uses `mlp`, a MLP"):
+        lp.NeuralODE(lambda t, y, args: mlp(y))
+    with pytest.warns(lp.LaplodeWarning, match="`observe` is a function that uses `mlp`"):
+        lp.NeuralODE(Decay(jnp.array(2.0)), observe=eqx.filter_jit(lambda y, args: mlp(y)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lp.NeuralODE(mlp, observe=lambda y, args: y * path.evaluate(0.1))
 
 
 def test_failed_solves_raise_or_leave_infinities():

@@ -56,7 +56,9 @@ def by_scipy(view, data, direction):
         arrays, found = split(theta)[0], []
         for i, ts in enumerate(data.ts):
             args = jax.tree.map(lambda x, i=i: jnp.asarray(x[i]), data.args)
-            y0 = data.y0[i] if data.y0 is not None else np.atleast_2d(arrays.y0)[i]
+            model = eqx.combine(arrays, static)
+            place = i if model.has_state_for_each else None
+            y0 = np.asarray(model.initial_state(place if data.y0 is None else data.y0[i], args))
             rhs = lambda t, y, args=args: np.asarray(field(arrays, t, y, args))
             states = solve_ivp(rhs, ts[[0, -1]], y0, "DOP853", ts, rtol=1e-11, atol=1e-13).y.T
             found.append(observe(arrays, states, args))
@@ -75,7 +77,12 @@ def doses(model, data):
 
 
 # Derivatives of the others have their tests elsewhere, and take long to compile.
-WITH_DERIVATIVES = ["Forcing and covariates", "Second-order and Hamiltonian fields", "Noise that the model predicts"]
+WITH_DERIVATIVES = [
+    "Forcing and covariates",
+    "Second-order and Hamiltonian fields",
+    "Initial states that are computed",
+    "Noise that the model predicts",
+]
 
 
 @pytest.mark.parametrize("heading", HEADINGS)

@@ -454,6 +454,37 @@ def test_a_forcing_beyond_its_times_is_said():
         draw(posterior, [0.0, 0.5, 1.5])
 
 
+class OnItsGrid(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        return y0 * jnp.exp(-self.rate * jnp.linspace(0, 1, 5))[:, None]
+
+
+def test_a_model_with_a_grid_of_its_own_is_named():
+    data = lp.Trajectories(np.linspace(0, 1, 5), np.ones((5, 1)), [1.0])
+    posterior = lp.laplace(OnItsGrid(jnp.array(0.1)), lp.Problem(data, lp.Gaussian(0.1), 1.0), progress=False)
+    with pytest.raises(lp.LaplodeError, match=r"predicts shape \(5, 1\) where it is asked for 3 times"):
+        draw(posterior, [0.0, 0.5, 1.0])
+
+
+class ForcedByArrays(eqx.Module):
+    gain: jax.Array
+
+    def __call__(self, ts, y0, args):
+        return y0 + self.gain * jnp.interp(ts, args["times"], args["force"])[:, None]
+
+
+def test_arrays_of_times_among_the_args_are_known_by_their_name():
+    ts = np.linspace(0, 1, 5)
+    args = {"times": ts[None], "force": ts[None] ** 2}
+    data = lp.Trajectories(ts, (ts**2)[:, None], np.zeros((1, 1)), args)
+    posterior = lp.laplace(ForcedByArrays(jnp.array(1.0)), lp.Problem(data, lp.Gaussian(0.1), 1e-3), progress=False)
+    draw(posterior, [0.0, 0.3, 1.0])
+    with pytest.warns(lp.LaplodeWarning, match=r"`args\['times'\]` is known from 0 to 1 only"):
+        draw(posterior, [0.0, 0.5, 1.5])
+
+
 # ---- What it costs
 
 
@@ -504,7 +535,7 @@ def test_another_number_of_times_takes_no_other_program_of_the_solve():
         pytest.param(
             dict(ts=np.ones((2, 2)).cumsum(1), y0=np.ones((3, 2))), "`y0` must have shape.*N = 2", id="y0 rows"
         ),
-        pytest.param(dict(args=np.ones((2, 1))), "`args` is for new initial states", id="args alone"),
+        pytest.param(dict(args=np.ones((2, 1))), "`args` alone are for a model", id="args alone"),
         pytest.param(dict(y0=np.ones((2, 2)), args=np.ones((3, 1))), "`args` must be.*N = 2", id="args rows"),
         pytest.param(dict(method="exact"), '`method` must be one of "linearized", "geodesic", "sampled"', id="method"),
         pytest.param(dict(num_samples=0), "`num_samples` must be a positive integer", id="none"),

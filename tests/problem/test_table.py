@@ -95,6 +95,13 @@ def test_tables_that_are_refused(change, options, match):
         lp.Trajectories.from_dataframe(change(WIDE), **dict(time="day", channels="prey", trajectory="who") | options)
 
 
+def test_what_is_masked_is_missing():
+    ys = np.ma.masked_array([[1.0], [-999.0], [3.0]], mask=[[False], [True], [False]])
+    np.testing.assert_array_equal(lp.Trajectories([0, 1, 2], ys, [1.0]).ys[0], [[1], [np.nan], [3]])
+    with pytest.raises(lp.LaplodeError, match="`ts` must be finite"):
+        lp.Trajectories(np.ma.masked_array([0, 1, 2], mask=[0, 0, 1]), ys, [1.0])
+
+
 def test_lists_of_different_lengths():
     """Nothing is solved beyond the last time of each."""
     ts, ys = [np.arange(4.0), np.array([0.0, 1.0])], [np.ones((4, 1)), np.zeros((2, 1))]
@@ -119,6 +126,8 @@ TS, YS = np.arange(3.0), np.ones((3, 1))
         pytest.param(([0.0, 1.0, 1.0], YS), "replicates as trajectories", id="replicates"),
         pytest.param((TS, {"x": YS}), "`ys` is a dict of 'x'", id="dict of observations"),
         pytest.param((TS, YS, {"x": 1.0, "v": 2.0}), r"`y0` is a dict of 'x', 'v'(.|\n)*np.stack", id="dict of states"),
+        pytest.param((TS, YS, [1.0], {"group": np.array(["a"])}), "must hold numbers.*code words", id="words"),
+        pytest.param((TS, YS, [1.0], {"start": DAYS.to_numpy()[:1]}), r"'start'\]` must hold", id="a date"),
     ],
 )
 def test_what_is_refused_with_the_line_to_write(arguments, match):

@@ -100,6 +100,21 @@ def emptying(left):
     return Emptying(jnp.array(1.0), left), lp.Problem(data, lp.Poisson(), 1.0)
 
 
+class Explosive(eqx.Module):
+    rate: jax.Array
+
+    def __call__(self, ts, y0):
+        return y0 * jnp.exp(self.rate * ts)[:, None]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_predictions_that_run_away_are_not_told_to_be_positive(sign):
+    data = lp.Trajectories(np.linspace(0, 4, 5), np.ones((5, 1)), [float(sign)])
+    with pytest.raises(lp.LaplodeError, match=r"log-likelihood of -inf.*predictions run away") as found:
+        lp.laplace(Explosive(jnp.array(150.0)), lp.Problem(data, lp.Gaussian(0.1), 1.0), progress=False)
+    assert "positive" not in str(found.value)
+
+
 @pytest.mark.parametrize("stage", [lp.laplace, lp.refine])
 def test_a_rate_that_the_solver_makes_negative_is_named(stage):
     with pytest.raises(lp.LaplodeError, match=r"trajectory 0, channel 0.*time 30, .* -9.99.*-10 .*maximum"):

@@ -5,6 +5,7 @@ see where a discontinuity moves, and the sensitivities of an explicit solver at 
 larger than that of the states. Both show when solutions at two neighboring θ are compared.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
@@ -20,6 +21,8 @@ from .._problem.problem import Problem
 from .._solve.flows import ReplayedFlow
 from .._solve.maps import evaluate
 from .._solve.replay import Accepted
+
+_Offset = Callable[[], np.ndarray]  # a posterior standard deviation of each parameter, to either side
 
 # Lengths of a step, to both sides, as parts of the direction: a short one feels the solver's tolerance, a long one the
 # curvature of the model. Derivatives are wrong if the changes of the predictions contradict them at all of these.
@@ -39,6 +42,19 @@ _WRONG, _WRONG_PART = 0.3, 0.1
 _TIGHTER = 100.0
 
 
+# Of a model of one's own, whose solver chooses other steps at each θ, differences of both sides are taken over these.
+# They are to be believed where two of them differ by less than this part of what they contradict.
+_BOTH_WAYS, _AGREE = (0.02, 0.1, 0.005, 0.5, 1e-3), 0.3
+
+
+# So many standard deviations of the noise from a state that is given, a first observation is of another time.
+_FAR = 6.0
+
+
+# So many times larger than the noise, values are more exact than solvers usually are.
+_DIGITS = 1e6
+
+
 # Errors that the tolerance allows in a step are too large from this part of the noise on.
 _COARSE = 0.3
 
@@ -54,8 +70,7 @@ def solver_problems(
 
     It takes one solve at a neighboring θ, or a few where the model is curved. θ* moves along a combination of all
     directions that the data determine, each by the same part of its posterior standard deviation, so that one wrong
-    direction shows among many right ones. A parameter without influence moves too: nothing should follow. Models whose
-    solver is not known are not looked at.
+    direction shows among many right ones. A parameter without influence moves too: nothing should follow.
 
     **Arguments:**
 
@@ -65,7 +80,7 @@ def solver_problems(
     - `prior`: at θ*.
     - `linear`: the predictions at θ* and their Jacobian, if they are known.
     """
-    if not flow.is_frozen:
+    if linear is None and not flow.is_frozen and not flow.has_pushforward():
         return []
     signs = np.random.default_rng(0).choice([-1.0, 1.0], flow.parameters.size)  # any will do
     influence = np.asarray(form.influence())
@@ -73,7 +88,17 @@ def solver_problems(
     direction = _determined(built, prior, signs, inert)
     values = evaluate(flow, flow.parameters.vector) if linear is None else linear[0]
     probe = _Probe(flow, np.asarray(values), np.sqrt(np.asarray(problem.information(values))), linear)
-    slope = probe.slope(direction)
+    slope, offset = probe.slope(direction), lambda: signs * np.sqrt(np.asarray(built.variance()))
+    if flow.is_frozen:
+        found = _of_solver(probe, problem, direction, slope, offset)
+    else:
+        found = _of_own_model(probe, direction, slope, offset)
+    return _starts_elsewhere(probe, slope, problem) + found
+
+
+def _of_solver(probe: "_Probe", problem: Problem, direction: Array, slope: np.ndarray, offset: _Offset) -> list[str]:
+    """What is wrong with the solver of a `NeuralODE`, or with its derivatives."""
+    flow = probe.flow
     error, neighbor = probe.error(direction, slope)
     if neighbor is None:
         return []
@@ -83,7 +108,7 @@ def solver_problems(
     cause = _cause(probe, problem, direction, slope, error)
     if cause == "neighbors":  # the derivatives at θ* are right
         return []
-    named = _wrong_leaves(probe, signs * np.sqrt(np.asarray(built.variance())))
+    named = _wrong_leaves(probe, offset())
     if named and cause == "model":
         return [
             f"The derivatives in {', '.join(named)} are not those of the solution: solved again at neighboring values, "
@@ -174,6 +199,105 @@ class _Probe(eqx.Module):
                 lengths = list(_SHORTER)
             before = off
         return least, first
+
+
+def _starts_elsewhere(probe: "_Probe", slope: np.ndarray, problem: Problem) -> list[str]:
+    """Whether the first observations are far from initial states that are given."""
+    if probe.flow.y0 is None:
+        return []
+    score = np.asarray(problem.likelihood.score(jnp.asarray(probe.values), problem.ys))
+    there = problem.informed & (probe.root > 0)
+    z = np.abs(np.divide(score, probe.root, out=np.zeros_like(score), where=there))[..., : problem.ys.shape[2]]
+    first = np.where(slope[:, 0, : z.shape[2]] == 0, z[:, 0], 0)
+    i, k = map(int, np.unravel_index(np.argmax(first), first.shape))
+    if not first[i, k] > max(_FAR, 2 * np.max(z[:, 1:], initial=0)):
+        return []
+    return [
+        f"At the first time, {float(probe.flow.ts[i, 0]):g}, channel {k} of trajectory {i} was observed "
+        f"{first[i, k]:.2g} standard deviations of the noise from the state `y0`, twice as far as at any other time. "
+        "If `y0` is the state at an earlier time, let the times begin there, with a first row of NaN in `ys`."
+    ]
+
+
+def _of_own_model(probe: _Probe, direction: Array, slope: np.ndarray, offset: _Offset) -> list[str]:
+    """What is wrong with the derivatives of a model of one's own, with where it starts, or with the noise."""
+    others = _ignores_states(probe) + _tiny_noise(probe)
+    error, agree = _contradicted(probe, direction, slope)
+    if not (agree and error > _WRONG):
+        return others
+    wrong, std = [], offset()
+    for name, _, start, stop in probe.flow.parameters.leaves[:_MOST_LEAVES]:
+        alone = jnp.zeros(std.size).at[start:stop].set(std[start:stop])
+        off, alike = _contradicted(probe, alone, probe.slope(alone))
+        if off > _WRONG and alike:
+            wrong.append(name)
+    return [
+        *others,
+        f"The derivatives of `model`{' in ' + ', '.join(wrong) if wrong else ''} are not those of its predictions: at "
+        f"neighboring parameters these change otherwise, by {error:.2g} standard deviations of the posterior. So it is "
+        "after an event of diffrax.diffeqsolve that has no root_finder, or in whose last step the field jumps; where "
+        "another discontinuity moves; behind jax.lax.stop_gradient; and where a derivative of one's own (custom_jvp, "
+        "custom_vjp) is wrong. Standard deviations, of other parameters too, are wrong. An event wants "
+        "diffrax.Event(condition, optimistix.Newton(1e-8, 1e-8)) and a field that goes on smoothly beyond it.",
+    ]
+
+
+def _tiny_noise(probe: _Probe) -> list[str]:
+    """Whether values are known to more digits than the unknown solver is likely to have."""
+    digits = probe.weighed(np.abs(probe.values))
+    i, t, k = map(int, np.unravel_index(np.argmax(digits), digits.shape))
+    if not digits[i, t, k] > _DIGITS:
+        return []
+    return [
+        f"The noise of channel {k} has a standard deviation of {1 / probe.root[i, t, k]:.2g} in trajectory {i} at time "
+        f"{float(probe.flow.ts[i, t]):g}, where the value is {probe.values[i, t, k]:.2g}: few solvers are as exact. A "
+        "fitted noise scale runs to 0 where the model meets the data exactly: then give it, or a prior that keeps it "
+        "away from 0."
+    ]
+
+
+def _ignores_states(probe: _Probe) -> list[str]:
+    """Whether predictions are the same from initial states a little away."""
+    flow = probe.flow
+    if flow.y0 is None:
+        return []
+    y0 = jnp.asarray(flow.y0, dtype=float)
+    try:
+        values = flow.starting(y0 + 1e-3 * jnp.where(y0 == 0, 1.0, y0)).solved(flow.parameters.vector)
+        before = flow.solved(flow.parameters.vector)
+    except eqx.EquinoxRuntimeError:  # a solve that throws
+        return []
+    if np.any(np.asarray(values) != np.asarray(before)):
+        return []
+    return [
+        "The initial states of the data have no influence on the predictions of `model`: where it has states of its "
+        "own, leave out those of the data, Trajectories(ts, ys)."
+    ]
+
+
+def _contradicted(probe: _Probe, direction: Array, slope: np.ndarray) -> tuple[float, bool]:
+    """How far differences are from what derivatives say, at the length where that is least, and whether they agree.
+
+    0 where the model can't be solved nearby.
+    """
+    theta, said = probe.flow.parameters.vector, probe.weighed(slope)
+    found: list[np.ndarray] = []
+    for length in _BOTH_WAYS:
+        try:
+            ahead, behind = (np.asarray(probe.flow.solved(theta + sign * length * direction)) for sign in (1, -1))
+        except eqx.EquinoxRuntimeError:  # a solve that throws
+            continue
+        off = probe.weighed((ahead - behind) / (2 * length)) - said
+        if not np.all(np.isfinite(off)):
+            continue
+        found.append(off)
+        if np.linalg.norm(off) <= _WRONG:
+            return 0.0, True
+    if not found:
+        return 0.0, True
+    sizes = [float(np.linalg.norm(off)) for off in found]
+    apart = [np.linalg.norm(a - b) for i, a in enumerate(found) for b in found[:i]]
+    return min(sizes), bool(min(apart, default=np.inf) <= _AGREE * min(sizes))
 
 
 def _wrong_leaves(probe: _Probe, offset: np.ndarray) -> list[str]:

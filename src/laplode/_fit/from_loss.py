@@ -1,6 +1,6 @@
 """From a loss that someone minimized in a training loop of their own to the problem that it solves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -64,8 +64,9 @@ _REDUCTIONS: dict[str, Callable[[int], float]] = {"mean": lambda num: 1 / num, "
 def problem_from_loss(
     model: Any,
     data: Trajectories,
-    loss: Callable[[Any], Any] | None = None,
+    loss: Callable[..., Any] | None = None,
     *,
+    batches: Sequence[Sequence[Any]] | None = None,
     squares: str | float = "mean",
     errors: str = "absolute",
     weights: Any = None,
@@ -96,14 +97,16 @@ def problem_from_loss(
     - `model`: the fitted model.
     - `data`: what it was fitted to, all of it.
     - `loss`: the loss on all of `data`, a function `model -> scalar` of JAX operations, with its L2 penalty and without
-        the optimizer's weight decay. Of minibatches give the loss of all that they are drawn from. Its gradient is
-        compared with that of what the other arguments say, at models in the precision of `model`. None compares
-        nothing.
+        the optimizer's weight decay. Its gradient is compared with that of what the other arguments say, at models in
+        the precision of `model`. None compares nothing.
+    - `batches`: the minibatches of an epoch, a tuple each, where the loss is one of a minibatch, called as
+        `loss(model, *batch)`. What training descends is its expectation, the mean over all of them.
     - `squares`: the factor before Σ (f − y)²: "mean" (1 over the number of observed values), "sum" (1), or a number,
         such as 0.5 for half the sum, or 0.5 / ys.size for half the mean.
     - `errors`: "absolute" for y − f, or "log" for log y − log f, which is a `LogNormal` likelihood.
-    - `weights`: w of Σ w (f − y)², one per channel (K,) or for all values (N, T, K): the noise scale of a channel is
-        then scale / √w. Zeros are a mask: these values are not observed. Others must not differ within a channel.
+    - `weights`: w of Σ w (f − y)², one per channel (K,), or any array that broadcasts to (N, T, K). The noise scale is
+        then scale / √w: of a channel, or of each value where weights differ within one, and then `predict` is told the
+        `scale` of other values. Zeros are a mask: these values are not observed.
     - `where`: the parameters that were trained, as in `laplace`; all by default. Give it to `laplace` too.
     - `l2`: λ of a penalty λ‖θ‖² in the loss; of (λ/2)‖θ‖² give λ/2.
     - `weight_decay`: that of `optax.add_decayed_weights` at the start of the chain, before gradients are rescaled: the
@@ -136,7 +139,7 @@ def problem_from_loss(
     for name, value in (("precision", precision), ("scale", scale)):
         if value is not None:
             check_number(name, value)
-    data, by_channel = _weighted(weights, data)
+    data, weights = _weighted(weights, data)
     factor = _factor(squares, data)
     plain = Problem(data, kind(1.0), 1.0)  # pyright: ignore[reportCallIssue]
     model = check_model(model, plain)
@@ -146,17 +149,17 @@ def problem_from_loss(
     decay = within * (2 * l2 + (0.0 if decoupled else weight_decay))
     _check_priors(view, decay, precision, decoupled and weight_decay > 0)
 
-    of_squares = SumOfSquares(view, model, data, by_channel, transform)
+    of_squares = SumOfSquares(view, model, data, weights, transform)
     theta = view.vector
     gradient = _checked_gradient(of_squares, plain)
     difference, found = None, "not compared"
     if loss is not None:
         claim = Claim(squares, factor, within * 2 * l2, bool(np.any(decay)))
-        difference, factor, found = compared(probed(loss, of_squares), of_squares, claim)
+        difference, factor, found = compared(probed(loss, batches, of_squares), of_squares, claim)
     if scale is None:
         scale = _residual_scale(eqx.tree_at(lambda f: f.like, of_squares, view.model), theta)
     nats = 1 / (2 * factor * scale**2)
-    noise = scale if weights is None else scale / np.sqrt(by_channel)
+    noise = scale if np.all(weights == 1) else scale / np.sqrt(weights)
     precisions = [nats * each or precision for each in decay]
     one = len(set(precisions)) == 1
     prior = GaussianPrior(precisions[0] if one else jax.tree.unflatten(jax.tree.structure(view.selected), precisions))
@@ -167,8 +170,8 @@ def problem_from_loss(
     return problem, MatchedLoss(float(scale), float(nats), difference, imbalance, found)
 
 
-def _weighted(weights: Any, data: Trajectories) -> tuple[Trajectories, Float[np.ndarray, " K"]]:
-    """The data without what has no weight, and the weight of each channel."""
+def _weighted(weights: Any, data: Trajectories) -> tuple[Trajectories, Float[np.ndarray, "..."]]:
+    """The data without what has no weight, and the weights, of each value where they differ within a channel."""
     if weights is None:
         return data, np.ones(data.ys.shape[-1])
     weights = real_array("weights", weights)
@@ -180,14 +183,11 @@ def _weighted(weights: Any, data: Trajectories) -> tuple[Trajectories, Float[np.
         ) from None
     if not np.all(np.isfinite(weights)) or np.any(weights < 0) or not np.any(data.observed & (weights > 0)):
         raise LaplodeError("`weights` must be finite and at least 0, and not 0 wherever something was observed.")
-    by_channel = np.max(weights, axis=(0, 1))
-    if not np.all((weights == 0) | np.isclose(weights, by_channel, rtol=1e-6, atol=0)):
-        raise LaplodeError(
-            "`weights` differ within a channel, and a likelihood has one noise scale for each: where the noise grows "
-            'with y, take errors="log", or a noise scale that the model predicts, laplode.Gaussian().'
-        )
     masked = eqx.tree_at(lambda d: d.ys, data, np.where(weights == 0, np.nan, data.ys))
-    return masked, np.where(by_channel > 0, by_channel, 1.0)
+    by_channel = np.max(weights, axis=(0, 1))
+    alike = np.all((weights == 0) | np.isclose(weights, by_channel, rtol=1e-6, atol=0))
+    weights = by_channel if alike else weights
+    return masked, np.where(weights > 0, weights, 1.0)
 
 
 def _factor(squares: Any, data: Trajectories) -> float:

@@ -1,13 +1,14 @@
 """The squares that a loss may be made of, and whether it is what it is said to be."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from .._checks import is_real_array
@@ -22,8 +23,8 @@ _SAME = 1e-3
 
 
 # How far, relative to a leaf's size, the points lie from the fitted model at which gradients are compared too: at a
-# minimum the gradient of any multiple of the loss is zero.
-_AWAY = 0.02
+# minimum the gradient of any multiple of the loss is zero. Farther away a root of the squares has another slope.
+_AWAY, _FAR = 0.02, 0.2
 
 
 def by_parameter(view: Parameters, by_leaf: Float[np.ndarray, "... L"]) -> Float[np.ndarray, "... P"]:
@@ -45,7 +46,7 @@ class SumOfSquares(eqx.Module):
     view: Parameters
     like: Any
     data: Trajectories
-    weights: Float[np.ndarray, " K"]
+    weights: Float[np.ndarray, "..."]
     transform: Callable[[Array], Array] = eqx.field(static=True)
     size: Callable[[Array], Array] = eqx.field(static=True, default=jnp.square)
 
@@ -71,11 +72,11 @@ class SumOfSquares(eqx.Module):
 
 
 @eqx.filter_jit
-def value_and_gradient(function: Callable[[Array], Array], theta: Float[Array, " P"]):
+def value_and_gradient(function: Callable[..., Array], theta: Float[Array, " P"], *rest: Any):
     try:
-        return jax.value_and_grad(function)(theta)
+        return jax.value_and_grad(function)(theta, *rest)
     except Exception:  # of models without reverse mode; the function's own mistakes are raised by this too
-        return function(theta), jax.jacfwd(function)(theta)
+        return function(theta, *rest), jax.jacfwd(function)(theta, *rest)
 
 
 # ---- Whether a loss is what it is said to be
@@ -89,22 +90,28 @@ class Claim(NamedTuple):
 
 
 class _Probes(NamedTuple):
-    """Values and gradients of the loss and of the squares, at the model and at a point near it."""
+    """Gradients of the loss and of the squares, at the model, at a point near it, and at one farther away."""
 
-    thetas: Float[np.ndarray, "2 P"]
-    values: Float[np.ndarray, "2"]
-    gradients: Float[np.ndarray, "2 P"]
-    totals: Float[np.ndarray, "2"]
-    squares: Float[np.ndarray, "2 P"]
+    thetas: Float[np.ndarray, "points P"]
+    gradients: Float[np.ndarray, "points P"]
+    squares: Float[np.ndarray, "points P"]
+
+    @property
+    def near(self) -> "_Probes":
+        """Without the point that is farther away, where the loss may not be finite."""
+        return _Probes(*(rows[:2] for rows in self))
 
 
-def probed(loss: Any, of_squares: SumOfSquares) -> _Probes:
+def probed(loss: Any, batches: Any, of_squares: SumOfSquares) -> _Probes:
     if not callable(loss):
         raise LaplodeError(f"`loss` must be a function of the model, model -> scalar, got {type(loss).__name__}.")
+    batches = [()] if batches is None else batches
+    if not isinstance(batches, list | tuple) or not batches or not all(isinstance(b, list | tuple) for b in batches):
+        raise LaplodeError("`batches` must be a list of tuples, of what `loss` takes after the model, for one epoch.")
     view, like = of_squares.view, of_squares.like
 
-    def of_loss(theta):  # of a model in the precision in which it was trained: its data may be in no other
-        value: Any = loss(in_precision_of(like, view.unravel(theta)))
+    def of_loss(theta, *batch):  # of a model in the precision in which it was trained: its data may be in no other
+        value: Any = loss(in_precision_of(like, view.unravel(theta)), *batch)
         if not eqx.is_array_like(value) or jnp.shape(value) != ():
             found = f"shape {jnp.shape(value)}" if eqx.is_array_like(value) else type(value).__name__
             raise LaplodeError(
@@ -117,21 +124,22 @@ def probed(loss: Any, of_squares: SumOfSquares) -> _Probes:
     size = by_parameter(view, np.array([np.sqrt(np.mean(theta[a:b] ** 2)) for _, _, a, b in view.leaves]))
     size = np.where(size > 0, size, np.sqrt(np.mean(theta**2)) or 1.0)
     # Any direction will do, as long as no parameter stays where it is.
-    points = (theta, theta + _AWAY * size * np.cos(1 + 2.4 * np.arange(theta.size)))
+    points = (theta + part * size * np.cos(1 + 2.4 * np.arange(theta.size)) for part in (0, _AWAY, _FAR))
     rows = []
     for point in points:
         rounded = parameters(in_precision_of(like, view.unravel(jnp.asarray(point))), view.where).vector
         try:
-            at = value_and_gradient(of_loss, rounded)
+            each = [value_and_gradient(of_loss, rounded, *batch) for batch in batches]
         except LaplodeError:
             raise
         except Exception as error:
             raise LaplodeError(
                 f"`loss` can't be differentiated at the model: {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
-        rows.append((rounded, *at, *value_and_gradient(of_squares, rounded)))
+        gradient = np.mean([np.asarray(g, float) for _, g in each], axis=0)
+        rows.append((rounded, gradient, value_and_gradient(of_squares, rounded)[1]))
     found = _Probes(*(np.stack([np.asarray(x, float) for x in column]) for column in zip(*rows, strict=True)))
-    if not all(np.all(np.isfinite(column)) for column in found):
+    if not all(np.all(np.isfinite(column)) for column in found.near):
         raise LaplodeError(
             "The gradient of `loss` is not finite at the model or near it: there is nothing to compare. The gradient "
             "of `nansum` and `nanmean` is NaN where NaN went into a square: put 0 in its place before, by jnp.where."
@@ -178,7 +186,8 @@ def _explained(probes: _Probes, rows: Float[np.ndarray, "R 2 P"], of_squares: Su
 def compared(probes: _Probes, of_squares: SumOfSquares, claim: Claim) -> tuple[float, float, str]:
     """How far the gradients of the loss and of what is claimed of it differ, its factor, and what it is in words."""
     norm = lambda rows: np.linalg.norm(rows, axis=1)
-    if not claim.penalized and (along := _slope(probes, claim.factor)) is not None:
+    far, probes = probes, probes.near
+    if not claim.penalized and (along := _slope(far)) is not None:
         rest = norm(probes.gradients - along * probes.squares)[1] / norm(probes.gradients)[1]
         return float(rest), along, "a function of Σ (f − y)², such as its root or logarithm, with the same minimum"
     pull = by_parameter(of_squares.view, claim.decay) * probes.thetas
@@ -188,45 +197,74 @@ def compared(probes: _Probes, of_squares: SumOfSquares, claim: Claim) -> tuple[f
     difference = float(np.max(apart / np.maximum(parts, 1e-3 * parts.max())))
     found = _explained(probes, probes.squares[None], of_squares)
     if found.unexplained > _SAME:
-        raise LaplodeError(_otherwise(probes, of_squares, found.unexplained))
+        farther = all(np.all(np.isfinite(rows)) for rows in far)
+        raise LaplodeError(_otherwise(far if farther else probes, of_squares, found.unexplained))
     _check_explained(found, claim, of_squares)
     known = _name_of(claim.factor, of_squares.data) or f"{claim.factor:.4g} times the sum"
     return difference, claim.factor, f"{known} of {'' if np.all(of_squares.weights == 1) else 'weighted '}squares"
 
 
-def _slope(probes: _Probes, claimed: float) -> float | None:
+def _slope(probes: _Probes) -> float | None:
     """The factor near the model between the gradients of a loss and of the squares, where they are parallel and the
     factor depends on where; else None.
     """
-    gradient, squares = probes.gradients[1], probes.squares[1]
-    along = float(gradient @ squares / (squares @ squares))
-    parallel = np.linalg.norm(gradient - along * squares) < _SAME * np.linalg.norm(gradient)
-    rise, of_squares = np.diff(probes.values)[0], np.diff(probes.totals)[0]
-    varies = abs(along / claimed - 1) > _SAME and abs(rise - along * of_squares) > 3e-3 * abs(rise)
-    return along if parallel and varies else None
+    gradients, squares = probes.gradients[1:], probes.squares[1:]
+    along = np.sum(gradients * squares, axis=1) / np.sum(squares**2, axis=1)
+    apart = np.linalg.norm(gradients - along[:, None] * squares, axis=1)
+    parallel = np.all(apart < _SAME * np.linalg.norm(gradients, axis=1))
+    return float(along[0]) if parallel and abs(along[1] / along[0] - 1) > _SAME else None
+
+
+# Losses of single errors that are no squares, each with what keeps it from a curvature.
+_ROBUST: dict[str, Callable[[Array], Array]] = {
+    "absolute errors (L1, a Laplace distribution), whose second derivative is 0 or jumps": jnp.abs,
+    "Huber's errors (delta = 1), whose second derivative jumps to 0": optax.losses.huber_loss,
+    "log cosh of the errors, a distribution that laplode has not": optax.losses.log_cosh,
+}
+
+# Weights of more slices of the data than this are not looked for.
+_MOST_SLICES = 64
 
 
 def _otherwise(probes: _Probes, of_squares: SumOfSquares, unexplained: float) -> str:
     """What a loss is that is no multiple of the squares, as far as it is one of the usual kinds."""
 
-    def factors(*functions: SumOfSquares) -> np.ndarray:
+    def factors(**fields: Sequence[Any]) -> np.ndarray:
         """How much of each a loss holds that is made of nothing else; empty where it is not."""
+        ((name, values),) = fields.items()
+        kinds = [dataclasses.replace(of_squares, **{name: value}) for value in values]
         at = lambda function, theta: np.asarray(value_and_gradient(function, jnp.asarray(theta))[1], float)
-        rows = np.array([[at(function, theta) for theta in probes.thetas] for function in functions])
+        rows = np.array([[at(kind, theta) for theta in probes.thetas] for kind in kinds])
         found = _explained(probes, rows, of_squares)
-        return found.factors if found.unexplained < _SAME and found.freedom > 0 else np.zeros(0)
+        share = np.abs(found.factors) * np.linalg.norm(rows, axis=(1, 2)) / np.linalg.norm(probes.gradients)
+        factors = np.where(share < 0.1 * _SAME, 0, found.factors)  # of rounding
+        known = found.unexplained < _SAME and found.freedom > 0 and np.all(factors >= 0) and np.any(factors)
+        return factors if known else np.zeros(0)
 
-    robust = "laplode.Problem(data, laplode.StudentT(4.0, scale), prior), and refine"
-    change, num = lambda **fields: dataclasses.replace(of_squares, **fields), of_squares.weights.size
-    alone = factors(*(change(weights=row) for row in np.eye(num))) if num > 1 else np.zeros(0)
-    if alone.size and np.all(alone > 0):
-        listed = ", ".join(f"{value:.6g}" for value in alone / alone[0])
-        return f"`loss` weighs the squares of each channel apart: pass weights=[{listed}] and squares={alone[0]:.6g}."
-    if factors(change(size=jnp.abs)).size:
+    shape = of_squares.data.ys.shape
+    later = factors(weights=[(np.arange(shape[1]) > 0)[:, None] * 1.0])
+    if later.size:
         return (
-            "`loss` is made of absolute errors (L1), whose second derivative is 0 or jumps: it has no curvature to "
-            f"take. The likelihood that is as robust and smooth is Student's t: {robust} the model."
+            "`loss` leaves out the first time: pass weights=(np.arange(T) > 0)[:, None], T the number of times, and "
+            f"squares={later[0]:.6g}."
         )
+    for what, axis in (("channel", 2), ("trajectory", 0), ("time", 1)):
+        if not 1 < shape[axis] <= _MOST_SLICES:
+            continue
+        alone = factors(weights=[row.reshape(-1, *(1,) * (2 - axis)) for row in np.eye(shape[axis])])
+        if alone.size:
+            listed = f"[{', '.join(f'{value:.6g}' for value in alone / alone.max())}]"
+            wanted = listed if axis == 2 else f"np.array({listed})[:{', None' * (2 - axis)}]"
+            return (
+                f"`loss` weighs the squares of each {what} apart: pass weights={wanted} and squares={alone.max():.6g}."
+            )
+    robust = "laplode.Problem(data, laplode.StudentT(4.0, scale), prior), and refine"
+    for kind, function in _ROBUST.items():
+        if factors(size=[function]).size:
+            return (
+                f"`loss` is made of {kind}: there is no Gaussian of the same minimum and curvature. The likelihood "
+                f"that is as robust and smooth is Student's t: {robust} the model."
+            )
     return (
         "`loss` is no multiple of Σ (f − y)² over `data` with an L2 penalty: "
         f"{100 * unexplained:.2g}% of its gradient is neither. Other errors (`errors`, Huber), `weights`, a "

@@ -78,8 +78,7 @@ def refine(
     if inferred is not start.flow:
         start = Point.at(inferred.parameters, problem)
     objective = Objective(problem, route, start.flow.is_frozen or start.flow.has_second_pushforward())
-    total = steps + (newton_steps if exact else 0)
-    with tqdm(total=total, desc="Refine", unit="step", disable=not progress) as bar:
+    with tqdm(desc="Refine", unit="step", disable=not progress) as bar:  # a few steps, of the many that are allowed
         descent = Descent(start, start, (start.loss,), 1e-3 * float(jnp.max(first.structure.strengths)))
         end = descend(descent, LevenbergMarquardt(objective, decrement, steps, not exact), bar)
         counts = [end.descent.steps, 0]

@@ -65,5 +65,5 @@ def _first_row(model: Any, ts, y0, args) -> Float[Array, "N F"]:
 
 @eqx.filter_jit
 def _observed_at_start(model: NeuralODE, y0, args, num: int) -> Float[Array, "N F"]:
-    one = lambda y0, args: model.observe_states(model.initial_state(y0)[None], args)[0]
+    one = lambda y0, args: model.observe_states(model.initial_state(y0, args)[None], args)[0]
     return jax.vmap(one, axis_size=num)(y0, args)

@@ -1,5 +1,6 @@
 """The ready-made model: a vector field, solved by Diffrax and observed."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from .._checks import check_count, check_positive, real_array
-from .._errors import LaplodeError
+from .._errors import LaplodeError, warn
 from .._show import Shown, num_values, rows
 
 
@@ -23,8 +24,10 @@ class NeuralODE(Shown):
     **Arguments:**
 
     - `vector_field`: module or function `(t, y, args) -> dy`, with y of shape (D,).
-    - `y0`: None when the initial state is given with the data; otherwise its first guess, shape (D,) for all
-        trajectories or (N, D) for one each, and it becomes a parameter like any other.
+    - `y0`: None when the initial state is given with the data. Otherwise its first guess, shape (D,) for all
+        trajectories or (N, D) for one each, and it becomes a parameter like any other; or a module or function
+        `(model, args) -> (D,)` that computes it from this model's parameters (an equilibrium, say), from a trajectory's
+        args, or by a network of its own.
     - `observe`: module or function `(y, args) -> (K,)`; None observes all states.
     - `scale`: None when the noise scale belongs to the likelihood; otherwise its first guess in the likelihood's units,
         positive, shape (K,), or one for each channel of a `PerChannel` whose likelihood has none, and it becomes a
@@ -38,7 +41,7 @@ class NeuralODE(Shown):
     """
 
     vector_field: Callable
-    y0: Float[Array, "*N D"] | None
+    y0: Float[Array, "*N D"] | Callable | None
     observe: Callable | None
     scale: Float[Array, " K"] | None
     solver: diffrax.AbstractSolver
@@ -61,14 +64,18 @@ class NeuralODE(Shown):
         _check_no_term(vector_field)
         if not callable(vector_field):
             raise LaplodeError(f"`vector_field` must be callable as (t, y, args), got {type(vector_field).__name__}.")
+        for name, value in (("vector_field", vector_field), ("observe", observe), ("y0", y0)):
+            _warn_of_hidden(name, value)
+        _check_order(vector_field)
         if observe is not None and not callable(observe):
             raise LaplodeError(f"`observe` must be callable as (y, args), got {type(observe).__name__}.")
-        if y0 is not None:
+        if y0 is not None and not callable(y0):
             y0 = jnp.asarray(real_array("y0", y0), dtype=float)
             if y0.ndim not in (1, 2) or not np.all(np.isfinite(y0)):
                 raise LaplodeError(
-                    f"`y0` of a NeuralODE must be finite and of shape (D,), or (N, D) for one state a trajectory; got "
-                    f"{y0}. Known initial states go into Trajectories(ts, ys, y0=...)."
+                    "`y0` of a NeuralODE must be finite and of shape (D,), or (N, D) for one state a trajectory, or a "
+                    f"function (model, args) -> (D,); got {y0}. Known initial states go into "
+                    "Trajectories(ts, ys, y0=...)."
                 )
         if scale is not None:
             scale = jnp.asarray(real_array("scale", scale), dtype=float)
@@ -100,9 +107,13 @@ class NeuralODE(Shown):
         control = self.stepsize_controller
         tolerances = [f"{name}={getattr(control, name):g}" for name in ("rtol", "atol") if hasattr(control, name)]
         of = lambda part: f"{getattr(part, '__name__', type(part).__name__)}, {num_values(part)} parameters"
+        if callable(self.y0):
+            start = f"by {of(self.y0)}"
+        else:
+            start = "given with the data" if self.y0 is None else f"learned, shape {self.y0.shape}"
         named = {
             "vector field": of(self.vector_field),
-            "initial state": "given with the data" if self.y0 is None else f"learned, shape {self.y0.shape}",
+            "initial state": start,
             "observes": "all states" if self.observe is None else of(self.observe),
             "noise scale": "the likelihood's" if self.scale is None else f"learned, shape {self.scale.shape}",
             "solver": f"{type(self.solver).__name__}, {type(control).__name__}({', '.join(tolerances)}), "
@@ -110,11 +121,18 @@ class NeuralODE(Shown):
         }
         return rows(named, type(self).__name__)
 
-    def initial_state(self, y0: Float[Array, " D"] | Int[Array, ""] | None) -> Float[Array, " D"]:
+    @property
+    def has_state_for_each(self) -> bool:
+        """Whether it has learned an initial state for each trajectory of the data."""
+        return eqx.is_array(self.y0) and self.y0.ndim == 2  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+
+    def initial_state(self, y0: Float[Array, " D"] | Int[Array, ""] | None, args: PyTree = None) -> Float[Array, " D"]:
         """`y0` when given, otherwise the model's own; of several of its own the one with the number `y0`."""
-        if self.y0 is not None and self.y0.ndim == 2 and y0 is not None and jnp.ndim(y0) == 0:
-            return self.y0[y0]
-        y0 = self.y0 if y0 is None else y0
+        if y0 is None and callable(self.y0):
+            return jnp.asarray(self.y0(self, args), dtype=float)
+        if y0 is not None and self.has_state_for_each and jnp.ndim(y0) == 0:
+            return self.y0[y0]  # pyright: ignore[reportOptionalSubscript, reportIndexIssue]
+        y0 = self.y0 if y0 is None else y0  # pyright: ignore[reportAssignmentType]
         if y0 is None:
             raise LaplodeError(
                 "`y0` is missing: give known initial states with the data, Trajectories(ts, ys, y0=...), or let the "
@@ -154,7 +172,7 @@ class NeuralODE(Shown):
             t0=ts[0],
             t1=ts[-1],
             dt0=self.dt0,
-            y0=self.initial_state(y0),
+            y0=self.initial_state(y0, args),
             args=args,
             saveat=saveat,
             stepsize_controller=self.stepsize_controller,
@@ -200,6 +218,36 @@ def smooth(model: Any) -> Any:
     return jax.tree.map(lambda node: _Smooth(node) if inside(node) else node, model, is_leaf=inside)
 
 
+def _check_order(vector_field: Callable) -> None:
+    """Raise `LaplodeError` where the names of the parameters say that the state comes before the time."""
+    try:
+        names = list(inspect.signature(vector_field).parameters)
+    except (TypeError, ValueError):
+        return
+    if len(names) > 1 and names[0] != "t" and names[1] in ("t", "time"):
+        raise LaplodeError(
+            f"`vector_field` has the parameters ({', '.join(names)}), and is called as vector_field(t, y, args): the "
+            "time comes first. Exchange the two."
+        )
+
+
+def _warn_of_hidden(name: str, function: Any) -> None:
+    """Warn where a plain function uses a module, whose arrays are then constants."""
+    try:
+        used = inspect.getclosurevars(inspect.unwrap(function))
+    except TypeError:  # no function of Python's
+        return
+    for variable, value in {**used.globals, **used.nonlocals}.items():
+        learns = isinstance(value, eqx.Module) and not isinstance(value, diffrax.AbstractPath)
+        if learns and any(map(eqx.is_inexact_array, jax.tree.leaves(value))):
+            warn(
+                f"`{name}` is a function that uses `{variable}`, a {type(value).__name__}: the arrays of that are no "
+                f"parameters, and stay as they are. Let a module hold it, class Part(eqx.Module): {variable}: "
+                f"eqx.Module, with a __call__ that uses self.{variable}.",
+                level=3,
+            )
+
+
 def _check_no_term(vector_field: Any) -> None:
     """Raise `LaplodeError` where a piece of Diffrax stands for the vector field."""
     name = type(vector_field).__name__
@@ -227,6 +275,6 @@ def starts(model: Any, y0: Any, num: int) -> Any:
     """Initial states of `num` trajectories as models take them: known ones or, where the model has its own for each,
     their numbers.
     """
-    if y0 is None and isinstance(model, NeuralODE) and model.y0 is not None and model.y0.ndim == 2:
+    if y0 is None and isinstance(model, NeuralODE) and model.has_state_for_each:
         return np.arange(num)
     return y0

@@ -19,8 +19,10 @@ from .neural_ode import NeuralODE, starts
 
 _Jitted = type(eqx.filter_jit(lambda: None))
 
-# Names of a first parameter that takes the times, and names of a third one that does not take args.
-_TIMES = {"t", "ts", "time", "times", "tspan", "t_span", "t_eval", "t_grid", "saveat"}
+# Words in the name of a parameter that takes the times, and names of one that takes the initial state.
+TIMES = {"t", "ts", "time", "times", "timepoints", "tspan", "saveat"}
+_STATES = {"y0", "x0", "u0", "z0", "ys0", "init", "initial_state"}
+# Names of a third parameter that does not take args.
 _NO_ARGS = {"key", "inference", "training", "train", "deterministic", "throw", "unroll", "dt0", "max_steps"}
 
 
@@ -79,7 +81,7 @@ def _at_start(model: NeuralODE, ts, y0, args) -> Float[Array, "N T F"]:
     """What a model would predict if its states stayed as they are, after a look at the vector field."""
 
     def one(ts, y0, args):
-        state = model.initial_state(y0)
+        state = model.initial_state(y0, args)
         slope = model.vector_field(ts[0], state, args)
         if jnp.shape(slope) != state.shape:
             raise ValueError(f"the vector field returns shape {jnp.shape(slope)} for a state of shape {state.shape}")
@@ -116,10 +118,17 @@ def _check_signature(model: Callable, args: Any) -> None:
     """Raise `LaplodeError` where the names of the parameters say that they take something else."""
     parameters = _positional(model)
     names = [p.name for p in parameters]
-    if len(names) > 1 and names[1].lower() in _TIMES and names[0].lower() not in _TIMES:
+    lower = [name.lower() for name in names[:3]]
+    of_times = [bool(TIMES & set(name.split("_"))) for name in lower]
+    if len(names) > 1 and not of_times[0] and (of_times[1] or lower[0] in _STATES):
         raise LaplodeError(
             f"`model` has the parameters ({', '.join(names)}), and is called as model(ts, y0): the times come first. "
             "Exchange the two."
+        )
+    if len(names) > 2 and lower[2] in _STATES and lower[1] not in _STATES:
+        raise LaplodeError(
+            f"`model` has the parameters ({', '.join(names)}), and is called as model(ts, y0, args): the state comes "
+            f"before the args. Exchange `{names[1]}` and `{names[2]}`."
         )
     if args is None:
         return
@@ -170,14 +179,30 @@ def _check_initial_states(model: NeuralODE, data: Trajectories) -> None:
         return
     if data.y0 is not None:
         raise LaplodeError(
-            "`y0` is given twice: with the data, and by the model, which learns its own. Leave out one of them: "
-            "Trajectories(ts, ys), or NeuralODE(vector_field)."
+            "`y0` is given twice: with the data, and by the model, which has its own. Leave out one of them: "
+            "Trajectories(ts, ys), or NeuralODE(vector_field). A state that is known in part comes as args, and "
+            "NeuralODE(..., y0=lambda model, args: ...) makes it whole."
         )
-    if model.y0.ndim == 2 and len(model.y0) != len(data.ts):
+    if callable(model.y0):
+        _check_computed(model, data)
+    elif model.has_state_for_each and len(model.y0) != len(data.ts):
         raise LaplodeError(
             f"`y0` of the model holds {len(model.y0)} initial states, but the data has N = {len(data.ts)} "
             "trajectories: give one for each, or one of shape (D,) for all."
         )
+
+
+def _check_computed(model: NeuralODE, data: Trajectories) -> None:
+    first = jax.tree.map(lambda x: x[0], in_float(data.args))
+    try:
+        shape = eqx.filter_eval_shape(in_float(model).initial_state, None, first).shape
+    except Exception as error:
+        raise LaplodeError(
+            f"`y0` of the model can't be evaluated as y0(model, args), where model is the NeuralODE and args are "
+            f"{'None' if data.args is None else 'those of a trajectory'}: {type(error).__name__}: {error}"
+        ) from error
+    if len(shape) != 1:
+        raise LaplodeError(f"`y0` of the model returns shape {shape}, not one state, (D,).")
 
 
 def _call(model: Callable, data: Trajectories) -> str:

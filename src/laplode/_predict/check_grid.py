@@ -6,11 +6,12 @@ import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from .._devices import free_bytes
 from .._errors import LaplodeError, warn
 from .._model.neural_ode import NeuralODE, starts
-from .._model.own import predict_trajectories
+from .._model.own import TIMES, predict_trajectories
 from .._posterior.posterior import Posterior
 from .._solve.finite import check_predicted
 from .grid import Grid
@@ -34,19 +35,42 @@ def check_fits(posterior: Posterior, grid: Grid, num: int) -> None:
         )
 
 
-def check_forcing(model: Any, grid: Grid) -> None:
-    """Warn where an interpolation, in the args or in the model, ends before the last time or begins after the first."""
+def check_forcing(posterior: Posterior, grid: Grid) -> None:
+    """Warn where a forcing, in the args or in the model, ends before the last time or begins after the first.
+
+    It is an interpolation of Diffrax, or an array of times in the args: one that has the name of times, increases, and
+    reached over all of the data.
+    """
+    data = posterior.problem.data
     is_path = lambda node: isinstance(node, diffrax.AbstractGlobalInterpolation)
-    for path in filter(is_path, jax.tree.leaves((model, grid.args), is_leaf=is_path)):
-        known = np.asarray(path.ts)
-        first, last = np.nanmin(known, axis=-1), np.nanmax(known, axis=-1)
-        if np.any(last < grid.solve_ts[:, -1]) or np.any(first > grid.solve_ts[:, 0]):
+    paths = filter(is_path, jax.tree.leaves((posterior.model, grid.args), is_leaf=is_path))
+    forcings = [(f"a {type(path).__name__} in `args` or in the model", path.ts) for path in paths]
+    of_data = jax.tree.leaves(data.args, is_leaf=is_path)
+    of_grid = jax.tree_util.tree_leaves_with_path(grid.args, is_leaf=is_path)
+    for (path, leaf), before in zip(of_grid, of_data, strict=True) if len(of_grid) == len(of_data) else ():
+        named = not is_path(leaf) and _named(path) in TIMES and np.ndim(leaf) == 2
+        if named and np.all(np.diff(before) > 0) and _reaches(before, data.ts):
+            forcings.append((f"`args{jax.tree_util.keystr(path)}`", leaf))
+    for what, known in forcings:
+        if not _reaches(known, grid.solve_ts):
+            known = np.asarray(known)
             warn(
-                f"`ts` reaches from {np.min(grid.solve_ts):g} to {np.max(grid.solve_ts):g}, but a "
-                f"{type(path).__name__} in `args` or in the model is known from {np.max(first):g} to "
-                f"{np.min(last):g} only: beyond, predictions rest on its extrapolation. Give it at all of these times.",
+                f"`ts` reaches from {np.min(grid.solve_ts):g} to {np.max(grid.solve_ts):g}, but {what} is known from "
+                f"{np.max(np.nanmin(known, axis=-1)):g} to {np.min(np.nanmax(known, axis=-1)):g} only: beyond, "
+                "predictions rest on its extrapolation. Give it at all of these times.",
                 level=3,
             )
+
+
+def _reaches(known: Any, ts: Float[np.ndarray, "N T"]) -> bool:
+    first, last = np.nanmin(known, axis=-1), np.nanmax(known, axis=-1)
+    return bool(np.all(last >= ts[:, -1]) and np.all(first <= ts[:, 0]))
+
+
+def _named(path: tuple[Any, ...]) -> str:
+    """The last name on the way to a leaf, as of a key or a field."""
+    last = path[-1] if path else ""
+    return str(getattr(last, "key", getattr(last, "name", ""))).lower()
 
 
 def check_reached(grid: Grid, predictions: Predictions) -> None:
@@ -99,7 +123,7 @@ def check_steps(posterior: Posterior, grid: Grid, predictions: Predictions) -> N
         f"`model` predicts something else at these times than at times that begin as the data's: {mean[t, k]:.4g} here "
         f"and {values[t, k]:.4g} there in channel {k} of trajectory 0 at time {ts[t]:g}, where the standard deviation "
         f"of the prediction is {std[t, k]:.2g}. Its steps depend on `ts`, as with dt0 = ts[1] - ts[0] and no step size "
-        "control. Write diffrax.diffeqsolve(..., dt0=None, "
+        "control, or something is drawn anew, as by dropout. Write diffrax.diffeqsolve(..., dt0=None, "
         "stepsize_controller=diffrax.PIDController(rtol=1e-6, atol=1e-8)), or a dt0 that is a number, and refit.",
         level=3,
     )

@@ -3,11 +3,13 @@
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._errors import LaplodeError
+from .._model.neural_ode import NeuralODE
 from .._model.own import predicted_shape
 from .._posterior.posterior import Posterior
 from .._problem.data import check_args, check_initial_state, check_solvable, check_times
@@ -40,6 +42,32 @@ class Grid(eqx.Module):
 
     @classmethod
     def of(cls, posterior: Posterior, ts: Any, y0: Any, args: PyTree) -> "Grid":
+        """**Raises:** `LaplodeError` when an argument does not fit, or the model can't predict there."""
+        grid = cls._of(posterior, ts, y0, args)
+        if not grid.observed:
+            given = [name for name, value in (("`y0`", y0), ("`args`", args)) if value is not None]
+            grid._check_predicted(posterior.model, " and ".join(given))
+        return grid
+
+    def _check_predicted(self, model: Any, given: str) -> None:
+        if isinstance(model, NeuralODE) and not given:
+            return
+        num = self.solve_ts.shape[1]
+        try:
+            shape = predicted_shape(model, self.solve_ts, self.y0, self.args)
+        except Exception as error:
+            states = "" if self.y0 is None else f" from D = {self.y0.shape[1]} states"
+            raise LaplodeError(
+                f"{given or '`ts`'} do not fit the model, which can't predict{states}: {type(error).__name__}: {error}"
+            ) from error
+        if shape[0] != num:
+            raise LaplodeError(
+                f"`model` predicts shape {shape} where it is asked for {num} times: it has a grid of its own. Let it "
+                "use the times `ts` that it is called with."
+            )
+
+    @classmethod
+    def _of(cls, posterior: Posterior, ts: Any, y0: Any, args: PyTree) -> "Grid":
         data = posterior.problem.data
         ts = check_times("ts", ts)
         if y0 is not None:
@@ -50,19 +78,10 @@ class Grid(eqx.Module):
                 raise LaplodeError(f"`y0` has D = {y0.shape[1]} states, but the data's y0 has {data.y0.shape[1]}.")
             if args is None and data.args is not None:
                 raise LaplodeError("`args` is missing: the data came with args, so new initial states need theirs.")
-            ts, args = np.broadcast_to(ts, (num, ts.shape[-1])).copy(), check_args("args", args, num)
-            try:
-                predicted_shape(posterior.parameters.model, ts, y0, args)
-            except Exception as error:
-                raise LaplodeError(
-                    f"`y0` with D = {y0.shape[1]} states, or the `args` that go with it, do not fit the model: "
-                    f"{type(error).__name__}: {error}"
-                ) from error
-            return cls(ts, ts, y0, args, 0, False)
+            ts = np.broadcast_to(ts, (num, ts.shape[-1])).copy()
+            return cls(ts, ts, y0, check_args("args", args, num), 0, False)
         if args is not None:
-            raise LaplodeError(
-                "`args` is for new initial states: give `y0` with it, or leave both to continue the data."
-            )
+            return cls._of_args(posterior, ts, args)
         num = data.ts.shape[0]
         if ts.ndim == 2 and ts.shape[0] != num:
             raise LaplodeError(
@@ -87,3 +106,17 @@ class Grid(eqx.Module):
                 "initial times, or all later."
             )
         return cls(ts, np.concatenate([start, ts], axis=1), data.y0, data.args, 1, False)
+
+    @classmethod
+    def _of_args(cls, posterior: Posterior, ts: np.ndarray, args: PyTree) -> "Grid":
+        """New trajectories by their args alone, of a model that has the initial state of any trajectory."""
+        data, model = posterior.problem.data, posterior.model
+        if data.y0 is not None or (isinstance(model, NeuralODE) and model.has_state_for_each):
+            raise LaplodeError(
+                "`args` alone are for a model that has one initial state for all trajectories or computes it: give "
+                "`y0` with them, or leave both to continue the data."
+            )
+        check_solvable("ts", ts)
+        num = len(ts) if ts.ndim == 2 else next((len(leaf) for leaf in jax.tree.leaves(args) if np.ndim(leaf)), 1)
+        ts = np.broadcast_to(ts, (num, ts.shape[-1])).copy()
+        return cls(ts, ts, None, check_args("args", args, num), 0, False)

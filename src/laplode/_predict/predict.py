@@ -84,7 +84,7 @@ def predict(
     grid = dataclasses.replace(Grid.of(posterior, ts, y0 if start is None else start.mean, args), start=start)
     likelihood = grid.likelihood(posterior, scale)
     check_fits(posterior, grid, num_samples)
-    check_forcing(posterior.model, grid)
+    check_forcing(posterior, grid)
     key_theta, key_noise, key_start = jax.random.split(key, 3)
     draws = draw(posterior, how, key_theta, num_samples, weigh=weigh, resample=resample, mesh=mesh, progress=progress)
     states = grid.draw_states(key_start, num_samples)

@@ -83,6 +83,11 @@ def check_args(name: str, args: PyTree, num_trajectories: int) -> PyTree:
                 f"`{name}{jax.tree_util.keystr(path)}` must be an array with leading axis N = {num_trajectories} (one "
                 f"entry per trajectory), got {found}."
             )
+        if not isinstance(leaf, jax.Array) and np.asarray(leaf).dtype.kind in "USOmM":
+            raise LaplodeError(
+                f"`{name}{jax.tree_util.keystr(path)}` must hold numbers, got {np.asarray(leaf).ravel()[0]!r}: code "
+                "words, as by np.unique(words, return_inverse=True)[1], and count dates in a unit."
+            )
     return args
 
 

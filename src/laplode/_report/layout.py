@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import arviz_base
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,8 +39,8 @@ class Layout(NamedTuple):
         attrs = {"inference_library": "laplode", "inference_library_version": version("laplode")}
         model = posterior.parameters.model
         dims = {}
-        if isinstance(model, NeuralODE) and model.y0 is not None:
-            dims["y0"] = ["state"] if model.y0.ndim == 1 else ["trajectory", "state"]
+        if isinstance(model, NeuralODE) and eqx.is_array(model.y0):
+            dims["y0"] = ["trajectory", "state"] if model.has_state_for_each else ["state"]
         if isinstance(model, NeuralODE) and model.scale is not None and model.scale.size == len(coords["channel"]):
             dims["scale"] = ["channel"]
         if parameters == "layers":

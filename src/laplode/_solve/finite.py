@@ -28,6 +28,9 @@ _FIRST_ONLY = {"first": "", "second": ' Or take curvature="ggn", which needs fir
 # Predictions below this part of the largest are errors of the solver where they have the wrong sign.
 _SMALL = 1e-3
 
+# So many times larger than all that was observed, a prediction has run away.
+_LARGE = 1e6
+
 
 def check_finite(values: Any, around: AbstractFlow, problem: Problem | None = None) -> None:
     """Raise `LaplodeError` unless all `values` are finite, in which the map's derivatives are.
@@ -88,7 +91,9 @@ def _in_likelihood(around: AbstractFlow, problem: Problem) -> str | None:
         predicted = float(predictions[i, t, k])
         channel = problem.channel[k]
         cure = "LogNormal, Poisson and NegativeBinomial likelihoods want positive predictions."
-        if predicted <= 0 and abs(predicted) < _SMALL * np.nanmax(np.abs(predictions[..., k])):
+        if abs(predicted) > _LARGE * np.nanmax(np.abs(problem.data.ys)):
+            cure = "Its predictions run away: start nearer to the data, with parameters that laplode.fit has found."
+        elif predicted <= 0 and abs(predicted) < _SMALL * np.nanmax(np.abs(predictions[..., k])):
             cure += (
                 " One that should be 0 or little more comes out like that by the solver's error: keep it positive, "
                 "NeuralODE(..., observe=lambda y, args: jnp.maximum(y, 1e-6)) in units of yours, or solve for its "

@@ -18,7 +18,7 @@ from .._model.neural_ode import smooth
 from .._model.own import predict_trajectories
 from .._model.parameters import Parameters
 from .autodiff import _AUTODIFF, _has, _pull, _push, _push_twice
-from .replay import Accepted, Steps, _explicit_tableau, _replay, accepted_steps
+from .replay import Accepted, Steps, _explicit_tableau, _replay, accepted_steps, num_states
 from .second_order import local_hessian, local_hessian_bytes
 from .sensitivity import sensitivity
 
@@ -40,6 +40,10 @@ class AbstractMap(eqx.Module):
         """Whether this can be differentiated in reverse, as foreign models solved with `ForwardMode` can't."""
         return _has(_pull, self)
 
+    def has_pushforward(self) -> bool:
+        """Whether this can be differentiated forward."""
+        return _has(_push, self)
+
     def has_second_pushforward(self) -> bool:
         """Whether this can be differentiated forward twice."""
         return _has(_push_twice, self)
@@ -48,7 +52,7 @@ class AbstractMap(eqx.Module):
         """How the Jacobian is cheapest: "sensitivity", "jvp" (P tangents) or "vjp" (one pull a value)."""
         theta = self.parameters.vector
         num_values = jax.eval_shape(self, theta).size
-        by_jvp = _has(_push, self)
+        by_jvp = self.has_pushforward()
         # A pull costs about as much as two pushes, and holds the whole solve in memory.
         if by_jvp and theta.size <= 2 * num_values:
             return "jvp"
@@ -247,8 +251,7 @@ class ReplayedFlow(AbstractFlow):
 
     @property
     def num_states(self):
-        y0 = None if self.y0 is None else self.y0[0]
-        return jax.eval_shape(self.parameters.model.initial_state, y0).size
+        return num_states(self.parameters.model, self.steps)
 
     def __call__(self, theta):
         return _replay(self.parameters.unravel(theta), self.steps)
@@ -341,7 +344,7 @@ class ReplayedFlow(AbstractFlow):
 
         def function(theta):
             model = self.parameters.unravel(theta)
-            start = model.initial_state(first.y0)
+            start = model.initial_state(first.y0, first.args)
             slope = model.vector_field(first.ts[0], start, first.args)
             return jnp.concatenate([slope.ravel(), model.observe_states(start[None], first.args).ravel()])
 

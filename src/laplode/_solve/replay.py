@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .._devices import compiled
+from .._errors import LaplodeError
 from .._model.neural_ode import NeuralODE
 
 
@@ -83,12 +84,23 @@ def padded_size(num: int, cost: int = 1) -> int:
     return max(16, 2 ** (num - 1).bit_length()) if num * cost <= _CHEAP else num + (-num) % granule
 
 
-@compiled
 def accepted_steps(model: NeuralODE, t0: Float[Array, " N"], t1: Float[Array, " N"], y0, args) -> Accepted:
     """The steps that the step size controller accepts from t0 to t1, and the state in which each solve ended.
 
     The program does not depend on the times in between, nor does it call back to the host.
+
+    **Raises:** `LaplodeError` when solver, controller and field can't go together.
     """
+    try:
+        return _accepted_steps(model, t0, t1, y0, args)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        how = f"{type(model.solver).__name__}, {type(model.stepsize_controller).__name__} and dt0={model.dt0}"
+        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise LaplodeError(f"`model` can't be solved by {how}: {type(error).__name__}: {said}") from error
+
+
+@compiled
+def _accepted_steps(model: NeuralODE, t0: Float[Array, " N"], t1: Float[Array, " N"], y0, args) -> Accepted:
     saveat = diffrax.SaveAt(
         subs=[
             diffrax.SubSaveAt(t0=True, steps=True, fn=lambda t, y, args: None),
@@ -259,12 +271,18 @@ def _states_general(model: NeuralODE, steps: Steps, y0: Float[Array, " D"]):
     return jax.vmap(interpolate)(_locate(steps), steps.ts)
 
 
+def num_states(model: NeuralODE, steps: Steps) -> int:
+    """D."""
+    first = steps[0]
+    return eqx.filter_eval_shape(model.initial_state, first.y0, first.args).size
+
+
 @eqx.filter_jit  # traced once for all that is made of it
 def _replay(model: NeuralODE, steps: Steps) -> Float[Array, "N T K"]:
     tableau = _explicit_tableau(model.solver)
 
     def one(each: Steps):
-        y0 = model.initial_state(each.y0)
+        y0 = model.initial_state(each.y0, each.args)
         states = _states_general(model, each, y0) if tableau is None else _states_explicit(tableau, model, each, y0)
         return model.observe_states(states, each.args)
 

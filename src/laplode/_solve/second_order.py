@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from .._devices import compiled, over_rows
 from .._model.neural_ode import NeuralODE
 from .._model.parameters import Parameters
-from .replay import Steps, _explicit_tableau, _observed, _replay_explicit, _Tableau, padded_size
+from .replay import Steps, _explicit_tableau, _observed, _replay_explicit, _Tableau, num_states, padded_size
 from .sensitivity import _fill, _Readings, _Solved
 
 
@@ -35,12 +35,13 @@ class LocalLagrangian(eqx.Module):
     state_args: PyTree
     initial_adjoints: Float[Array, "N D"]
     y0: Array | None
+    args: PyTree
 
     def __init__(
         self, parameters: Parameters, steps: Steps, times, stages, adjoints, states, initial_adjoints, cotangents
     ):
         self.parameters = parameters
-        self.initial_adjoints, self.y0 = initial_adjoints, steps.y0
+        self.initial_adjoints, self.y0, self.args = initial_adjoints, steps.y0, steps.args
         # Steps of length zero and stages that nothing is made of have no adjoint: they are left out.
         times, stages, adjoints = (np.asarray(x) for x in (times, stages, adjoints))
         used = np.nonzero(np.any(adjoints != 0, axis=-1))
@@ -57,9 +58,8 @@ class LocalLagrangian(eqx.Module):
         model = self.parameters.unravel(theta)
         at_stage = jax.vmap(ft.partial(_at_stage, model))
         total = jnp.sum(at_stage(self.times, self.stages, self.adjoints, self.stage_args))
-        total += jnp.sum(
-            self.initial_adjoints * jax.vmap(model.initial_state, axis_size=len(self.initial_adjoints))(self.y0)
-        )
+        starts = jax.vmap(model.initial_state, axis_size=len(self.initial_adjoints))(self.y0, self.args)
+        total += jnp.sum(self.initial_adjoints * starts)
         if model.sees_states:
             return total
         at_observation = jax.vmap(ft.partial(_at_observation, model))
@@ -117,7 +117,7 @@ def _adjoints(model: NeuralODE, tableau: _Tableau, steps: Steps, cotangents: Flo
         states = starts[step] + jnp.einsum("ts,tsd->td", weights, increments[step])
         return jnp.sum(cotangents * model.observe_states(states, steps.args)), (stages, states)
 
-    start = model.initial_state(steps.y0)
+    start = model.initial_state(steps.y0, steps.args)
     nowhere = jnp.zeros((steps.num_steps, tableau.num_stages, start.size))
     (adjoints, initial), (stages, states) = jax.grad(seen, (0, 1), has_aux=True)(nowhere, start)
     times = tableau.times(steps.starts, steps.ends)
@@ -184,6 +184,4 @@ def local_hessian_bytes(parameters: Parameters, steps: Steps) -> int | None:
     if tableau is None:
         return None
     rows = steps.num_steps * tableau.num_stages + 2 * steps.ts.shape[1]
-    y0 = None if steps.y0 is None else steps.y0[0]
-    num_states = jax.eval_shape(parameters.model.initial_state, y0).size
-    return 4 * 8 * rows * num_states * parameters.size
+    return 4 * 8 * rows * num_states(parameters.model, steps) * parameters.size

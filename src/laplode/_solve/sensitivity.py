@@ -37,7 +37,7 @@ class _Solved(eqx.Module):
     through_f: Float[Array, "steps stages stages D D"]
 
     def __init__(self, model: NeuralODE, tableau: _Tableau, steps: Steps):
-        y0 = model.initial_state(steps.y0)
+        y0 = model.initial_state(steps.y0, steps.args)
         self.starts, self.stages, self.increments = _replay_explicit(tableau, model, steps, y0)
         self.h = steps.lengths
         self.times = tableau.times(steps.starts, steps.ends)
@@ -100,7 +100,7 @@ class _Readings(eqx.Module):
 
 def _fill(parameters, model, solved: _Solved, readings: _Readings, y0, args, observe: bool, offset, buffer):
     """Write the tangents of all readings, of the states or of what is seen of them, into rows offset … of `buffer`."""
-    pull = jax.vjp(lambda s: parameters.build(s).initial_state(y0), parameters.selected)[1]
+    pull = jax.vjp(lambda s: parameters.build(s).initial_state(y0, args), parameters.selected)[1]
     (initial,) = jax.vmap(pull)(jnp.eye(solved.dim))
     push = lambda matrix, tangents: jnp.tensordot(matrix, tangents, 1)
 
