@@ -3,9 +3,13 @@
     python tests/benchmarks/calibration.py run linear|oscillator|predator|vanderpol|fitzhugh FIRST LAST --out DIR
     python tests/benchmarks/calibration.py table DIR
     python tests/benchmarks/calibration.py nuts SYSTEM SEED
+    python tests/benchmarks/calibration.py profiles rates|oscillator|predator|vanderpol|fitzhugh FIRST LAST
 
 `run` adds a line for each seed to DIR/SYSTEM.jsonl, and leaves out those that are there; `table` reads all of them.
 `nuts` compares one seed with NUTS on the exact posterior, with the noise and the prior precision found there.
+`profiles` counts how often 90% intervals of profiles cover, beside linearized and geodesic ones: of forecasts at t = 12
+and 15, both channels, by the neural field with noise and precision found; or of the four rates of `predator`, from 7
+noisy times.
 
 Each seed has its own initial state (known) and noise: 41 times to t = 10, two channels, standard deviation 0.1, which
 the methods have to find. The truth continues to t = 15. The field is a basis linear in its parameters for `linear`,
@@ -413,6 +417,71 @@ def against_nuts(options):
         )
 
 
+# ---- Profiles
+
+
+class Rates(eqx.Module):
+    """The predator and its prey by the logarithms of their rates."""
+
+    log_rates: jax.Array
+
+    def __call__(self, t, y, args):
+        birth, hunt, feed, death = jnp.exp(self.log_rates)
+        return jnp.stack([birth * y[0] - hunt * y[0] * y[1], feed * y[0] * y[1] - death * y[1]])
+
+
+def of_rates(seed):
+    """The posterior of four rates, what is profiled, and its true values."""
+    truth, ts = np.log([1.3, 0.9, 0.8, 1.8]), np.linspace(0, 4, 7)
+    y0, rng = np.array(Predator.start), np.random.default_rng([7, seed])
+    exact = np.asarray(laplode.NeuralODE(Predator())(ts, y0))
+    data = laplode.Trajectories(ts, exact + 0.3 * rng.normal(size=exact.shape), y0)
+    problem = laplode.Problem(data, laplode.Gaussian(0.3), laplode.GaussianPrior(0.1))
+    fit = laplode.refine(laplode.NeuralODE(Rates(jnp.asarray(truth))), problem, progress=False)
+    return laplode.laplace(fit.model, problem, progress=False), "vector_field.log_rates", truth
+
+
+def of_forecasts(name, seed, options):
+    """The same of forecasts by a neural field."""
+    model, data, truth, _ = simulate(name, seed)
+    posterior = started(name, model, data, seed, options, {})[1][0]
+    later = TS[[48, 60]]
+    return posterior, [laplode.trajectory_at(later, channel) for channel in (0, 1)], truth[[48, 60]].T.ravel()
+
+
+def quantiles(posterior, of, draws, seed):
+    """Central 90% intervals of geodesic draws, as many as quantities."""
+    of = of if isinstance(of, list) else [lambda model: model.vector_field.log_rates]
+    how = dict(method="geodesic", num_samples=draws, key=jax.random.key(seed), progress=False)
+    found = [np.asarray(laplode.predict_function(posterior, each, **how).draws).reshape(draws, -1) for each in of]
+    return np.nanquantile(np.concatenate(found, axis=1), [0.05, 0.95], axis=0).T
+
+
+def profiles(options):
+    covered = {"profile": [], "linearized": [], "geodesic": []}
+    for seed in range(options.first, options.last):
+        rates = options.system == "rates"
+        posterior, of, truth = of_rates(seed) if rates else of_forecasts(options.system, seed, options)
+        start = time.perf_counter()
+        try:
+            found = laplode.profile(posterior, of, level=0.9, num=8, progress=False)
+        except laplode.FitError as error:
+            print(f"seed {seed}: {error}", flush=True)
+            continue
+        seconds = time.perf_counter() - start
+        inside = lambda ends, truth=truth: [low <= x <= high for (low, high), x in zip(ends, truth, strict=True)]
+        several = zip(found, truth, strict=True)
+        covered["profile"].append([any(low <= x <= high for low, high in each.intervals) for each, x in several])
+        covered["linearized"].append(inside([each.laplace for each in found]))
+        covered["geodesic"].append(inside(quantiles(posterior, of, options.draws, seed)))
+        bent = max(each.nonlinearity for each in found)
+        print(f"seed {seed}: {seconds:.1f} s, nonlinearity at most {bent:.2f}, {covered['profile'][-1]}", flush=True)
+    for method, each in covered.items():
+        each = np.mean(np.array(each), axis=1)
+        error = np.std(each, ddof=1) / np.sqrt(len(each))
+        print(f"| {options.system} | {method} | {len(each)} | {100 * np.mean(each):.0f} ± {100 * error:.0f} |")
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -491,6 +560,12 @@ def main():
     command.add_argument("--draws", type=int, default=1000, help="of each of 4 chains, after as many of warmup")
     command.add_argument("--max-tree-depth", type=int, default=8)
     command.set_defaults(do=against_nuts, restarts=3, steps=800)
+    command = commands.add_parser("profiles")
+    command.add_argument("system", choices=("rates", *SYSTEMS))
+    command.add_argument("first", type=int)
+    command.add_argument("last", type=int)
+    command.add_argument("--draws", type=int, default=100, help="of geodesic")
+    command.set_defaults(do=profiles, restarts=1, steps=800)
     command = commands.add_parser("table")
     command.add_argument("folder", type=Path)
     command.set_defaults(do=lambda options: (table(options.folder), table_elsewhere(options.folder)))

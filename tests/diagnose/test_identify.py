@@ -114,3 +114,33 @@ def test_what_does_not_fit(linear_posterior):
         lp.identifiability(3)
     with pytest.raises(lp.LaplodeError, match="threshold"):
         lp.identifiability(linear_posterior, threshold=2)
+
+
+def test_before_any_fit_the_open_directions_are_those_of_the_products():
+    problem = lp.Problem(lp.Trajectories(TS, YS), LIKELIHOOD, 1.0)
+    found = lp.identifiability(MODEL, problem, key=jax.random.key(0))
+    empty = found.directions[found.directions["strength"] < 1e-9]
+    assert int(np.sum(empty["count"])) == 4 and "best of 5 draws" in repr(found)
+    named = {name for names in empty["parameters"] for name in names}
+    assert {"idle[0]", "idle[1]"} < named and named & {"a", "b"} and named & {"c", "d"}
+    only = lp.identifiability(MODEL, problem, where=["a", "c"], key=jax.random.key(0))
+    assert only.uninformed.empty
+
+
+class Nowhere(eqx.Module):
+    """Finite at no draw of a prior around 0."""
+
+    a: jax.Array
+
+    def __call__(self, ts, y0):
+        return jnp.sqrt(self.a - 100 + 0 * ts)[:, None]
+
+
+def test_before_any_fit_what_does_not_work_is_said():
+    problem = lp.Problem(lp.Trajectories(TS, YS[:, :1]), LIKELIHOOD, 1.0)
+    with pytest.raises(lp.LaplodeError, match="no sensitivities at any of 5 draws"):
+        lp.identifiability(Nowhere(jnp.array(101.0)), problem, key=jax.random.key(0))
+    with pytest.raises(lp.LaplodeError, match="`key` is needed"):
+        lp.identifiability(Nowhere(jnp.array(101.0)), problem)
+    with pytest.raises(lp.LaplodeError, match="beside `problem`"):
+        lp.identifiability(Nowhere(jnp.array(101.0)))

@@ -62,6 +62,19 @@ def test_a_panel_for_each_trajectory_and_channel(parts):
     assert {"data", "last observation fitted", "median", "draws", "90% noise-free"} <= set(legend(picture))
 
 
+def test_profiles_of_forecasts_are_dotted_lines(parts):
+    posterior, _, later = parts
+    profiles = lp.profile(posterior, lp.trajectory_at([5.5, 6.5], channel=1, trajectory=1), num=4, progress=False)
+    assert [each.place.time for each in profiles] == [5.5, 6.5]
+    picture = lp.plot_trajectories(posterior, later, profiles=profiles)
+    low, high = drawn(picture, "profile_low")[1, 1], drawn(picture, "profile_high")[1, 1]
+    np.testing.assert_allclose(low.get_xydata(), [(each.place.time, each.intervals[0][0]) for each in profiles])
+    np.testing.assert_allclose(high.get_ydata(), [each.intervals[0][1] for each in profiles])
+    assert "95% profile" in legend(picture) and drawn(picture, "profile_low")[0, 0] is None
+    with pytest.raises(lp.LaplodeError, match="`profiles`"):
+        lp.plot_trajectories(posterior, later, profiles=[later])
+
+
 def test_a_datatree_and_its_parts_give_the_same_picture(parts, tree):
     one, other = lp.plot_trajectories(tree), lp.plot_trajectories(*parts)
     for label in ("median", "median_forecast"):

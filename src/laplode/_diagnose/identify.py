@@ -3,15 +3,23 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, PRNGKeyArray
 
-from .._algebra.precision import Eigenpairs
-from .._checks import check_fraction, check_from
+from .._algebra.low_rank import low_rank
+from .._algebra.precision import AbstractPrecision, Eigenpairs
+from .._checks import check_count, check_fraction, check_key, check_x64
+from .._errors import LaplodeError
 from .._late import pd
-from .._model.parameters import Parameters
+from .._model.given import with_given
+from .._model.own import check_model
+from .._model.parameters import Parameters, Where, parameters
 from .._posterior.posterior import Posterior
+from .._problem.prior import LocalPrior
+from .._problem.problem import Problem, check_problem
 from .._show import Shown
+from .._solve.maps import flow, linearize
 
 # Of more directions without any information than this, no basis is made.
 _MOST_EMPTY = 64
@@ -33,11 +41,13 @@ class Identifiability(Shown):
         "contraction", the posterior's standard deviation over the prior's, 1 where nothing was learned; "determined",
         how many of its numbers the data determine. Of arrays these are root mean squares, but for the last.
     - `threshold`: below which a direction counts as left to the prior.
+    - `draws`: of the prior, of which this is the one where the data determine most; 0 of a posterior.
     """
 
     directions: "pd.DataFrame"
     leaves: "pd.DataFrame"
     threshold: float
+    draws: int = 0
 
     @property
     def uninformed(self) -> "pd.DataFrame":
@@ -50,6 +60,7 @@ class Identifiability(Shown):
         lines = [
             f"{determined:.2f} of {int(size)} parameters are determined by the data; "
             f"{sum(row['count'] for row in uninformed)} directions are less than {self.threshold:g} so."
+            + (f" At the best of {self.draws} draws of the prior." if self.draws else "")
         ]
         for row in uninformed[:10]:
             several = f"{row['count']} directions, " if row["count"] != 1 else ""
@@ -61,31 +72,106 @@ class Identifiability(Shown):
         return "\n".join([*lines, "", self.leaves.to_string(float_format=lambda x: f"{x:.3g}")])
 
 
-def identifiability(posterior: Posterior, *, threshold: float = 0.1) -> Identifiability:
+def identifiability(
+    posterior: Posterior | Any,
+    problem: Problem | None = None,
+    *,
+    threshold: float = 0.1,
+    where: Where = None,
+    num_draws: int = 5,
+    key: PRNGKeyArray | None = None,
+) -> Identifiability:
     """Which directions of the parameters the data determine, and what those that they leave to the prior are made of.
+
+    Before any fit it takes a model and a problem: directions that no parameters of the model make visible are found
+    from the sensitivities at draws of the prior.
+
+    ```python
+    print(laplode.identifiability(model, problem, key=key))
+    ```
 
     **Arguments:**
 
     - `posterior`: from `laplace`, of any structure: a direction of `block_diagonal` lies within one block, of
-        `diagonal` it is a single parameter, and what a `low_rank` leaves out counts as left to the prior.
+        `diagonal` it is a single parameter, and what a `low_rank` leaves out counts as left to the prior. Or a model,
+        fitted or not, beside `problem`.
+    - `problem`: data, likelihood and prior, of a model. Noise scales still to be learned count with their first guess.
     - `threshold`: how much of a direction the data must determine for it not to be left to the prior, between 0 and 1.
+    - `where`: the parameters of a model, as in `laplace`.
+    - `num_draws`, `key`: how many draws of the prior, and a JAX random key for them. What is reported is the draw at
+        which the data determine most, so that what is left open there is open at all of them.
 
     **Returns:** `Identifiability`, which prints as a report.
 
-    **Raises:** `LaplodeError` when an argument does not fit.
+    **Raises:** `LaplodeError` when an argument does not fit, or the model can't be solved at any draw.
 
     The directions are eigenvectors v of Λ0^-½ (Λ − Λ0) Λ0^-½, with Λ0 the precision of the prior, or of the Gaussian
     that a named prior looks like at θ*, in unconstrained coordinates; x is the eigenvalue. A strength below 0, of an
     exact Hessian, is a direction in which the likelihood bends upward. Directions without any information have no
-    eigenvectors of their own; among them are shown those with few large entries (varimax).
+    eigenvectors of their own; among them are shown those with few large entries (varimax). Of a model Λ − Λ0 is the
+    Fisher information Jᵀ R J.
 
     Spantini et al. (2015), "Optimal low-rank approximations of Bayesian linear inverse problems"; MacKay (1992) for
     x / (1 + x); Kaiser (1958), "The varimax criterion for analytic rotation in factor analysis".
     """
-    check_from("posterior", posterior, Posterior, "laplace")
     check_fraction("threshold", threshold)
-    view = posterior.parameters
-    local = posterior.problem.prior.local(view)
+    if isinstance(posterior, Posterior) and problem is None:
+        local = posterior.problem.prior.local(posterior.parameters)
+        return _identified(_Found(posterior.parameters, local, posterior.built), float(threshold), 0)
+    if problem is None:
+        raise LaplodeError(
+            "`posterior` must come from laplode.laplace, or be a model beside `problem`; got "
+            f"{type(posterior).__name__}."
+        )
+    check_x64()
+    check_problem(problem)
+    check_count("num_draws", num_draws)
+    if key is None:
+        raise LaplodeError("`key` is needed to draw from the prior.")
+    check_key("key", key)
+    best = _at_best_draw(check_model(posterior, problem), problem, where, num_draws, key)
+    return _identified(best, float(threshold), num_draws)
+
+
+class _Found(NamedTuple):
+    """Parameters, the prior there, and the precision that the data make of it."""
+
+    view: Parameters
+    local: LocalPrior
+    built: AbstractPrecision
+
+
+def _at_best_draw(model: Any, problem: Problem, where: Where, num: int, key: PRNGKeyArray) -> _Found:
+    """At the draw of the prior at which the data determine most."""
+    view = parameters(model, where, problem.prior)
+    problem, data = with_given(view, problem), problem.data
+    best, most, failure, like = None, -np.inf, None, None
+    for theta in problem.prior.sample(view, key, num):
+        there = eqx.tree_at(lambda v: v.selected, view, view.with_vector(theta))
+        try:
+            like = flow(there, data.ts, data.y0, data.args, like=like, seen=problem.seen)
+        except LaplodeError as error:
+            failure = error
+            continue
+        predictions, jacobian = linearize(like)
+        weights, local = problem.information(predictions).ravel(), problem.prior.local(there)
+        if not np.all(np.isfinite(jacobian)) or not np.all(weights >= 0):
+            failure = LaplodeError("Its predictions or their derivatives are not finite, or not allowed.")
+            continue
+        built = low_rank(jacobian, weights, local.precision)
+        determined = float(built.effective_dof(local.precision))
+        if determined > most:
+            best, most = _Found(there, local, built), determined
+    if best is None:
+        raise LaplodeError(
+            f"`problem`: the model has no sensitivities at any of {num} draws of its prior, which may be far too wide. "
+            f"At the last: {failure}"
+        )
+    return best
+
+
+def _identified(found: _Found, threshold: float, draws: int) -> Identifiability:
+    view, local, built = found
     local.refuse_rows(
         "`posterior`",
         "directions are measured in units of each parameter's own prior. Ask it of the posterior of all data together, "
@@ -93,10 +179,10 @@ def identifiability(posterior: Posterior, *, threshold: float = 0.1) -> Identifi
     )
     prior = np.asarray(local.precision)
     names = _entry_names(view)
-    rows = [_row(d, names) for block in posterior.built.eigenpairs(prior) for d in _directions(block)]
+    rows = [_row(d, names) for block in built.eigenpairs(prior) for d in _directions(block)]
     columns = ["strength", "determined", "count", "parameters", "loadings"]
     directions = pd.DataFrame(rows, columns=columns).sort_values("strength", ignore_index=True)  # pyright: ignore[reportArgumentType]
-    return Identifiability(directions, _leaves(posterior, prior), float(threshold))
+    return Identifiability(directions, _leaves(view, np.asarray(built.variance()), prior), threshold, draws)
 
 
 def _entry_names(view: Parameters) -> np.ndarray:
@@ -107,11 +193,10 @@ def _entry_names(view: Parameters) -> np.ndarray:
     return np.array(names, dtype=object)
 
 
-def _leaves(posterior: Posterior, prior: Float[np.ndarray, " P"]) -> "pd.DataFrame":
-    variance = np.asarray(posterior.built.variance())
+def _leaves(view: Parameters, variance: Float[np.ndarray, " P"], prior: Float[np.ndarray, " P"]) -> "pd.DataFrame":
     ratio = variance * prior
     rows = {}
-    for name, _, start, stop in posterior.parameters.leaves:
+    for name, _, start, stop in view.leaves:
         rms = lambda x, s=slice(start, stop): float(np.sqrt(np.mean(x[s])))
         determined = float(np.sum(1 - ratio[start:stop]))
         rows[name] = (stop - start, rms(1 / prior), rms(variance), rms(ratio), determined)

@@ -216,7 +216,8 @@ def _warn(posterior: Posterior) -> None:
             'that of laplode.refine(model, problem), or curvature="ggn".'
             if diagnostics.eigenvalue_min <= 0
             else f"The likelihood's exact Hessian has {diagnostics.num_negative} negative eigenvalues, regularized by "
-            f"{diagnostics.regularized}, though the prior makes up for them: the model is at a minimum all the same."
+            f"{diagnostics.regularized}, though the prior makes up for them: the model is at a minimum all the same. "
+            "laplode.profile(posterior, name) does without a curvature."
         )
     rounding = float(posterior.built.rounding)
     if rounding > _MOST_ROUNDING:

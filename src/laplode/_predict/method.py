@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.scipy.special import gammaln
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -118,7 +119,7 @@ def draw(
     log_p = jnp.where(ok, log_joint(posterior, thetas, progress=progress, mesh=mesh), -jnp.inf)
     log_q = log_density()
     log_weights, khat = importance_weights(log_p, log_q)
-    _warn_of_weights(khat, num, resample)
+    _warn_of_weights(khat, resample, posterior, thetas, log_weights)
     if not resample:
         return Draws(thetas, ok, log_p, log_q, log_weights, khat)
     if not jnp.any(jnp.isfinite(log_weights)):
@@ -129,8 +130,8 @@ def draw(
     return Draws(thetas[chosen], ok[chosen], log_p[chosen], log_q, jnp.full(num, -math.log(num)), khat)
 
 
-def _warn_of_weights(khat: float, num: int, resample: bool) -> None:
-    threshold = khat_threshold(num)
+def _warn_of_weights(khat: float, resample: bool, posterior: Posterior, thetas: Array, log_weights: Array) -> None:
+    threshold = khat_threshold(len(thetas))
     if not khat > threshold:
         return
     remedy = (
@@ -138,11 +139,26 @@ def _warn_of_weights(khat: float, num: int, resample: bool) -> None:
         if resample
         else "their importance weights can't mend it"
     )
+    names = ", ".join(_most_moved(posterior, thetas, log_weights))
     warn(
         f"Pareto k̂ = {khat:.2f} is above {threshold:.2f}: as draws of θ, these do not represent the true posterior, "
-        f"and {remedy}.",
+        f"and {remedy}. The weights would move {names} most: laplode.profile(posterior, name), or of a forecast "
+        "laplode.profile(posterior, laplode.trajectory_at(t, channel)), tells what the data allow without a Gaussian.",
         level=4,
     )
+
+
+# So many parameters are named where weights are bad.
+_MOST_NAMED = 3
+
+
+def _most_moved(posterior: Posterior, thetas: Float[Array, "S P"], log_weights: Float[Array, " S"]) -> list[str]:
+    """Parameters whose mean or standard deviation by the weights differs most from that of the Gaussian."""
+    used = np.isfinite(np.asarray(log_weights))
+    offsets = (np.asarray(thetas)[used] - np.asarray(posterior.mean)) / np.asarray(posterior.marginal_std())
+    weights = np.exp(np.asarray(log_weights)[used])
+    moved = np.abs(weights @ offsets) + np.abs(np.sqrt(weights @ offsets**2) - 1)
+    return [posterior.parameters.name(int(i)) for i in np.argsort(-moved, kind="stable")[:_MOST_NAMED]]
 
 
 # ---- Draws from the posterior itself, or from the multivariate t distribution of the same center and shape

@@ -13,6 +13,7 @@ import xarray as xr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._checks import check_count, check_from, check_key
+from .._diagnose.profile import Profile
 from .._errors import LaplodeError, choose, warn
 from .._fit.result import Fit
 from .._posterior.posterior import Posterior
@@ -50,6 +51,7 @@ def to_datatree(
     prior_predictive: bool = False,
     parameters: str | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
+    profiles: Sequence[Profile] = (),
     progress: bool = True,
     **named: Predictions | Sequence[Predictions],
 ) -> xr.DataTree:
@@ -63,6 +65,7 @@ def to_datatree(
         times.
     - `observed_data`, `constant_data`.
     - `fit_history`: the loss before each step, when `fit` is given.
+    - `profile`: value and drop at each point, and the intervals, when `profiles` are given.
 
     In the predictive groups `y` has observation noise and `f` has not; `scale` is that of the noise where the model
     predicts it, and `y0` the initial states of the draws where those are uncertain. Dimensions are chain, draw,
@@ -87,6 +90,7 @@ def to_datatree(
         deviation and Euclidean norm, draw by draw. By default "all" up to 1000 parameters; the attribute `parameters`
         says which it was.
     - `coords`: names for "trajectory", "channel" and "state"; those of the data, or numbers, by default.
+    - `profiles`: from `profile`, a list; NaN where one has fewer points or intervals than another.
     - `progress`: whether to show a progress bar over solves at draws of the prior.
     - `named`: further predictions by name, one or several of the same draws each.
 
@@ -105,6 +109,8 @@ def to_datatree(
     fits = (fit,) if isinstance(fit, Fit) else tuple(fit) if isinstance(fit, Sequence) else (fit,) if fit else ()
     if not all(isinstance(each, Fit) for each in fits):
         raise LaplodeError("`fit` must come from laplode.fit or laplode.refine, or be a list of such.")
+    if not isinstance(profiles, Sequence) or not all(isinstance(each, Profile) for each in profiles):
+        raise LaplodeError("`profiles` must be a list of what laplode.profile returns.")
     if key is not None:
         check_key("key", key)
     check_count("num_samples", num_samples)
@@ -130,6 +136,8 @@ def to_datatree(
     groups |= data_groups(posterior.problem.data, layout)
     if fits:
         groups["fit_history"] = _history(fits, posterior.problem.data, layout.attrs)
+    if profiles:
+        groups["profile"] = _profiles(profiles, layout.attrs)
     for name, given in sets.items():
         inside = _arrived(posterior, given, layout, basis) | data_groups(posterior.problem.data, layout)
         groups |= {f"{name}/{group}": dataset for group, dataset in inside.items()}
@@ -148,6 +156,7 @@ _GROUPS = (
     "observed_data",
     "constant_data",
     "fit_history",
+    "profile",
 )
 
 
@@ -316,3 +325,28 @@ def _history(fits: Sequence[Fit], data: Trajectories, attrs: dict[str, Any]) -> 
     )
     restarts = [fit.restart_losses for fit in fits if fit.restart_losses is not None]
     return dataset.assign(restart_loss=("restart", restarts[-1])) if restarts else dataset
+
+
+def _profiles(profiles: Sequence[Profile], attrs: dict[str, Any]) -> xr.Dataset:
+    """Profiles side by side, those with fewer points or intervals padded by NaN."""
+    points = ("values", "drop", "likelihood_drop", "decrement")
+    variables = {name: _padded([np.asarray(getattr(each, name)) for each in profiles]) for name in points}
+    variables["interval"] = _padded([np.asarray(each.intervals) for each in profiles])
+    variables["laplace"] = np.array([each.laplace for each in profiles])
+    variables["estimate"] = np.array([each.estimate for each in profiles])
+    variables["verdict"] = np.array([each.verdict for each in profiles])
+    dims = {name: ["quantity", "point"] for name in points} | {
+        "interval": ["quantity", "part", "end"],
+        "laplace": ["quantity", "end"],
+        "estimate": ["quantity"],
+        "verdict": ["quantity"],
+    }
+    coords = {"quantity": [each.name for each in profiles], "end": ["low", "high"]}
+    told = {"level": profiles[0].level, "threshold": profiles[0].threshold, "df": profiles[0].df}
+    return dataset_of(variables, coords, dims, {**attrs, **told}, sample_dims=[])
+
+
+def _padded(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    most = max(map(len, arrays))
+    pad = lambda x: np.pad(x.astype(float), [(0, most - len(x)), *[(0, 0)] * (x.ndim - 1)], constant_values=np.nan)
+    return np.stack([pad(array) for array in arrays])

@@ -30,23 +30,20 @@ def log_joint(
     view: Parameters,
     theta: Float[Array, " P"],
     predictions: Float[Array, "N T F"],
-    prior: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, ""]:
-    """log p(Y | predictions) + log p(θ) in nats, the latter times `prior`, with the predictions at θ at hand."""
-    return problem.log_likelihood(predictions) + prior * problem.prior.log_density(view, theta)
+    """log p(Y | predictions) + log p(θ) in nats, with the predictions at θ at hand."""
+    return problem.log_likelihood(predictions) + problem.prior.log_density(view, theta)
 
 
 _log_joint = eqx.filter_jit(log_joint)
 
 
-def negative_log_joint(
-    flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"], prior: float = 1.0
-) -> Float[Array, ""]:
-    """−log p(Y | θ) − log p(θ), in nats, the latter times `prior`.
+def negative_log_joint(flow: AbstractFlow, problem: Problem, theta: Float[Array, " P"]) -> Float[Array, ""]:
+    """−log p(Y | θ) − log p(θ), in nats.
 
     The program of the solve serves any likelihood and prior.
     """
-    return -_log_joint(problem, flow.parameters, theta, evaluate(flow, theta), jnp.asarray(prior))
+    return -_log_joint(problem, flow.parameters, theta, evaluate(flow, theta))
 
 
 def value_and_gradient(

@@ -57,7 +57,7 @@ def _draw(panel: Any, each: Profile) -> None:
     center = np.mean(each.laplace)
     panel.plot(grid, each.threshold * ((grid - center) / half) ** 2, "--", color="#D55E00", label="Gaussian")
     panel.axhline(each.threshold, color="0.5", lw=0.8, ls=":", label=f"{each.level:.0%}")
-    for end in each.intervals[0]:
+    for end in np.ravel(each.intervals):
         if np.isfinite(end):
             panel.axvline(end, color="0.8", lw=0.8)
     panel.set_ylim(0, 1.5 * each.threshold)

@@ -9,6 +9,7 @@ from arviz_plots import visuals
 from arviz_plots.plot_collection import PlotCollection
 
 from ..._checks import check_fraction
+from ..._diagnose.profile import Profile
 from ..._errors import LaplodeError
 from ..._posterior.posterior import Posterior
 from ..._predict.predictions import Predictions
@@ -21,6 +22,7 @@ def plot_trajectories(
     source: xr.DataTree | Posterior,
     *predictions: Predictions,
     held_out: Trajectories | None = None,
+    profiles: Sequence[Profile] = (),
     prob: float = 0.9,
     num_draws: int = 10,
     trajectories: Sequence[Any] | None = None,
@@ -38,6 +40,8 @@ def plot_trajectories(
 
     - `source`, `predictions`: a DataTree from `to_datatree`, or a posterior and its predictions.
     - `held_out`: trajectories that were not fitted, drawn as open circles.
+    - `profiles`: of forecasts, from `profile(posterior, trajectory_at(...))`: the ends of their intervals over times,
+        as dotted lines.
     - `prob`: probability within the central ribbons.
     - `num_draws`: how many noise-free draws to show.
     - `trajectories`: labels of the trajectories to show; the first four by default.
@@ -47,7 +51,8 @@ def plot_trajectories(
 
     **Returns:** ArviZ's `PlotCollection`: `.savefig(path)` and `.show()`, the axes under `.viz["plot"]`, shape
     (trajectories, channels), and what is drawn on them under `.viz["ribbon"]`, "noise_ribbon", "draws", "median",
-    "data", "held_out" and "horizon", with "_forecast" after the name where a second prediction is drawn.
+    "data", "held_out", "horizon", "profile_low" and "profile_high", with "_forecast" after the
+    name where a second prediction is drawn.
 
     **Raises:** `LaplodeError` when there is nothing to plot, or a trajectory is unknown.
     """
@@ -90,6 +95,7 @@ def plot_trajectories(
             ts = xr.DataArray(held_out.ts[rows], dict(trajectory=names), ["trajectory", "time"])
             style = HELD_OUT | {"size": 22}
             layers += [Layer("held_out", visuals.scatter_xy, ys.to_dataset(), style, "held out", inputs={"x": ts})]
+    layers += _profile_layers(profiles, rows, segments[0])
     labels = labels or {}
     for name, channel in ((name, channel) for name in names for channel in channels):
         annotate(
@@ -133,6 +139,26 @@ def _prediction_layers(segment: xr.Dataset, prob: float, num_draws: int) -> Iter
         few = segment[["f"]].isel(sample=slice(num_draws))
         yield Layer("draws", lines, few, {"width": 0.5, "alpha": 0.6}, "draws", one, times)
     yield Layer("median", visuals.line_xy, segment[["f"]].median("sample"), {"width": 1.8}, "median", one, times)
+
+
+def _profile_layers(profiles: Any, rows: list[int], segment: xr.Dataset) -> Iterator[Layer]:
+    """The outer ends of the intervals of forecasts, which may be infinite, in the form of the predictions."""
+    if not isinstance(profiles, Sequence) or not all(isinstance(p, Profile) and p.place for p in profiles):
+        raise LaplodeError("`profiles` must be what laplode.profile(posterior, trajectory_at(...)) returns, in a list.")
+    if not profiles:
+        return
+    times = sorted({p.place.time for p in profiles})
+    ends = np.full((2, len(rows), len(times), segment.sizes["channel"]), np.nan)
+    for p in profiles:
+        if p.place.trajectory in rows:
+            at = (rows.index(p.place.trajectory), times.index(p.place.time), p.place.channel)
+            ends[(slice(None), *at)] = p.intervals[0][0], p.intervals[-1][1]
+    coords = {name: segment[name] for name in ("trajectory", "channel")}
+    style = {"color": "black", "linestyle": "C2", "width": 1.2}
+    for label, values in zip(("profile_low", "profile_high"), np.where(np.isfinite(ends), ends, np.nan), strict=True):
+        data = xr.DataArray(values, coords, ["trajectory", "time", "channel"]).to_dataset(name="f")
+        text = f"{profiles[0].level:.0%} profile"
+        yield Layer(label, visuals.line_xy, data, style, text, inputs={"x": xr.DataArray(times, dims=["time"])})
 
 
 def _data_layers(observed: xr.Dataset, segments: list[xr.Dataset]) -> Iterator[Layer]:
