@@ -12,6 +12,7 @@ import scipy.stats as st
 from jax.flatten_util import ravel_pytree
 
 import laplode as lp
+from laplode._posterior import maximize
 
 
 def quietly(posterior, **options):
@@ -167,6 +168,31 @@ def test_a_part_of_the_parameters(growth, quiet):
     assert found.size == 2
     assert float(found.parameters.model.gain) == float(growth.model.gain)
     assert found.diagnostics.newton_decrement < 1e-2
+
+
+def test_a_start_from_which_a_step_along_the_gradient_ends_nowhere(growth, quiet, monkeypatch):
+    """The evidence is not finite there: it is not that nothing can be gained."""
+    problem = lp.Problem(growth.problem.data, lp.LogNormal(0.02), 1.0)
+    posterior = quiet(growth.model, problem, curvature="ggn")
+    expected = quietly(posterior, noise="one")
+    start = ravel_pytree(lp.evidence_function(posterior, noise="one")[1])[0]
+
+    def near(function, there, value_and_gradient=maximize._value_and_gradient):
+        value, gradient = value_and_gradient(function, there)
+        far = np.max(np.abs(ravel_pytree(there)[0] - start)) > 4
+        return (-np.inf if far else value), gradient
+
+    monkeypatch.setattr(maximize, "_value_and_gradient", near)
+    found = quietly(posterior, noise="one")
+    assert found.log_evidence > posterior.log_evidence + 1
+    np.testing.assert_allclose(found.log_evidence, expected.log_evidence, rtol=1e-6)
+
+
+def test_a_search_that_ends_on_a_slope_is_said(growth, quiet):
+    problem = lp.Problem(growth.problem.data, lp.LogNormal(0.02), 1.0)
+    posterior = quiet(growth.model, problem, curvature="ggn")
+    with pytest.warns(lp.LaplodeWarning, match="has not settled: allow more `steps`"):
+        lp.maximize_evidence(posterior, noise="one", steps=1, progress=False)
 
 
 def test_bounds_are_named(posteriors):

@@ -31,6 +31,14 @@ _FLAT = 1e-5
 _SETTLED = 1e-3
 
 
+# An optimum has not been found where the evidence rises by more nats in an e-fold.
+_STILL_RISES = 0.1
+
+
+# What stands for a loss that is not finite.
+_WORSE = 1e6
+
+
 # The parts of a step that are tried, one after another.
 _PARTS = (1.0, 0.5, 0.2, 0.05)
 
@@ -120,8 +128,11 @@ class _Search(NamedTuple):
 
 def _climbed(
     posterior: Posterior, search: _Search
-) -> tuple[Posterior, Evidence, Hyperparameters, tuple[Hyperparameters, Hyperparameters], bool]:
-    """The posterior at the maximum that is found from here; and what `_warn` asks for."""
+) -> tuple[Posterior, Evidence, Hyperparameters, tuple[Hyperparameters, Hyperparameters], str | None]:
+    """The posterior at the maximum that is found from here; and what `_warn` asks for.
+
+    Last is the option that was too small for it, or None.
+    """
     moved = None  # the log hyperparameters, since the start
     posterior = _refined(posterior, posterior.problem) if search.online else posterior
     left = search.rounds
@@ -131,7 +142,7 @@ def _climbed(
             since = jax.tree.map(jnp.subtract, start.log_precision, search.origin)
             moved = Hyperparameters(since, jax.tree.map(jnp.zeros_like, start.log_scale))
         bounds = _bound(start, moved, *search.low), _bound(start, moved, *search.high)
-        found, gained = _maximum(function, start, bounds, search.steps)
+        found, gained, is_flat = _maximum(function, start, bounds, search.steps)
         settled = gained < _SETTLED or not search.online
         if settled:
             posterior = _with(posterior, function, found)
@@ -143,7 +154,8 @@ def _climbed(
         left -= 1
         search.bar.set_postfix(log_evidence=f"{float(posterior.log_evidence):.6g} nats")
         if settled or not left:
-            return posterior, function, found, bounds, settled
+            lacks = None if settled and is_flat else "steps" if settled else "rounds"
+            return posterior, function, found, bounds, lacks
 
 
 def _stepped(
@@ -190,30 +202,40 @@ def _bound(start: Hyperparameters, moved: Hyperparameters, precision: float, sca
 
 def _maximum(
     function: Evidence, start: Hyperparameters, bounds: tuple[PyTree, PyTree], steps: int
-) -> tuple[Hyperparameters, float]:
-    """The best hyperparameters that L-BFGS finds, and what they gain in nats; the start, if none is better."""
+) -> tuple[Hyperparameters, float, bool]:
+    """The best hyperparameters that L-BFGS finds, what they gain in nats, and whether the evidence is flat there.
+
+    The start, if none is better.
+    """
     import scipy.optimize  # it takes a while to import, and few ask for it
 
     flat, unravel = ravel_pytree(start)
     low, high = (np.asarray(ravel_pytree(bound)[0]) for bound in bounds)
 
-    def loss(flat):
-        value, gradient = _value_and_gradient(function, unravel(jnp.asarray(flat)))
-        good = np.isfinite(value)  # Λ is positive definite
-        return (-float(value), -np.asarray(ravel_pytree(gradient)[0])) if good else (np.inf, np.zeros_like(low))
-
     first = _value_and_gradient(function, start)
-    if not np.all(np.isfinite(ravel_pytree(first)[0])):
+    value, slope = float(first[0]), np.asarray(ravel_pytree(first[1])[0])
+    if not (np.isfinite(value) and np.all(np.isfinite(slope))):
         raise LaplodeError(
             "`posterior` has an evidence that is not finite, or has derivatives that are not, at its present "
             "hyperparameters: start from other ones."
         )
+    # L-BFGS begins with a step of the length of the gradient, which may be far too long: at most an e-fold here.
+    unit = max(1.0, float(np.max(np.abs(slope))))
+
+    def loss(flat):
+        there, gradient = _value_and_gradient(function, unravel(jnp.asarray(flat)))
+        if not np.isfinite(there):  # Λ is not positive definite; a line search wants a number
+            return _WORSE, np.zeros_like(low)
+        return (value - float(there)) / unit, -np.asarray(ravel_pytree(gradient)[0]) / unit
+
     inside = np.clip(flat, low, high)
     between = np.stack([low, high], axis=1)
-    options = {"maxiter": steps, "ftol": 0.0, "gtol": _FLAT}
+    options = {"maxiter": steps, "ftol": 0.0, "gtol": _FLAT / unit}
     found = scipy.optimize.minimize(loss, inside, jac=True, method="L-BFGS-B", bounds=between, options=options)
-    gained = -float(found.fun) - float(first[0])
-    return (unravel(jnp.asarray(found.x)), gained) if gained >= 0 else (start, 0.0)
+    rises = np.clip(found.x - unit * found.jac, low, high) - found.x  # a bound may hold it
+    is_flat = bool(np.max(np.abs(rises)) < _STILL_RISES)
+    gained = -unit * float(found.fun)
+    return (unravel(jnp.asarray(found.x)), gained, is_flat) if gained >= 0 else (start, 0.0, is_flat)
 
 
 @eqx.filter_jit
@@ -231,7 +253,7 @@ def _with(posterior: Posterior, function: Evidence, found: Hyperparameters) -> P
 
 
 def _warn(
-    posterior: Posterior, function: Evidence, found: Hyperparameters, bounds: tuple[PyTree, PyTree], settled: bool
+    posterior: Posterior, function: Evidence, found: Hyperparameters, bounds: tuple[PyTree, PyTree], lacks: str | None
 ) -> None:
     said, (low, high) = [], bounds
     if found.log_precision is not None:
@@ -247,8 +269,8 @@ def _warn(
             names = [f"the noise scale of channel {label}" for label, place in pairs if place >= 0]
         meaning = ("the model runs through the observations", "the model explains nothing")
         said += _at_bounds(names, found.log_scale, low.log_scale, high.log_scale, meaning)
-    if not settled:
-        said.append("The evidence has not settled: allow more `rounds`.")
+    if lacks is not None:
+        said.append(f"The evidence has not settled: allow more `{lacks}`, or start nearer to its maximum.")
     elif posterior.diagnostics.newton_decrement > 0.1:
         said.append(
             "With these hyperparameters the optimum lies elsewhere: the Newton decrement is now "
