@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+import scipy.linalg
 
 import laplode as lp
 
@@ -77,6 +78,23 @@ def test_every_structure_agrees_with_its_own_matrix(products, structure):
             frozenset({"idle[0]"}),
             frozenset({"idle[1]"}),
         }
+
+
+def test_what_a_constraint_says_is_the_prior(products):
+    tied = lp.SoftConstraint(lambda m: m.a - m.b, A - B, 0.05**2, weights=1.0)
+    row = np.array([1.0, -1.0]) / 0.05
+    before = np.eye(2) + np.outer(row, row)
+    for structure in ("full", "low_rank"):
+        posterior = products(tied, where=SEEN, structure=structure)
+        report = lp.identifiability(posterior)
+        expected = scipy.linalg.eigh(np.asarray(posterior.precision()) - before, before, eigvals_only=True)
+        np.testing.assert_allclose(report.directions["strength"], expected, rtol=1e-7, atol=1e-8)
+        np.testing.assert_allclose(report.leaves["determined"].sum(), posterior.diagnostics.effective_dof, rtol=1e-7)
+        np.testing.assert_allclose(report.leaves["prior_std"], np.sqrt(np.diagonal(np.linalg.inv(before))), rtol=1e-9)
+    # The data see the product alone; what is left is the prior's.
+    assert report.directions["determined"][0] < 1e-8 and report.directions["determined"][1] > 0.99
+    with pytest.raises(lp.LaplodeError, match=r'structure="diagonal".*take "full" or "low_rank"'):
+        lp.identifiability(products(tied, where=SEEN, structure="diagonal"))
 
 
 def test_a_product_of_constrained_parameters_is_named_in_their_coordinates(products):

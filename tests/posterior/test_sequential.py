@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import numpyro.distributions as dist
 import pytest
+import scipy.linalg
 
 import laplode as lp
 from laplode._algebra.low_rank import low_rank
@@ -217,8 +218,13 @@ def test_what_it_is_not_for(second, linear_posterior):
     after = second[1]
     with pytest.raises(lp.LaplodeError, match=r"prior that is the posterior of other data.*precision"):
         lp.maximize_evidence(after, progress=False)
-    with pytest.raises(lp.LaplodeError, match=r"depend on one another.*own prior.*all data together"):
-        lp.identifiability(after)
+    before = np.asarray(second[0].precision())
+    report = lp.identifiability(after)
+    expected = scipy.linalg.eigh(np.asarray(after.precision()) - before, before, eigvals_only=True)
+    np.testing.assert_allclose(report.directions["strength"], expected, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(report.leaves["determined"].sum(), after.diagnostics.effective_dof, rtol=1e-8)
+    contraction = np.asarray(after.marginal_std()) ** 2 / np.diagonal(np.linalg.inv(before))
+    np.testing.assert_allclose(report.leaves["contraction"], np.sqrt(np.mean(contraction)), rtol=1e-8)
 
 
 def test_a_posterior_of_other_parameters_is_refused(linear, growth, growth_posterior):

@@ -66,6 +66,7 @@ class AbstractStructure(eqx.Module):
 
     name: eqx.AbstractClassVar[str]
     whole: ClassVar[bool] = False
+    holds_rows: ClassVar[bool] = True  # all that a prior says of several parameters together
 
     @abc.abstractmethod
     def form(self, curvature: AbstractCurvature, at: Any) -> AbstractForm:
@@ -181,6 +182,7 @@ class BlockDiagonal(AbstractStructure):
     """A block of Λ for each leaf of the model."""
 
     name: ClassVar[str] = "block_diagonal"
+    holds_rows: ClassVar[bool] = False
 
     def form(self, curvature, at):
         return curvature.blocks(at)
@@ -201,6 +203,7 @@ class Diagonal(AbstractStructure):
     """The diagonal of Λ."""
 
     name: ClassVar[str] = "diagonal"
+    holds_rows: ClassVar[bool] = False
 
     def form(self, curvature, at):
         return curvature.diagonal(at)

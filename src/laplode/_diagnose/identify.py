@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, PRNGKeyArray
 
 from .._algebra.low_rank import low_rank
 from .._algebra.precision import AbstractPrecision, Eigenpairs
+from .._algebra.whitening import whitening
 from .._checks import check_count, check_fraction, check_key, check_x64
 from .._errors import LaplodeError
 from .._late import pd
@@ -108,8 +110,9 @@ def identifiability(
     The directions are eigenvectors v of Λ0^-½ (Λ − Λ0) Λ0^-½, with Λ0 the precision of the prior, or of the Gaussian
     that a named prior looks like at θ*, in unconstrained coordinates; x is the eigenvalue. A strength below 0, of an
     exact Hessian, is a direction in which the likelihood bends upward. Directions without any information have no
-    eigenvectors of their own; among them are shown those with few large entries (varimax). Of a model Λ − Λ0 is the
-    Fisher information Jᵀ R J.
+    eigenvectors of their own; among them are shown those with few large entries (varimax). Of a prior that ties
+    parameters together, Λ0^½ is the symmetric root, whose coordinates are nearest to the parameters. Of a model Λ − Λ0
+    is the Fisher information Jᵀ R J.
 
     Spantini et al. (2015), "Optimal low-rank approximations of Bayesian linear inverse problems"; MacKay (1992) for
     x / (1 + x); Kaiser (1958), "The varimax criterion for analytic rotation in factor analysis".
@@ -117,6 +120,11 @@ def identifiability(
     check_fraction("threshold", threshold)
     if isinstance(posterior, Posterior) and problem is None:
         local = posterior.problem.prior.local(posterior.parameters)
+        if local.rows.shape[0] and not posterior.structure.holds_rows:
+            raise LaplodeError(
+                f'`posterior` has structure="{posterior.structure.name}", which leaves out a part of what its '
+                'prior says of parameters together: take "full" or "low_rank".'
+            )
         return _identified(_Found(posterior.parameters, local, posterior.built), float(threshold), 0)
     if problem is None:
         raise LaplodeError(
@@ -158,8 +166,9 @@ def _at_best_draw(model: Any, problem: Problem, where: Where, num: int, key: PRN
         if not np.all(np.isfinite(jacobian)) or not np.all(weights >= 0):
             failure = LaplodeError("Its predictions or their derivatives are not finite, or not allowed.")
             continue
-        built = low_rank(jacobian, weights, local.precision)
-        determined = float(built.effective_dof(local.precision))
+        ones = jnp.ones(len(local.rows))
+        built = low_rank(jnp.concatenate([jacobian, local.rows]), jnp.append(weights, ones), local.precision)
+        determined = float(np.sum(_determined(local, built)))
         if determined > most:
             best, most = _Found(there, local, built), determined
     if best is None:
@@ -172,17 +181,31 @@ def _at_best_draw(model: Any, problem: Problem, where: Where, num: int, key: PRN
 
 def _identified(found: _Found, threshold: float, draws: int) -> Identifiability:
     view, local, built = found
-    local.refuse_rows(
-        "`posterior`",
-        "directions are measured in units of each parameter's own prior. Ask it of the posterior of all data together, "
-        "or without the constraint; or compare `covariance()` before and after.",
-    )
     prior = np.asarray(local.precision)
     names = _entry_names(view)
-    rows = [_row(d, names) for block in built.eigenpairs(prior) for d in _directions(block)]
+    if local.rows.shape[0]:
+        root = whitening(local)
+        blocks, variance = [_in_coordinates(root, built)], np.sum(root**2, axis=1)
+    else:
+        blocks, variance = built.eigenpairs(prior), 1 / prior
+    rows = [_row(d, names) for block in blocks for d in _directions(block)]
     columns = ["strength", "determined", "count", "parameters", "loadings"]
     directions = pd.DataFrame(rows, columns=columns).sort_values("strength", ignore_index=True)  # pyright: ignore[reportArgumentType]
-    return Identifiability(directions, _leaves(view, np.asarray(built.variance()), prior), threshold, draws)
+    leaves = _leaves(view, np.asarray(built.variance()), variance, _determined(local, built))
+    return Identifiability(directions, leaves, threshold, draws)
+
+
+def _in_coordinates(root: Float[np.ndarray, "P P"], built: AbstractPrecision) -> Eigenpairs:
+    """Eigenpairs in coordinates u with θ = root u, in which the prior is a standard normal."""
+    products = np.asarray(built.precision_product(jnp.asarray(root.T)))
+    strengths, vectors = np.linalg.eigh(products @ root - np.eye(len(root)))
+    return Eigenpairs(0, len(root), strengths, vectors.T)
+
+
+def _determined(local: LocalPrior, built: AbstractPrecision) -> Float[np.ndarray, " P"]:
+    """How much of each parameter the data determine: the diagonal of 1 − Λ0 Λ⁻¹."""
+    rows = np.sum(np.asarray(local.rows * built.covariance_product(local.rows)), axis=0)
+    return 1 - np.asarray(local.precision * built.variance()) - rows
 
 
 def _entry_names(view: Parameters) -> np.ndarray:
@@ -193,13 +216,17 @@ def _entry_names(view: Parameters) -> np.ndarray:
     return np.array(names, dtype=object)
 
 
-def _leaves(view: Parameters, variance: Float[np.ndarray, " P"], prior: Float[np.ndarray, " P"]) -> "pd.DataFrame":
-    ratio = variance * prior
+def _leaves(
+    view: Parameters,
+    variance: Float[np.ndarray, " P"],
+    before: Float[np.ndarray, " P"],
+    determined: Float[np.ndarray, " P"],
+) -> "pd.DataFrame":
     rows = {}
     for name, _, start, stop in view.leaves:
         rms = lambda x, s=slice(start, stop): float(np.sqrt(np.mean(x[s])))
-        determined = float(np.sum(1 - ratio[start:stop]))
-        rows[name] = (stop - start, rms(1 / prior), rms(variance), rms(ratio), determined)
+        by_data = float(np.sum(determined[start:stop]))
+        rows[name] = (stop - start, rms(before), rms(variance), rms(variance / before), by_data)
     columns = ["size", "prior_std", "posterior_std", "contraction", "determined"]
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 

@@ -43,11 +43,6 @@ class LocalPrior(eqx.Module):
         """log p(θ) of the density that integrates to 1."""
         return self.log_density - self.log_normalizer
 
-    def refuse_rows(self, argument: str, instead: str) -> None:
-        """Raise `LaplodeError` when parameters depend on one another in this prior."""
-        if self.rows.shape[0]:
-            raise LaplodeError(f"{argument} has a prior in which parameters depend on one another: {instead}")
-
     def covariance_product(self, v: Float[Array, "... P"]) -> Float[Array, "... P"]:
         """Covariance times v for the Gaussian of this precision and these rows."""
         return v / self.precision - self._explained(v @ (self.rows / self.precision).T)
