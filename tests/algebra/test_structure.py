@@ -134,8 +134,10 @@ def test_effective_dof_and_spectrum(case):
     dof = np.trace((precision - np.diag(prior)) @ covariance)
     np.testing.assert_allclose(found.built.precision.effective_dof(prior), dof, rtol=1e-9)
     spectrum = np.linalg.eigvalsh(precision / np.sqrt(np.outer(prior, prior)))
-    np.testing.assert_allclose([found.eigenvalue_min, found.eigenvalue_max], spectrum[[0, -1]], rtol=1e-7)
-    np.testing.assert_allclose(found.condition_number, spectrum[-1] / spectrum[0], rtol=1e-6)
+    np.testing.assert_allclose(
+        [found.spectrum.eigenvalue_min, found.spectrum.eigenvalue_max], spectrum[[0, -1]], rtol=1e-7
+    )
+    np.testing.assert_allclose(found.spectrum.condition_number, spectrum[-1] / spectrum[0], rtol=1e-6)
 
 
 def test_split_into_a_diagonal_and_rows(case):
@@ -204,7 +206,10 @@ def test_regularization_in_the_metric_of_the_prior(regularization, unit):
         found = built(structure, form, _local(jnp.asarray(prior)), regularization())
         precision = np.asarray(found.built.precision.precision_product(jnp.eye(SIZE)))
         np.testing.assert_allclose(_whitened(precision, prior), _whitened(changed, prior) + np.eye(SIZE), atol=1e-11)
-        assert found.regularized.kind == regularization.kind and found.eigenvalue_min < 0 < found.num_negative
+        assert (
+            found.spectrum.regularized.kind == regularization.kind
+            and found.spectrum.eigenvalue_min < 0 < found.spectrum.num_negative
+        )
         with pytest.raises(LaplodeError, match="not positive definite"):
             built(structure, form, _local(jnp.asarray(prior)), Refuse())
 
@@ -224,13 +229,15 @@ def test_what_the_prior_outweighs_stays_as_it_is(structure):
     }[structure.name]
     local = _local(jnp.asarray(prior))
     found = built(structure, form, local, Clip())
-    assert found.num_negative > 0 and found.regularized is None and 0 < found.eigenvalue_min < 1
+    assert (
+        found.spectrum.num_negative > 0 and found.spectrum.regularized is None and 0 < found.spectrum.eigenvalue_min < 1
+    )
     covariance = found.built.precision.covariance_product(jnp.eye(SIZE))
     np.testing.assert_allclose(covariance, np.linalg.inv(expected + np.diag(prior)), rtol=1e-9, atol=1e-12)
     diagonal, rows = found.built.precision.split(jnp.asarray(prior))
     np.testing.assert_allclose(np.diag(diagonal) + rows.T @ rows, expected + np.diag(prior), rtol=1e-9, atol=1e-9)
     always = built(structure, form, local, Clip(always=True))
-    assert always.regularized is not None and always.eigenvalue_min < 1
+    assert always.spectrum.regularized is not None and always.spectrum.eigenvalue_min < 1
 
 
 # ---- A prior that bends upward, or in which parameters depend on one another
@@ -360,7 +367,7 @@ def test_eigenvalues_farther_apart_than_float64_can_add(structure):
     np.testing.assert_allclose(found.built.precision.log_det, log_det, rtol=1e-8)
     # A root of Λ is found to 1e10 ε, and 1 in it to a part of that.
     rounding = 4 * np.finfo(float).eps * 1e10
-    np.testing.assert_allclose([found.eigenvalue_min, found.eigenvalue_max], [1, 5e19], rtol=rounding)
+    np.testing.assert_allclose([found.spectrum.eigenvalue_min, found.spectrum.eigenvalue_max], [1, 5e19], rtol=rounding)
 
 
 def test_extreme_eigenvalues_of_a_large_precision():
@@ -369,4 +376,6 @@ def test_extreme_eigenvalues_of_a_large_precision():
     found = built(Full(), form, _local(jnp.linspace(0.5, 2.0, size)), Clip())
     root = np.sqrt(np.linspace(0.5, 2.0, size))
     spectrum = 1 + np.linalg.eigvalsh(np.asarray(form.matrix) / np.outer(root, root))
-    np.testing.assert_allclose([found.eigenvalue_min, found.eigenvalue_max], spectrum[[0, -1]], rtol=1e-3)
+    np.testing.assert_allclose(
+        [found.spectrum.eigenvalue_min, found.spectrum.eigenvalue_max], spectrum[[0, -1]], rtol=1e-3
+    )
