@@ -59,7 +59,7 @@ def _leading_of(matrix, prior, rank):
 
 
 def _columns(form):
-    return BlockForm(tuple(form.columns(*leaf) for leaf in _leaves()))
+    return BlockForm(tuple(form.columns(*map(int, leaf)) for leaf in _leaves()))
 
 
 def _diagonal(form):

@@ -136,7 +136,7 @@ def _determined(built: Any, prior: LocalPrior, signs: Float[Array, " P"], inert:
 
 
 @compiled
-def _slope(flow: ReplayedFlow, direction: Float[Array, " P"]) -> Float[Array, "N T F"]:
+def _slope(flow: Any, direction: Float[Array, " P"]) -> Float[Array, "N T F"]:
     """The derivative of the predictions along a direction."""
     return jax.jvp(flow, (flow.parameters.vector,), (direction,))[1]
 
@@ -151,7 +151,7 @@ def _at_end(model: Any, last: Float[Array, "N D"], args: Any) -> tuple[Array, Ar
 class _Probe(eqx.Module):
     """Compares the predictions at θ* with those nearby. `root` is the root of their Fisher information."""
 
-    flow: ReplayedFlow
+    flow: Any
     values: Float[np.ndarray, "N T F"]
     root: Float[np.ndarray, "N T F"]
     linear: tuple[Array, Array] | None = None

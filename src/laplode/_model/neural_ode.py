@@ -276,5 +276,5 @@ def starts(model: Any, y0: Any, num: int) -> Any:
     their numbers.
     """
     if y0 is None and isinstance(model, NeuralODE) and model.has_state_for_each:
-        return np.arange(num)
+        return jnp.arange(num)
     return y0

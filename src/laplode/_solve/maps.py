@@ -117,7 +117,7 @@ def _check_arrived(found: Accepted, end: Float[Array, " N"], max_steps: int) -> 
     )
 
 
-def evaluate(flow: AbstractMap, theta: Float[Array, " P"]) -> Float[Array, "..."]:
+def evaluate(flow: AbstractMap, theta: Float[Array, " P"]) -> Array:
     """The predictions at `theta`, compiled."""
     padded = _padded(flow)
     found = _evaluate(padded, theta)

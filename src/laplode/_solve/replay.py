@@ -37,7 +37,7 @@ class Steps(eqx.Module):
 
     def with_times_repeated(self, spare: int) -> "Steps":
         """The same steps, read off at the last time so many times more."""
-        return dataclasses.replace(self, ts=np.pad(self.ts, ((0, 0), (0, spare)), mode="edge"))
+        return dataclasses.replace(self, ts=jnp.asarray(np.pad(self.ts, ((0, 0), (0, spare)), mode="edge")))
 
     @property
     def num_steps(self) -> int:
