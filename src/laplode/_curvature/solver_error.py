@@ -166,7 +166,7 @@ class _Probe(eqx.Module):
             return np.asarray(_slope(self.flow, jnp.asarray(direction)))
         return np.asarray(self.linear[1] @ direction).reshape(self.values.shape)
 
-    def error(self, direction: Array, slope: np.ndarray, part: float = 0.0):
+    def error(self, direction: Array, slope: np.ndarray, part: float = 0.0) -> tuple[float, Any]:
         """How far changes of the predictions are from what derivatives say, at the length where that is least.
 
         The mean of the changes to both sides is right to third order in the length. `part` of what derivatives say is
