@@ -1,7 +1,7 @@
 """From a loss that someone minimized in a training loop of their own to the problem that it solves."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Concatenate
 
 import equinox as eqx
 import jax
@@ -64,7 +64,7 @@ _REDUCTIONS: dict[str, Callable[[int], float]] = {"mean": lambda num: 1 / num, "
 def problem_from_loss(
     model: Any,
     data: Trajectories,
-    loss: Callable[..., Any] | None = None,
+    loss: Callable[Concatenate[Any, ...], Any] | None = None,
     *,
     batches: Sequence[Sequence[Any]] | None = None,
     squares: str | float = "mean",
