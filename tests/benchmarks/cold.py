@@ -146,7 +146,8 @@ if options.what == "one":
     timed("predict, 37 times, again", lambda: laplode.predict(posterior, TS, Y0, key=jax.random.key(3)))
     print(f"in all {(time.perf_counter() - whole) / U:.1f} U")
 elif options.what == "checks":
-    from laplode._posterior import estimate, laplace
+    from laplode._model import given
+    from laplode._posterior import laplace
 
     spent = 0.0
 
@@ -161,7 +162,7 @@ elif options.what == "checks":
         return call
 
     for module, name in (
-        (estimate, "with_given"),
+        (given, "with_given"),
         (laplace, "check_finite"),
         (laplace, "unfrozen"),
         (laplace, "solver_problems"),
