@@ -219,23 +219,26 @@ def _maximum(
             "`posterior` has an evidence that is not finite, or has derivatives that are not, at its present "
             "hyperparameters: start from other ones."
         )
-    # L-BFGS begins with a step of the length of the gradient, which may be far too long: at most an e-fold here.
-    unit = max(1.0, float(np.max(np.abs(slope))))
 
-    def loss(flat):
+    def loss(flat, unit):
         there, gradient = _value_and_gradient(function, unravel(jnp.asarray(flat)))
         if not np.isfinite(there):  # Λ is not positive definite; a line search wants a number
             return _WORSE, np.zeros_like(low)
         return (value - float(there)) / unit, -np.asarray(ravel_pytree(gradient)[0]) / unit
 
-    inside = np.clip(flat, low, high)
-    between = np.stack([low, high], axis=1)
-    options = {"maxiter": steps, "ftol": 0.0, "gtol": _FLAT / unit}
-    found = scipy.optimize.minimize(loss, inside, jac=True, method="L-BFGS-B", bounds=between, options=options)
-    rises = np.clip(found.x - unit * found.jac, low, high) - found.x  # a bound may hold it
-    is_flat = bool(np.max(np.abs(rises)) < _STILL_RISES)
-    gained = -unit * float(found.fun)
-    return (unravel(jnp.asarray(found.x)), gained, is_flat) if gained >= 0 else (start, 0.0, is_flat)
+    inside, between = np.clip(flat, low, high), np.stack([low, high], axis=1)
+    # L-BFGS begins with a step of the length of the gradient. Where that is too long, it is an e-fold at most.
+    for unit in (1.0, max(1.0, float(np.max(np.abs(slope))))):
+        options = {"maxiter": steps, "ftol": 0.0, "gtol": _FLAT / unit}
+        found = scipy.optimize.minimize(
+            loss, inside, (unit,), jac=True, method="L-BFGS-B", bounds=between, options=options
+        )
+        rises = np.clip(found.x - unit * found.jac, low, high) - found.x  # a bound may hold it
+        is_flat = bool(np.max(np.abs(rises)) < _STILL_RISES)
+        gained = -unit * float(found.fun)
+        if gained > 0 or is_flat:
+            break
+    return (unravel(jnp.asarray(found.x)), gained, is_flat) if gained >= 0 else (start, 0.0, is_flat)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 @eqx.filter_jit
