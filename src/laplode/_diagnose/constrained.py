@@ -19,6 +19,7 @@ from .._errors import LaplodeError
 from .._fit.trust_region import MOST_BENT, bent
 from .._model.parameters import Parameters
 from .._problem.problem import Problem
+from .._solve.autodiff import twice_along
 from .._solve.flows import AbstractFlow
 from .._solve.maps import DIFFERENCE, flow
 from .quantity import AbstractQuantity
@@ -66,7 +67,7 @@ class Held(eqx.Module):
 
     def at(self, theta: Float[Array, " P"]) -> Parameters:
         """The parameters θ."""
-        return eqx.tree_at(lambda v: v.selected, self.view, self.view.with_vector(theta))
+        return self.view.at(theta)
 
 
 class Picture(eqx.Module):
@@ -162,8 +163,7 @@ def _second_along(held: Held, around: AbstractFlow, theta: Array, step: Array, h
     if around.is_frozen:
         before, after = around(theta - DIFFERENCE * step), around(theta + DIFFERENCE * step)
         return ((before + after - 2 * here) / DIFFERENCE**2).ravel()
-    push = lambda at: jax.jvp(around, (at,), (step,))[1]
-    return jax.jvp(push, (theta,), (step,))[1].ravel()
+    return twice_along(around, theta, step).ravel()
 
 
 def _attempt(held: Held, lane: _Lane) -> _Attempt:

@@ -17,6 +17,7 @@ from .._model.parameters import Parameters
 from .._posterior.posterior import Posterior
 from .._predict.function import of_posterior, trajectory_at, value_at_mean
 from .._problem.prior import is_at
+from .._solve.autodiff import twice_along
 from .._solve.flows import AbstractFlow, OfModel
 from .._solve.maps import DIFFERENCE, flow
 
@@ -122,8 +123,7 @@ class Function(AbstractQuantity):
         def bend(step):
             if not self.bends:
                 return jnp.zeros(())
-            push = lambda at: jax.jvp(around, (at,), (step,))[1]
-            return jax.jvp(push, (theta,), (step,))[1]
+            return twice_along(around, theta, step)
 
         return Local(value, jacobian[0], bend)
 
@@ -160,8 +160,7 @@ class Forecast(AbstractQuantity):
                 return (at(theta + DIFFERENCE * step) + at(theta - DIFFERENCE * step) - 2 * at(theta)) / DIFFERENCE**2
             if not self.bends:
                 return jnp.zeros(())
-            push = lambda at_: jax.jvp(at, (at_,), (step,))[1]
-            return jax.jvp(push, (theta,), (step,))[1]
+            return twice_along(at, theta, step)
 
         return Local(value, jacobian.reshape(*values.shape, -1)[0, -1, self.channel], bend)
 
